@@ -1,0 +1,43 @@
+// A front door is compiled once per backend: into _C it brings the schema and the CPU kernel, into _cuda (USE_CUDA)
+// the CUDA kernel.
+#pragma once
+
+#include "check.h"
+
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/kernels.h"
+#else
+#include "cpu/kernels.h"
+#endif
+
+namespace entmaxkv {
+
+#ifdef USE_CUDA
+/// Runs a kernel of namespace cuda on the device and current stream of `where`.
+template <typename Op>
+void run(void (*kernel)(const Op&, cudaStream_t), const Op& op, const Tensor& where) {
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
+  kernel(op, static_cast<cudaStream_t>(stream));
+}
+
+namespace backend = cuda;
+#define ENTMAXKV_OP(name, schema) \
+  STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CUDA, m) { m.impl(#name, TORCH_BOX(&name)); }
+#else
+template <typename Op>
+void run(void (*kernel)(const Op&), const Op& op, const Tensor&) {
+  kernel(op);
+}
+
+namespace backend = cpu;
+#define ENTMAXKV_OP(name, schema)                                     \
+  STABLE_TORCH_LIBRARY_FRAGMENT(entmaxkv, m) { m.def(#name schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }
+#endif
+
+}  // namespace entmaxkv

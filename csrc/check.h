@@ -1,0 +1,297 @@
+// From tensors to params: names and sizes of dimensions, dtypes, devices, values. Every complaint has one form:
+//   entmaxkv::op: argument: expected ..., got ...
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "ops.h"
+
+namespace entmaxkv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+#ifdef USE_CUDA
+inline constexpr bool kOnHost = false;  // values behind a pointer cannot be looked at
+#else
+inline constexpr bool kOnHost = true;
+#endif
+
+/// A new tensor on the device of `like`.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+/// The arguments of one call: every tensor is taken in through here, and binds the dimensions that its text names.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  /// Takes "name [dim, dim, ...]": checks rank, device, and the sizes of the dimensions already known.
+  void shape(const Tensor& tensor, std::string_view text) {
+    const size_t bracket = text.find(" [");
+    const auto name = text.substr(0, bracket);
+    std::vector<std::string_view> dims;
+    for (size_t at = bracket + 2; at < text.size();) {
+      const size_t end = text.find_first_of(",]", at);
+      dims.push_back(text.substr(at, end - at));
+      at = end + 2;
+    }
+    if (tensor.dim() != static_cast<int64_t>(dims.size())) {
+      fail(name, text.substr(bracket + 1), "shape " + sizes_of(tensor));
+    }
+    const std::pair<int, int> device{static_cast<int>(tensor.device().type()), tensor.get_device_index()};
+    if (first_.empty()) {
+      first_ = name;
+      device_ = device;
+    } else if (device != device_) {
+      fail(name, "the device of " + std::string(first_), "another");
+    }
+    for (size_t i = 0; i < dims.size(); ++i) {
+      const int64_t size = tensor.size(static_cast<int64_t>(i));
+      const Dim* known = find(dims[i]);
+      if (!known) {
+        dims_.push_back({dims[i], name, size});
+      } else if (known->size != size) {
+        fail(name,
+             std::string(dims[i]) + " = " + std::to_string(known->size) + " (as in " + std::string(known->from) + ")",
+             std::to_string(size) + " in shape " + sizes_of(tensor));
+      }
+    }
+  }
+
+  /// Makes a dimension known before a tensor names it.
+  void know(std::string_view dim, int64_t size) { dims_.push_back({dim, dim, size}); }
+
+  /// The size of a dimension; 0 if no tensor has named it.
+  int operator[](std::string_view dim) const {
+    const Dim* known = find(dim);
+    return known ? static_cast<int>(known->size) : 0;
+  }
+
+  /// All that is known by now, checked against what the kernels take.
+  Sizes sizes() const {
+    Sizes sizes;
+    sizes.batch = (*this)["batch"];
+    sizes.tokens = (*this)["tokens"];
+    sizes.q_heads = (*this)["q_heads"];
+    sizes.kv_heads = (*this)["kv_heads"];
+    sizes.head_dim = (*this)["head_dim"];
+    sizes.page_size = (*this)["page_size"];
+    sizes.max_pages = (*this)["max_pages"];
+    expect(sizes.kv_heads >= 1, "kv_heads", "at least 1", sizes.kv_heads);
+    expect(sizes.page_size >= 8 && sizes.page_size <= kMaxPageSize && (sizes.page_size & (sizes.page_size - 1)) == 0,
+           "page_size", "a power of two in 8 ... 128", sizes.page_size);
+    if (find("head_dim")) {
+      expect(sizes.head_dim >= 1 && sizes.head_dim <= kMaxHeadDim, "head_dim", "1 ... 256", sizes.head_dim);
+    }
+    if (find("q_heads")) {
+      expect(sizes.q_heads >= 1 && sizes.q_heads % sizes.kv_heads == 0, "q_heads",
+             "a multiple of kv_heads = " + std::to_string(sizes.kv_heads), sizes.q_heads);
+      sizes.group = sizes.q_heads / sizes.kv_heads;
+    }
+    return sizes;
+  }
+
+  void dtype(const Tensor& tensor, std::string_view name, ScalarType expected) const {
+    if (tensor.scalar_type() != expected) fail(name, name_of(expected), name_of(tensor.scalar_type()));
+  }
+
+  /// The dtype of the cache and of what meets it.
+  Dtype element(const Tensor& tensor, std::string_view name) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+        return Dtype::kFloat32;
+      case ScalarType::Half:
+        return Dtype::kFloat16;
+      case ScalarType::BFloat16:
+        return Dtype::kBFloat16;
+      default:
+        fail(name, "float32, float16 or bfloat16", name_of(tensor.scalar_type()));
+    }
+  }
+
+  /// A tensor of rows: last dimension head_dim and contiguous, any other strides.
+  Rows rows(const Tensor& tensor, std::string_view text, const Tensor& like) {
+    shape(tensor, text);
+    const auto name = text.substr(0, text.find(' '));
+    dtype(tensor, name, like.scalar_type());
+    const int64_t last = tensor.dim() - 1;
+    if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
+      fail(name, "a contiguous last dimension", "stride " + std::to_string(tensor.stride(last)));
+    }
+    Rows rows{tensor.data_ptr()};
+    for (int64_t i = 0; i < last; ++i) rows.stride[i] = tensor.stride(i);
+    return rows;
+  }
+
+  /// A contiguous tensor of plain values.
+  template <typename T>
+  T* values(const Tensor& tensor, std::string_view text) {
+    shape(tensor, text);
+    const auto name = text.substr(0, text.find(' '));
+    dtype(tensor, name, std::is_same_v<std::remove_const_t<T>, float> ? ScalarType::Float : ScalarType::Int);
+    if (!tensor.is_contiguous()) fail(name, "a contiguous tensor", "strides that are not");
+    return static_cast<T*>(tensor.data_ptr());
+  }
+
+  template <typename T>
+  T* values(const Optional& tensor, std::string_view text) {
+    return tensor ? values<T>(*tensor, text) : nullptr;
+  }
+
+  template <typename Value>
+  void expect(bool holds, std::string_view name, const std::string& expected, const Value& got) const {
+    if (holds) return;
+    std::ostringstream text;
+    text << got;
+    fail(name, expected, text.str());
+  }
+
+  [[noreturn]] void fail(std::string_view name, std::string_view expected, std::string_view got) const {
+    std::ostringstream text;
+    text << "entmaxkv::" << op_ << ": " << name << ": expected " << expected << ", got " << got;
+    throw std::runtime_error(text.str());
+  }
+
+ private:
+  struct Dim {
+    std::string_view name, from;
+    int64_t size;
+  };
+
+  const Dim* find(std::string_view name) const {
+    for (const Dim& dim : dims_) {
+      if (dim.name == name) return &dim;
+    }
+    return nullptr;
+  }
+
+  static std::string sizes_of(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+  }
+
+  static std::string name_of(ScalarType type) {
+    switch (type) {
+      case ScalarType::Float:
+        return "float32";
+      case ScalarType::Half:
+        return "float16";
+      case ScalarType::BFloat16:
+        return "bfloat16";
+      case ScalarType::Double:
+        return "float64";
+      case ScalarType::Int:
+        return "int32";
+      case ScalarType::Long:
+        return "int64";
+      default:
+        return "another dtype";
+    }
+  }
+
+  const char* op_;
+  std::string_view first_;
+  std::pair<int, int> device_;
+  std::vector<Dim> dims_;
+};
+
+// What several ops take in the same way.
+
+inline PageTable page_table_of(Arguments& args, const Tensor& page_table) {
+  args.shape(page_table, "page_table [batch, max_pages]");
+  args.dtype(page_table, "page_table", ScalarType::Int);
+  if (page_table.size(1) > 1 && page_table.stride(1) != 1) {
+    args.fail("page_table", "a contiguous last dimension", "stride " + std::to_string(page_table.stride(1)));
+  }
+  return {static_cast<const int32_t*>(page_table.data_ptr()), page_table.stride(0)};
+}
+
+/// On the host: every row's length fits its page table. On a device it is trusted to.
+template <typename LengthOf>
+void check_lengths(const Arguments& args, std::string_view name, LengthOf length_of) {
+  if constexpr (kOnHost) {
+    const int64_t capacity = int64_t{args["max_pages"]} * args["page_size"];
+    for (int row = 0; row < args["batch"]; ++row) {
+      const int64_t tokens = length_of(row);
+      args.expect(tokens >= 0 && tokens <= capacity, name, "0 ... " + std::to_string(capacity) + " tokens per row",
+                  tokens);
+    }
+  }
+}
+
+/// On the host: lengths as above, and every page in use lies inside the pool. On a device both are trusted.
+template <typename LengthOf>
+void check_pages(const Arguments& args, const PageTable& page_table, std::string_view name, LengthOf length_of) {
+  check_lengths(args, name, length_of);
+  if constexpr (kOnHost) {
+    const int page_size = args["page_size"], pages = args["pages"];
+    for (int row = 0; row < args["batch"]; ++row) {
+      const int64_t used = (length_of(row) + page_size - 1) / page_size;
+      const int32_t* physical = page_table.row(row);
+      for (int64_t page = 0; page < used; ++page) {
+        if (physical[page] >= 0 && physical[page] < pages) continue;
+        args.fail("page_table", "ids in 0 ... " + std::to_string(pages - 1), std::to_string(physical[page]));
+      }
+    }
+  }
+}
+
+/// A new selection of up to max_selected pages for every KV head.
+inline std::tuple<Tensor, Tensor> new_selection(const Tensor& like, const Sizes& sizes, int64_t max_selected,
+                                                Selection& selection) {
+  Tensor selected = new_tensor(like, {sizes.batch, sizes.kv_heads, max_selected}, ScalarType::Int);
+  Tensor counts = new_tensor(like, {sizes.batch, sizes.kv_heads}, ScalarType::Int);
+  selection = {static_cast<int32_t*>(selected.data_ptr()), static_cast<int32_t*>(counts.data_ptr()),
+               static_cast<int>(max_selected)};
+  return {selected, counts};
+}
+
+inline Alpha alpha_of(Arguments& args, double alpha, const Optional& head_alpha) {
+  args.expect(alpha >= 1 && alpha <= 2, "alpha", "a number in 1 ... 2", alpha);
+  Alpha result{alpha, args.values<const float>(head_alpha, "head_alpha [q_heads]")};
+  if (kOnHost && result.per_head) {
+    for (int head = 0; head < args["q_heads"]; ++head) {
+      args.expect(result.per_head[head] >= 1 && result.per_head[head] <= 2, "head_alpha", "numbers in 1 ... 2",
+                  result.per_head[head]);
+    }
+  }
+  return result;
+}
+
+inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Optional& alibi_slopes) {
+  const double standard = 1 / std::sqrt(static_cast<double>(args["head_dim"]));
+  return {static_cast<float>(scale.value_or(standard)),
+          args.values<const float>(alibi_slopes, "alibi_slopes [q_heads]")};
+}
+
+/// k_min and k_max, k_mean and k_std: each pair whole or absent.
+inline PageStatistics statistics_of(Arguments& args, const Tensor& like, const Optional& k_min, const Optional& k_max,
+                                    const Optional& k_mean, const Optional& k_std) {
+  args.expect(k_min.has_value() == k_max.has_value(), "k_min, k_max", "both or neither", "one of them");
+  args.expect(k_mean.has_value() == k_std.has_value(), "k_mean, k_std", "both or neither", "one of them");
+  PageStatistics statistics;
+  if (k_min) statistics.k_min = args.rows(*k_min, "k_min [pages, kv_heads, head_dim]", like);
+  if (k_max) statistics.k_max = args.rows(*k_max, "k_max [pages, kv_heads, head_dim]", like);
+  if (k_mean) statistics.k_mean = args.rows(*k_mean, "k_mean [pages, kv_heads, head_dim]", like);
+  if (k_std) statistics.k_std = args.rows(*k_std, "k_std [pages, kv_heads, head_dim]", like);
+  return statistics;
+}
+
+}  // namespace entmaxkv

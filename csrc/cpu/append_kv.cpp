@@ -1,0 +1,44 @@
+// append_kv on the CPU: one task per (row, KV head, page) copies the page's new tokens and renews its statistics
+// from the stored keys, so that they depend on the page's content alone, not on how it was filled.
+#include <atomic>
+
+#include "kernels.h"
+#include "pages.h"
+#include "parallel.h"
+
+namespace entmaxkv::cpu {
+
+namespace {
+
+template <typename T>
+void append(const AppendKv& op) {
+  const int most_pages = (op.tokens - 1) / op.page_size + 2;  // that one row can touch
+  parallel_for(int64_t{op.batch} * op.kv_heads * most_pages, [&](int64_t task) {
+    const int nth = task % most_pages;
+    const int kv_head = task / most_pages % op.kv_heads;
+    const int64_t row = task / most_pages / op.kv_heads;
+    const int first = op.seq_lens[row];
+    const int end = first + (op.lengths ? op.lengths[row] : op.tokens);
+    const int page = first / op.page_size + nth;
+    const int start = std::max(first, page * op.page_size);
+    const int stop = std::min(end, (page + 1) * op.page_size);
+    if (start >= stop) return;
+    const int64_t physical = op.page_table.row(row)[page];
+    for (int token = start; token < stop; ++token) {
+      const int slot = token % op.page_size;
+      std::copy_n(op.k.at<T>(row, token - first, kv_head), op.head_dim, op.k_pages.at<T>(physical, kv_head, slot));
+      std::copy_n(op.v.at<T>(row, token - first, kv_head), op.head_dim, op.v_pages.at<T>(physical, kv_head, slot));
+    }
+    summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, op.head_dim);
+  });
+  std::atomic_thread_fence(std::memory_order_release);  // whoever sees the new lengths sees the tokens
+  for (int row = 0; row < op.batch; ++row) op.seq_lens[row] += op.lengths ? op.lengths[row] : op.tokens;
+}
+
+}  // namespace
+
+void append_kv(const AppendKv& op) {
+  dispatch(op.dtype, [&](auto element) { append<decltype(element)>(op); });
+}
+
+}  // namespace entmaxkv::cpu

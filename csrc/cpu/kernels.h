@@ -1,0 +1,16 @@
+// One function per op; every function takes the params struct that its front door has filled and checked.
+#pragma once
+
+#include "../ops.h"
+
+namespace entmaxkv::cpu {
+
+void append_kv(const AppendKv& op);
+void page_stats(const PageStats& op);
+void score_gaussian(const ScoreGaussian& op);
+void score_pages(const ScorePages& op);
+void select_gaussian(const SelectGaussian& op);
+void select_pages(const SelectPages& op);
+void sparse_decode(const SparseDecode& op);
+
+}  // namespace entmaxkv::cpu

@@ -1,0 +1,52 @@
+// select_pages on the CPU: one task per (row, KV head).
+//   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h)
+//   2. the last page is taken; of the others the best, ties to the lower page, while their tokens fit the budget
+//   3. ascending order
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "pages.h"
+
+namespace entmaxkv::cpu {
+
+void select_pages(const SelectPages& op) {
+  constexpr float kWorst = -std::numeric_limits<float>::infinity();
+  parallel_for(int64_t{op.batch} * op.kv_heads, [&](int64_t task) {
+    const int64_t row = task / op.kv_heads;
+    const int seq_len = op.seq_lens[row];
+    const int used = pages_in_use(seq_len, op.page_size);
+    int32_t* selected = op.selection.row(task);
+    std::fill_n(selected, op.selection.max_selected, -1);
+    op.selection.counts[task] = 0;
+    if (used == 0) return;
+
+    std::vector<float> merit(used, kWorst);
+    for (int h = 0; h < op.group; ++h) {
+      const float* scores = op.scores + (task * op.group + h) * op.max_pages;
+      float best = kWorst;
+      for (int page = 0; page < used; ++page) best = scores[page] > best ? scores[page] : best;
+      for (int page = 0; page < used; ++page) {
+        const float distance = scores[page] == best ? 0 : scores[page] - best;
+        merit[page] = distance > merit[page] ? distance : merit[page];  // a head of NaN has no say
+      }
+    }
+
+    const int last = used - 1;
+    const int64_t left = op.budget - tokens_in_page(last, seq_len, op.page_size);
+    const auto others = static_cast<int>(std::clamp<int64_t>(left / op.page_size, 0, last));
+    std::vector<int32_t> pages(last);
+    for (int page = 0; page < last; ++page) pages[page] = page;
+    if (others < last) {
+      std::nth_element(pages.begin(), pages.begin() + others, pages.end(),
+                       [&](int32_t a, int32_t b) { return merit[a] != merit[b] ? merit[a] > merit[b] : a < b; });
+      std::sort(pages.begin(), pages.begin() + others);
+    }
+    std::copy_n(pages.begin(), others, selected);
+    selected[others] = last;
+    op.selection.counts[task] = others + 1;
+  });
+}
+
+}  // namespace entmaxkv::cpu

@@ -1,0 +1,154 @@
+// The contract between the front doors (tensors) and the kernels (memory): one params struct per op.
+// No torch, no CUDA. Every size is a count, every stride counts elements, and every last dimension is contiguous.
+// Methods are constexpr so that device code can call them too.
+#pragma once
+
+#include <cstdint>
+
+namespace entmaxkv {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxPageSize = 128;
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+
+/// The sizes of a call; an op has those that its shapes name, the others are 0.
+struct Sizes {
+  int batch = 0, tokens = 0, q_heads = 0, kv_heads = 0, group = 0, head_dim = 0, page_size = 0, max_pages = 0;
+};
+
+/// Rows of head_dim elements of one Dtype, reached by up to three indices.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride[3] = {0, 0, 0};
+
+  constexpr explicit operator bool() const { return data != nullptr; }
+
+  template <typename T>
+  constexpr T* at(int64_t i, int64_t j, int64_t k = 0) const {
+    return static_cast<T*>(data) + i * stride[0] + j * stride[1] + k * stride[2];
+  }
+};
+
+/// Logical page -> physical page of every row of the batch.
+struct PageTable {
+  const int32_t* data;  // [batch, max_pages]
+  int64_t stride;
+
+  constexpr const int32_t* row(int64_t batch) const { return data + batch * stride; }
+};
+
+/// Statistics of the keys of each physical page; a pair that the cache does not keep is empty.
+struct PageStatistics {
+  Rows k_min, k_max;   // [pages, kv_heads, head_dim]
+  Rows k_mean, k_std;  // [pages, kv_heads, head_dim]
+};
+
+/// alpha of every query head: one value, or one per head.
+struct Alpha {
+  double value;
+  const float* per_head;  // [q_heads] or null
+
+  constexpr double of(int head) const { return per_head ? per_head[head] : value; }
+};
+
+/// s_i = scale q.k_i + slope (i - position), position = seq_len - 1.
+struct Scoring {
+  float scale;
+  const float* alibi_slopes;  // [q_heads] or null
+
+  constexpr float slope(int head) const { return alibi_slopes ? alibi_slopes[head] : 0.0f; }
+};
+
+/// Writes `lengths[b]` new tokens behind the `seq_lens[b]` present ones, renews the statistics of the
+/// pages it touched, and only then moves seq_lens.
+struct AppendKv : Sizes {
+  Dtype dtype;
+  Rows k, v;               // [batch, tokens, kv_heads, head_dim]
+  const int32_t* lengths;  // [batch] or null: every row appends `tokens`
+  Rows k_pages, v_pages;   // [pages, kv_heads, page_size, head_dim]
+  PageStatistics statistics;
+  PageTable page_table;
+  int32_t* seq_lens;  // [batch]
+};
+
+/// Renews the statistics of every page in use.
+struct PageStats : Sizes {
+  Dtype dtype;
+  Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
+  PageStatistics statistics;
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
+};
+
+/// scores[b, h, page] = scale sum_d max(q_d k_min_d, q_d k_max_d) + best ALiBi bias of the page: an upper
+/// bound of every s_i of the page. Pages behind the last token get -inf.
+struct ScorePages : Sizes {
+  Dtype dtype;
+  Rows q;             // [batch, q_heads, head_dim]
+  Rows k_min, k_max;  // [pages, kv_heads, head_dim]
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
+  Scoring scoring;
+  float* scores;  // [batch, q_heads, max_pages]
+};
+
+/// mean[b, h, page] = scale q.k_mean, std^2 = scale^2 sum_d q_d^2 k_std_d^2, both with the ALiBi bias of the
+/// page's tokens in it: the moments of s_i over the page. Pages behind the last token get -inf and 0.
+struct ScoreGaussian : Sizes {
+  Dtype dtype;
+  Rows q;              // [batch, q_heads, head_dim]
+  Rows k_mean, k_std;  // [pages, kv_heads, head_dim]
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
+  Scoring scoring;
+  float* mean;  // [batch, q_heads, max_pages]
+  float* std;   // [batch, q_heads, max_pages]
+};
+
+/// Pages chosen for each KV head: logical indices, ascending, padded with -1.
+struct Selection {
+  int32_t* selected;  // [batch, kv_heads, max_selected]
+  int32_t* counts;    // [batch, kv_heads]
+  int max_selected;
+
+  constexpr int32_t* row(int64_t batch_head) const { return selected + batch_head * max_selected; }
+};
+
+/// The last page, then the pages that come closest to some head's own best page, up to `budget` tokens.
+struct SelectPages : Sizes {
+  const float* scores;      // [batch, q_heads, max_pages]
+  const int32_t* seq_lens;  // [batch]
+  int64_t budget;           // tokens
+  Selection selection;
+};
+
+/// The last page, and every page whose expected best score reaches the threshold that the page mixture
+/// predicts: (alpha-1)(mean + std page_best) > tau - margin.
+struct SelectGaussian : Sizes {
+  const float* mean;        // [batch, q_heads, max_pages]
+  const float* std;         // [batch, q_heads, max_pages]
+  const int32_t* seq_lens;  // [batch]
+  Alpha alpha;
+  double page_best;  // standard score of the best of page_size tokens, at the wanted quantile
+  double margin;     // in units of z
+  Selection selection;
+};
+
+/// Exact alpha-entmax attention over the tokens of the selected pages; of every page when none are given.
+struct SparseDecode : Sizes {
+  Dtype dtype;
+  Rows q;                 // [batch, q_heads, head_dim]
+  Rows k_pages, v_pages;  // [pages, kv_heads, page_size, head_dim]
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
+  Selection selection;      // selected == null: dense
+  Alpha alpha;
+  Scoring scoring;
+  Rows out;          // [batch, q_heads, head_dim]
+  float* tau;        // [batch, q_heads] in z; logsumexp(s) where alpha = 1
+  int32_t* support;  // [batch, q_heads] tokens with p > 0
+  int32_t* tokens;   // [batch, kv_heads] tokens whose keys were read
+};
+
+}  // namespace entmaxkv

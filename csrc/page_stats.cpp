@@ -1,0 +1,23 @@
+#include "backend.h"
+
+namespace entmaxkv {
+
+void page_stats(Tensor k_pages, Tensor page_table, Tensor seq_lens, Optional k_min, Optional k_max, Optional k_mean,
+                Optional k_std) {
+  Arguments args("page_stats");
+  PageStats op;
+  op.dtype = args.element(k_pages, "k_pages");
+  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  op.statistics = statistics_of(args, k_pages, k_min, k_max, k_mean, k_std);
+  op.page_table = page_table_of(args, page_table);
+  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  static_cast<Sizes&>(op) = args.sizes();
+  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  run(backend::page_stats, op, k_pages);
+}
+
+ENTMAXKV_OP(page_stats,
+            "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!)? k_min, Tensor(b!)? k_max, "
+            "Tensor(c!)? k_mean, Tensor(d!)? k_std) -> ()")
+
+}  // namespace entmaxkv

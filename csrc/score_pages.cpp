@@ -1,0 +1,29 @@
+#include "backend.h"
+
+namespace entmaxkv {
+
+Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int64_t page_size,
+                   std::optional<double> scale, Optional alibi_slopes) {
+  Arguments args("score_pages");
+  args.know("page_size", page_size);
+  ScorePages op;
+  op.dtype = args.element(q, "q");
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", q);
+  op.k_min = args.rows(k_min, "k_min [pages, kv_heads, head_dim]", q);
+  op.k_max = args.rows(k_max, "k_max [pages, kv_heads, head_dim]", q);
+  op.page_table = page_table_of(args, page_table);
+  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.scoring = scoring_of(args, scale, alibi_slopes);
+  static_cast<Sizes&>(op) = args.sizes();
+  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  Tensor scores = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
+  op.scores = static_cast<float*>(scores.data_ptr());
+  run(backend::score_pages, op, q);
+  return scores;
+}
+
+ENTMAXKV_OP(score_pages,
+            "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int page_size, "
+            "float? scale=None, Tensor? alibi_slopes=None) -> Tensor")
+
+}  // namespace entmaxkv

@@ -1,0 +1,56 @@
+// The front door that sparse_decode and dense_decode share: without a selection, every page is read.
+#pragma once
+
+#include "backend.h"
+
+namespace entmaxkv {
+
+/// On the host: every selection is an ascending list of pages in use.
+inline void check_selection(const Arguments& args, const SparseDecode& op) {
+  for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
+    const int count = op.selection.counts[row_head];
+    args.expect(count >= 0 && count <= op.selection.max_selected, "counts",
+                "0 ... " + std::to_string(op.selection.max_selected), count);
+    const int used = (op.seq_lens[row_head / op.kv_heads] + op.page_size - 1) / op.page_size;
+    for (int nth = 0; nth < count; ++nth) {
+      const int page = op.selection.row(row_head)[nth];
+      const int least = nth > 0 ? op.selection.row(row_head)[nth - 1] + 1 : 0;
+      args.expect(page >= least && page < used, "selected",
+                  "ascending pages below " + std::to_string(used) + ", the pages in use", page);
+    }
+  }
+}
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
+    Arguments& args, const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& page_table,
+    const Tensor& seq_lens, const Optional& selected, const Optional& counts, double alpha, std::optional<double> scale,
+    const Optional& alibi_slopes, const Optional& head_alpha) {
+  SparseDecode op;
+  op.dtype = args.element(q, "q");
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", q);
+  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", q);
+  op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", q);
+  op.page_table = page_table_of(args, page_table);
+  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.selection.selected = args.values<int32_t>(selected, "selected [batch, kv_heads, max_selected]");
+  op.selection.counts = args.values<int32_t>(counts, "counts [batch, kv_heads]");
+  op.selection.max_selected = args["max_selected"];
+  op.alpha = alpha_of(args, alpha, head_alpha);
+  op.scoring = scoring_of(args, scale, alibi_slopes);
+  static_cast<Sizes&>(op) = args.sizes();
+  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  if (kOnHost && selected) check_selection(args, op);
+
+  Tensor out = new_tensor(q, {op.batch, op.q_heads, op.head_dim}, q.scalar_type());
+  Tensor tau = new_tensor(q, {op.batch, op.q_heads}, ScalarType::Float);
+  Tensor support = new_tensor(q, {op.batch, op.q_heads}, ScalarType::Int);
+  Tensor tokens = new_tensor(q, {op.batch, op.kv_heads}, ScalarType::Int);
+  op.out = args.rows(out, "out [batch, q_heads, head_dim]", q);
+  op.tau = static_cast<float*>(tau.data_ptr());
+  op.support = static_cast<int32_t*>(support.data_ptr());
+  op.tokens = static_cast<int32_t*>(tokens.data_ptr());
+  run(backend::sparse_decode, op, q);
+  return {out, tau, support, tokens};
+}
+
+}  // namespace entmaxkv

@@ -1,0 +1,95 @@
+"""Decoding one step of attention over a cache."""
+
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor
+
+from entmaxkv import ops
+from entmaxkv.cache import PagedKVCache
+from entmaxkv.select import Selector, split_alpha
+
+
+class DecodeInfo(NamedTuple):
+    """What a decode step found.
+
+    Attributes:
+        tau: [batch, q_heads] float32, threshold in units of z = (alpha - 1) s; logsumexp(s) where alpha = 1.
+        support: [batch, q_heads] int32, tokens with p > 0.
+        tokens: [batch, kv_heads] int32, tokens whose keys were read.
+    """
+
+    tau: Tensor
+    support: Tensor
+    tokens: Tensor
+
+
+@overload
+def decode(
+    q: Tensor,
+    cache: PagedKVCache,
+    *,
+    alpha: float | Tensor = ...,
+    scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    select: Selector | None = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def decode(
+    q: Tensor,
+    cache: PagedKVCache,
+    *,
+    alpha: float | Tensor = ...,
+    scale: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    select: Selector | None = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, DecodeInfo]: ...
+
+
+def decode(
+    q: Tensor,
+    cache: PagedKVCache,
+    *,
+    alpha: float | Tensor = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    select: Selector | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, DecodeInfo]:
+    """alpha-entmax attention of the newest token over the cache.
+
+    s_i = scale q.k_i + slope (i - position), z = (alpha - 1) s, p_i = [z_i - tau]_+^(1 / (alpha - 1)) with
+    sum p = 1, out = sum p_i v_i.
+
+    Args:
+        q: [batch, q_heads, head_dim], the cache's dtype; q_heads a multiple of the cache's kv_heads.
+        cache: holds the keys and values, the query's own included.
+        alpha: 1 is softmax, 1.5 the usual entmax, 2 sparsemax; a number in [1, 2] or one per head, [q_heads] float32.
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32, added as slope * (i - position); None for none.
+        select: `TopPages`, `Gaussian` or another selector of pages; None reads the whole cache and is exact.
+        return_info: also return a `DecodeInfo`.
+
+    Returns:
+        out [batch, q_heads, head_dim] in q's dtype, zeros for an empty row; with return_info, (out, DecodeInfo).
+
+    Raises:
+        ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+
+    Example:
+        >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=1, head_dim=64)
+        >>> cache.append(torch.randn(1, 64, 1, 64), torch.randn(1, 64, 1, 64))
+        >>> decode(torch.randn(1, 4, 64), cache).shape
+        torch.Size([1, 4, 64])
+    """
+    number, head_alpha = split_alpha(alpha)
+    pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
+    if select is None:
+        out, *info = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
+    else:
+        chosen = select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+        out, *info = ops.sparse_decode(q, *pool, *chosen, number, scale, alibi_slopes, head_alpha)
+    return (out, DecodeInfo(*info)) if return_info else out

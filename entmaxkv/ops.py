@@ -1,0 +1,398 @@
+"""The torch ops of the library, `torch.ops.entmaxkv.*`: one wrapper, docstring and fake kernel each.
+
+Sizes: `q_heads` is a multiple of `kv_heads`; the `group` = q_heads / kv_heads query heads h, h + 1, ... share KV head
+h // group. A cache is a pool `k_pages`, `v_pages` [pages, kv_heads, page_size, head_dim] (any strides, last dimension
+contiguous; page_size a power of two in 8 ... 128, head_dim <= 256; float32, float16 or bfloat16), a `page_table`
+[batch, max_pages] int32 from logical to physical pages, and `seq_lens` [batch] int32, the tokens in each row. The
+query is the newest token: its position is seq_len - 1. A row with seq_len 0 decodes to zeros.
+
+Scores are s_i = scale q.k_i + slope (i - position), `scale` by default 1 / sqrt(head_dim), `alibi_slopes` [q_heads]
+float32 or None. `alpha` is a number in [1, 2] for all heads; `head_alpha` [q_heads] float32, if given, replaces it.
+
+Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
+CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there they are trusted,
+and tokens beyond a full cache are dropped.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def _load() -> None:
+    """Loads _C, and _cuda where this torch has CUDA."""
+    here = Path(__file__).parent
+    names = ["_C", "_cuda"] if torch.version.cuda else ["_C"]
+    for name in names:
+        for library in here.glob(f"{name}.*so"):
+            torch.ops.load_library(str(library))
+    if not hasattr(torch.ops.entmaxkv, "append_kv"):
+        raise ImportError(f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree")
+
+
+_load()
+_ops = torch.ops.entmaxkv
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_min: Tensor | None,
+    k_max: Tensor | None,
+    k_mean: Tensor | None,
+    k_std: Tensor | None,
+    page_table: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """Appends tokens to every row in place and renews the statistics of the pages they touch.
+
+    `seq_lens` moves last: an interrupted call leaves the cache as it was.
+
+    Args:
+        k, v: [batch, tokens, kv_heads, head_dim], the cache's dtype.
+        lengths: [batch] int32 or None. Row b appends its first lengths[b] tokens; None appends all.
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim]. Written.
+        k_min, k_max: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
+        k_mean, k_std: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32. Written.
+
+    Raises:
+        RuntimeError: a row would outgrow its page table, among others; nothing is written then.
+    """
+    _ops.append_kv(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens)
+
+
+def page_stats(
+    k_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    k_min: Tensor | None,
+    k_max: Tensor | None,
+    k_mean: Tensor | None,
+    k_std: Tensor | None,
+) -> None:
+    """Rebuilds the statistics of every page in use, for caches that were filled without `append_kv`.
+
+    Per page, KV head and coordinate, over the page's tokens: minimum, maximum, mean, and population standard
+    deviation.
+
+    Args:
+        k_pages: [pages, kv_heads, page_size, head_dim].
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        k_min, k_max: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
+        k_mean, k_std: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
+    """
+    _ops.page_stats(k_pages, page_table, seq_lens, k_min, k_max, k_mean, k_std)
+
+
+def score_pages(
+    q: Tensor,
+    k_min: Tensor,
+    k_max: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Upper bounds of the scores of every page.
+
+    score(page) = scale sum_d max(q_d k_min_d, q_d k_max_d) + the best ALiBi bias in the page >= every s_i in it.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_min, k_max: [pages, kv_heads, head_dim], q's dtype.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        page_size: tokens per page.
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+
+    Returns:
+        [batch, q_heads, max_pages] float32, in units of s; -inf for pages behind the last token.
+    """
+    return _ops.score_pages(q, k_min, k_max, page_table, seq_lens, page_size, scale, alibi_slopes)
+
+
+def score_gaussian(
+    q: Tensor,
+    k_mean: Tensor,
+    k_std: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scores of every page, its coordinates taken as independent.
+
+    mean = scale q.k_mean, std^2 = scale^2 sum_d q_d^2 k_std_d^2; the ALiBi biases of the page's tokens add their own
+    mean and variance.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_mean, k_std: [pages, kv_heads, head_dim], q's dtype.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        page_size: tokens per page.
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+
+    Returns:
+        mean, std: [batch, q_heads, max_pages] float32, in units of s; -inf and 0 for pages behind the last token.
+    """
+    return _ops.score_gaussian(q, k_mean, k_std, page_table, seq_lens, page_size, scale, alibi_slopes)
+
+
+def select_pages(
+    scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int, budget: int
+) -> tuple[Tensor, Tensor]:
+    """The best pages of every KV head under a budget of tokens.
+
+    The last page is always kept. The others are ranked by max over the group's heads of (score - the head's best
+    score): heads differ in scale, so each is measured against itself. Ties go to the lower page.
+
+    Args:
+        scores: [batch, q_heads, max_pages] float32, from `score_pages`.
+        seq_lens: [batch] int32.
+        kv_heads: number of KV heads.
+        page_size: tokens per page.
+        budget: tokens per KV head, at least 1; exceeded only where the last page alone is larger.
+
+    Returns:
+        selected: [batch, kv_heads, min(max_pages, ceil(budget / page_size))] int32, logical pages in ascending
+            order, padded with -1.
+        counts: [batch, kv_heads] int32, pages selected.
+    """
+    return _ops.select_pages(scores, seq_lens, kv_heads, page_size, budget)
+
+
+def select_gaussian(
+    mean: Tensor,
+    std: Tensor,
+    seq_lens: Tensor,
+    kv_heads: int,
+    page_size: int,
+    alpha: float = 1.5,
+    quantile: float = 0.5,
+    margin: float = 0.0,
+    head_alpha: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The pages that a Gaussian model of their scores expects to hold weight.
+
+    Scores of a page are taken as N(mean, std^2). Per head, tau solves sum_pages tokens E[(z - tau)_+^beta] = 1 with
+    z = (alpha - 1) s and beta = 1 / (alpha - 1). A page is kept where some head of the group has
+    (alpha - 1)(mean + std Phi^-1(quantile^(1 / page_size))) > tau - margin: where the best of its tokens is expected,
+    at that quantile, to reach the threshold. The last page is always kept; alpha = 1 has no threshold and keeps all.
+
+    Args:
+        mean, std: [batch, q_heads, max_pages] float32, from `score_gaussian`.
+        seq_lens: [batch] int32.
+        kv_heads: number of KV heads.
+        page_size: tokens per page.
+        alpha: in [1, 2].
+        quantile: between 0 and 1; higher keeps more.
+        margin: in units of z; higher keeps more, inf keeps every page.
+        head_alpha: [q_heads] float32 or None.
+
+    Returns:
+        selected: [batch, kv_heads, max_pages] int32, logical pages in ascending order, padded with -1.
+        counts: [batch, kv_heads] int32, pages selected.
+    """
+    return _ops.select_gaussian(mean, std, seq_lens, kv_heads, page_size, alpha, quantile, margin, head_alpha)
+
+
+def sparse_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    selected: Tensor,
+    counts: Tensor,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    head_alpha: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact alpha-entmax attention over the tokens of the selected pages.
+
+    p_i = [z_i - tau]_+^beta with sum p = 1, out = sum p_i v_i. Keys are read once, value rows only where p > 0.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        selected: [batch, kv_heads, max_selected] int32, logical pages, ascending.
+        counts: [batch, kv_heads] int32, how many of them count.
+        alpha: in [1, 2].
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+        head_alpha: [q_heads] float32 or None.
+
+    Returns:
+        out: [batch, q_heads, head_dim], q's dtype. NaN for a head whose q holds NaN.
+        tau: [batch, q_heads] float32, threshold in units of z; logsumexp(s) where alpha = 1.
+        support: [batch, q_heads] int32, tokens with p > 0.
+        tokens: [batch, kv_heads] int32, tokens whose keys were read.
+    """
+    return _ops.sparse_decode(
+        q, k_pages, v_pages, page_table, seq_lens, selected, counts, alpha, scale, alibi_slopes, head_alpha
+    )
+
+
+def dense_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    head_alpha: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact alpha-entmax attention over the whole cache: `sparse_decode` of every page, bit for bit.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        alpha: in [1, 2].
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+        head_alpha: [q_heads] float32 or None.
+
+    Returns:
+        out, tau, support, tokens: as in `sparse_decode`.
+    """
+    return _ops.dense_decode(
+        q, k_pages, v_pages, page_table, seq_lens, alpha, scale, alibi_slopes, head_alpha
+    )
+
+
+def decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_min: Tensor,
+    k_max: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    budget: int,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    head_alpha: Tensor | None = None,
+) -> Tensor:
+    """`score_pages`, `select_pages` and `sparse_decode` in one call.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_pages, v_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
+        k_min, k_max: [pages, kv_heads, head_dim], q's dtype.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        budget: tokens per KV head, at least 1.
+        alpha: in [1, 2].
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+        head_alpha: [q_heads] float32 or None.
+
+    Returns:
+        [batch, q_heads, head_dim], q's dtype.
+    """
+    return _ops.decode(
+        q,
+        k_pages,
+        v_pages,
+        k_min,
+        k_max,
+        page_table,
+        seq_lens,
+        budget,
+        alpha,
+        scale,
+        alibi_slopes,
+        head_alpha,
+    )
+
+
+def _one_device(op: str, **tensors: Tensor | None) -> None:
+    """The check that real kernels make on their arguments, for tensors that have no kernel."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given))
+    for name, tensor in given.items():
+        if tensor.device != given[first].device:
+            raise RuntimeError(
+                f"entmaxkv::{op}: {name}: expected device {given[first].device} (as {first}), got {tensor.device}"
+            )
+
+
+@torch.library.register_fake("entmaxkv::append_kv")
+def _(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens):
+    _one_device("append_kv", k=k, v=v, k_pages=k_pages, v_pages=v_pages, seq_lens=seq_lens)
+
+
+@torch.library.register_fake("entmaxkv::page_stats")
+def _(k_pages, page_table, seq_lens, k_min, k_max, k_mean, k_std):
+    _one_device("page_stats", k_pages=k_pages, page_table=page_table, seq_lens=seq_lens)
+
+
+@torch.library.register_fake("entmaxkv::score_pages")
+def _(q, k_min, k_max, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
+    _one_device("score_pages", q=q, k_min=k_min, k_max=k_max, page_table=page_table, seq_lens=seq_lens)
+    return q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("entmaxkv::score_gaussian")
+def _(q, k_mean, k_std, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
+    _one_device("score_gaussian", q=q, k_mean=k_mean, k_std=k_std, page_table=page_table, seq_lens=seq_lens)
+    mean = q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("entmaxkv::select_pages")
+def _(scores, seq_lens, kv_heads, page_size, budget):
+    _one_device("select_pages", scores=scores, seq_lens=seq_lens)
+    most = min(scores.shape[2], (budget - 1) // page_size + 1)
+    selected = scores.new_empty((scores.shape[0], kv_heads, most), dtype=torch.int32)
+    return selected, selected.new_empty(selected.shape[:2])
+
+
+@torch.library.register_fake("entmaxkv::select_gaussian")
+def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.5, margin=0.0, head_alpha=None):
+    _one_device("select_gaussian", mean=mean, std=std, seq_lens=seq_lens)
+    selected = mean.new_empty((mean.shape[0], kv_heads, mean.shape[2]), dtype=torch.int32)
+    return selected, selected.new_empty(selected.shape[:2])
+
+
+def _fake_decode(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor):
+    _one_device(op, q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens)
+    tau = q.new_empty(q.shape[:2], dtype=torch.float32)
+    support = q.new_empty(q.shape[:2], dtype=torch.int32)
+    tokens = q.new_empty((q.shape[0], k_pages.shape[1]), dtype=torch.int32)
+    return q.new_empty(q.shape), tau, support, tokens
+
+
+@torch.library.register_fake("entmaxkv::sparse_decode")
+def _(q, k_pages, v_pages, page_table, seq_lens, selected, counts, *_, **__):
+    return _fake_decode("sparse_decode", q, k_pages, v_pages, page_table, seq_lens)
+
+
+@torch.library.register_fake("entmaxkv::dense_decode")
+def _(q, k_pages, v_pages, page_table, seq_lens, *_, **__):
+    return _fake_decode("dense_decode", q, k_pages, v_pages, page_table, seq_lens)
+
+
+@torch.library.register_fake("entmaxkv::decode")
+def _(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, budget, *_, **__):
+    return _fake_decode("decode", q, k_pages, v_pages, page_table, seq_lens)[0]

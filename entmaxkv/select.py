@@ -1,0 +1,128 @@
+"""Selectors: which pages of the cache a query reads."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from entmaxkv import ops
+from entmaxkv.cache import PagedKVCache
+
+
+class Selector(Protocol):
+    """Anything that can choose pages for a query."""
+
+    def pages(
+        self,
+        q: Tensor,
+        cache: PagedKVCache,
+        *,
+        alpha: float | Tensor = 1.5,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Chooses pages for every KV head.
+
+        Args:
+            q: [batch, q_heads, head_dim].
+            cache: what to choose from.
+            alpha: in [1, 2], or [q_heads] float32.
+            scale: default 1 / sqrt(head_dim).
+            alibi_slopes: [q_heads] float32 or None.
+
+        Returns:
+            selected: [batch, kv_heads, max_selected] int32, logical pages in ascending order, padded with -1.
+            counts: [batch, kv_heads] int32, pages selected.
+        """
+        ...
+
+
+def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
+    """alpha and head_alpha of the ops, from the one argument of the Python API."""
+    return (1.5, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
+
+
+@dataclass(frozen=True)
+class TopPages:
+    """The pages whose upper bounds come closest to the best, under a budget (arXiv 2605.21649, top-budget).
+
+    Attributes:
+        budget: tokens per KV head whose keys are read.
+    """
+
+    budget: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"TopPages: budget: expected at least 1 token, got {self.budget}")
+
+    def pages(
+        self,
+        q: Tensor,
+        cache: PagedKVCache,
+        *,
+        alpha: float | Tensor = 1.5,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Selector.pages`."""
+        if cache.k_min is None or cache.k_max is None:
+            raise ValueError(
+                "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
+            )
+        scores = ops.score_pages(
+            q, cache.k_min, cache.k_max, cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
+        )
+        return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The pages that a Gaussian model of their scores expects to reach the threshold; the budget follows the query.
+
+    arXiv 2605.21649, Gaussian-aware selection, with the threshold of the page mixture.
+
+    Attributes:
+        quantile: between 0 and 1; a page counts as reaching the threshold when its best token does so at this
+            quantile of its distribution. Higher keeps more.
+        margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
+    """
+
+    quantile: float = 0.5
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"Gaussian: quantile: expected a number between 0 and 1, got {self.quantile}")
+        if self.margin != self.margin:
+            raise ValueError(f"Gaussian: margin: expected a number, got {self.margin}")
+
+    def pages(
+        self,
+        q: Tensor,
+        cache: PagedKVCache,
+        *,
+        alpha: float | Tensor = 1.5,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Selector.pages`."""
+        if cache.k_mean is None or cache.k_std is None:
+            raise ValueError(
+                "Gaussian: cache: expected page moments, got a cache made with moments=False; use moments=True"
+            )
+        mean, std = ops.score_gaussian(
+            q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
+        )
+        alpha, head_alpha = split_alpha(alpha)
+        return ops.select_gaussian(
+            mean,
+            std,
+            cache.seq_lens,
+            cache.kv_heads,
+            cache.page_size,
+            alpha,
+            self.quantile,
+            self.margin,
+            head_alpha,
+        )
