@@ -29,7 +29,9 @@ def find_cuda() -> Path | None:
     if not nvcc or not Path(nvcc).exists():
         return None
     # nvcc may be a wrapper or a link: it knows best where its toolkit is.
-    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True)
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True
+    )
     top = re.search(r"TOP=(\S+)", dry_run.stderr)
     return Path(top.group(1)).resolve() if top else None
 
@@ -37,7 +39,9 @@ def find_cuda() -> Path | None:
 def gencode(cuda: Path) -> list[str]:
     """One -gencode per wanted architecture that this nvcc knows."""
     wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES))
-    known = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = subprocess.run(
+        [cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True
+    ).stdout.split()
     numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in wanted]
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers if f"sm_{n.rstrip('a')}" in known]
     if not flags:
@@ -65,7 +69,15 @@ def cuda_library(cuda: Path) -> cpp_extension.CppExtension:
     if not (libraries[0] / "libtorch_cuda.so").exists():
         stub = ROOT / "build" / "stub"
         stub.mkdir(parents=True, exist_ok=True)
-        command = ["c++", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub / "libtorch_cuda.so"), "-x", "c++"]
+        command = [
+            "c++",
+            "-shared",
+            "-Wl,-soname,libtorch_cuda.so",
+            "-o",
+            str(stub / "libtorch_cuda.so"),
+            "-x",
+            "c++",
+        ]
         subprocess.run([*command, os.devnull], check=True)
         libraries.append(stub)
     return cpp_extension.CppExtension(
@@ -76,7 +88,14 @@ def cuda_library(cuda: Path) -> cpp_extension.CppExtension:
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": [*HOST_FLAGS, "-DUSE_CUDA", *STABLE_ABI],
-            "nvcc": ["-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas=-v", *STABLE_ABI, *gencode(cuda)],
+            "nvcc": [
+                "-O3",
+                "-DUSE_CUDA",
+                "--expt-relaxed-constexpr",
+                "-Xptxas=-v",
+                *STABLE_ABI,
+                *gencode(cuda),
+            ],
         },
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda"],
         py_limited_api=True,

@@ -22,6 +22,7 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
                   op.lengths[row]);
     }
   }
+  check_lengths(args, "seq_lens", [&](int row) { return op.seq_lens[row]; });
   check_pages(args, op.page_table, "seq_lens",
               [&](int row) { return int64_t{op.seq_lens[row]} + (op.lengths ? op.lengths[row] : op.tokens); });
   run(backend::append_kv, op, k_pages);

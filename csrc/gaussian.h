@@ -11,13 +11,13 @@ template <typename Real>
 ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real t, Real beta, Real count) {
   constexpr Real kTail = 6;  // standard deviations; 1e-9 of the weight lies beyond
   if (m + kTail * t <= 0) return;
-  if (t <= 0 || m > kTail * t * beta) {  // so far above the threshold that the spread does not matter
+  if (t <= 0) {
     excess.add(m, beta, count);
     return;
   }
-  if (beta <= 3 && beta == std::floor(beta)) {
+  const Real r = m / t;
+  if (beta <= 15 && beta == std::floor(beta)) {
     // E[y_+^(k+1)] = m E[y_+^k] + k t^2 E[y_+^(k-1)], from Phi and m Phi + t phi.
-    const Real r = m / t;
     Real lower = std::erfc(-r * Real(0.70710678118654752)) / 2;
     Real upper = m * lower + t * Real(0.39894228040143268) * std::exp(-r * r / 2);
     for (int k = 1; k < static_cast<int>(beta); ++k) {
@@ -29,18 +29,21 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
     excess.mass += count * (upper > 0 ? upper : 0);
     return;
   }
-  // Gauss-Legendre, 16 points over the part of m +- 6 t that lies above 0.
-  constexpr Real kNode[8] = {0.09501250983763744, 0.2816035507792589, 0.45801677765722737, 0.6178762444026438,
-                             0.755404408355003,   0.8656312023878318, 0.9445750230732326,  0.9894009349916499};
-  constexpr Real kWeight[8] = {0.18945061045506864, 0.18260341504492364, 0.16915651939500265,  0.1495959888165767,
-                               0.12462897125553407, 0.0951585116824926,  0.062253523938647456, 0.027152459411754176};
-  const Real low = m - kTail * t > 0 ? m - kTail * t : 0;
-  const Real half = (m + kTail * t - low) / 2;
-  for (int i = 0; i < 16; ++i) {
-    const Real y = low + half * (1 + (i < 8 ? kNode[i] : -kNode[i - 8]));
-    const Real r = (y - m) / t;
-    const Real density = Real(0.39894228040143268) * std::exp(-r * r / 2) / t;
-    excess.add(y, beta, count * half * kWeight[i & 7] * density);
+  // With y = m + t x: Gauss-Legendre, 20 points over x within 5 of where y^beta phi(x) peaks, and y > 0.
+  constexpr Real kNode[10] = {0.07652652113349734, 0.22778585114164507, 0.37370608871541955, 0.5108670019508271,
+                              0.636053680726515,   0.7463319064601508,  0.8391169718222188,  0.912234428251326,
+                              0.9639719272779138,  0.993128599185095};
+  constexpr Real kWeight[10] = {0.15275338713072628,  0.14917298647260424, 0.1420961093183824,  0.1316886384491769,
+                                0.1181945319615186,   0.1019301198172407,  0.08327674157670471, 0.06267204833410879,
+                                0.040601429800386446, 0.017614007139150893};
+  const Real root = std::sqrt(r * r + 4 * beta);
+  const Real peak = r > 0 ? 2 * beta / (r + root) : (root - r) / 2;
+  const Real low = peak - 5 > -r ? peak - 5 : -r;
+  const Real half = (peak + 5 - low) / 2;
+  for (int i = 0; i < 20; ++i) {
+    const Real x = low + half * (1 + (i < 10 ? kNode[i] : -kNode[i - 10]));
+    const Real density = Real(0.39894228040143268) * std::exp(-x * x / 2);
+    excess.add(m + t * x, beta, count * half * kWeight[i % 10] * density);
   }
 }
 

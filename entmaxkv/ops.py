@@ -28,7 +28,9 @@ def _load() -> None:
         for library in here.glob(f"{name}.*so"):
             torch.ops.load_library(str(library))
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
-        raise ImportError(f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree")
+        raise ImportError(
+            f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree"
+        )
 
 
 _load()
@@ -180,7 +182,7 @@ def select_gaussian(
     kv_heads: int,
     page_size: int,
     alpha: float = 1.5,
-    quantile: float = 0.5,
+    quantile: float = 0.95,
     margin: float = 0.0,
     head_alpha: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -326,57 +328,56 @@ def decode(
     )
 
 
-def _one_device(op: str, **tensors: Tensor | None) -> None:
-    """The check that real kernels make on their arguments, for tensors that have no kernel."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(given))
-    for name, tensor in given.items():
-        if tensor.device != given[first].device:
+def _one_device(op: str, arguments: dict[str, object]) -> None:
+    """The check that real kernels make on their tensors, for tensors that have no kernel."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if tensor.device != tensors[first].device:
             raise RuntimeError(
-                f"entmaxkv::{op}: {name}: expected device {given[first].device} (as {first}), got {tensor.device}"
+                f"entmaxkv::{op}: {name}: expected the device of {first}, {tensors[first].device}, got {tensor.device}"
             )
 
 
 @torch.library.register_fake("entmaxkv::append_kv")
 def _(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens):
-    _one_device("append_kv", k=k, v=v, k_pages=k_pages, v_pages=v_pages, seq_lens=seq_lens)
+    _one_device("append_kv", locals())
 
 
 @torch.library.register_fake("entmaxkv::page_stats")
 def _(k_pages, page_table, seq_lens, k_min, k_max, k_mean, k_std):
-    _one_device("page_stats", k_pages=k_pages, page_table=page_table, seq_lens=seq_lens)
+    _one_device("page_stats", locals())
 
 
 @torch.library.register_fake("entmaxkv::score_pages")
 def _(q, k_min, k_max, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
-    _one_device("score_pages", q=q, k_min=k_min, k_max=k_max, page_table=page_table, seq_lens=seq_lens)
+    _one_device("score_pages", locals())
     return q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("entmaxkv::score_gaussian")
 def _(q, k_mean, k_std, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
-    _one_device("score_gaussian", q=q, k_mean=k_mean, k_std=k_std, page_table=page_table, seq_lens=seq_lens)
+    _one_device("score_gaussian", locals())
     mean = q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
     return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("entmaxkv::select_pages")
 def _(scores, seq_lens, kv_heads, page_size, budget):
-    _one_device("select_pages", scores=scores, seq_lens=seq_lens)
+    _one_device("select_pages", locals())
     most = min(scores.shape[2], (budget - 1) // page_size + 1)
     selected = scores.new_empty((scores.shape[0], kv_heads, most), dtype=torch.int32)
     return selected, selected.new_empty(selected.shape[:2])
 
 
 @torch.library.register_fake("entmaxkv::select_gaussian")
-def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.5, margin=0.0, head_alpha=None):
-    _one_device("select_gaussian", mean=mean, std=std, seq_lens=seq_lens)
+def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.95, margin=0.0, head_alpha=None):
+    _one_device("select_gaussian", locals())
     selected = mean.new_empty((mean.shape[0], kv_heads, mean.shape[2]), dtype=torch.int32)
     return selected, selected.new_empty(selected.shape[:2])
 
 
-def _fake_decode(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor):
-    _one_device(op, q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens)
+def _new_results(q: Tensor, k_pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau = q.new_empty(q.shape[:2], dtype=torch.float32)
     support = q.new_empty(q.shape[:2], dtype=torch.int32)
     tokens = q.new_empty((q.shape[0], k_pages.shape[1]), dtype=torch.int32)
@@ -384,15 +385,53 @@ def _fake_decode(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_tabl
 
 
 @torch.library.register_fake("entmaxkv::sparse_decode")
-def _(q, k_pages, v_pages, page_table, seq_lens, selected, counts, *_, **__):
-    return _fake_decode("sparse_decode", q, k_pages, v_pages, page_table, seq_lens)
+def _(
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    seq_lens,
+    selected,
+    counts,
+    alpha=1.5,
+    scale=None,
+    alibi_slopes=None,
+    head_alpha=None,
+):
+    _one_device("sparse_decode", locals())
+    return _new_results(q, k_pages)
 
 
 @torch.library.register_fake("entmaxkv::dense_decode")
-def _(q, k_pages, v_pages, page_table, seq_lens, *_, **__):
-    return _fake_decode("dense_decode", q, k_pages, v_pages, page_table, seq_lens)
+def _(
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    seq_lens,
+    alpha=1.5,
+    scale=None,
+    alibi_slopes=None,
+    head_alpha=None,
+):
+    _one_device("dense_decode", locals())
+    return _new_results(q, k_pages)
 
 
 @torch.library.register_fake("entmaxkv::decode")
-def _(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, budget, *_, **__):
-    return _fake_decode("decode", q, k_pages, v_pages, page_table, seq_lens)[0]
+def _(
+    q,
+    k_pages,
+    v_pages,
+    k_min,
+    k_max,
+    page_table,
+    seq_lens,
+    budget,
+    alpha=1.5,
+    scale=None,
+    alibi_slopes=None,
+    head_alpha=None,
+):
+    _one_device("decode", locals())
+    return q.new_empty(q.shape)

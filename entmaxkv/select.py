@@ -71,7 +71,14 @@ class TopPages:
                 "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
             )
         scores = ops.score_pages(
-            q, cache.k_min, cache.k_max, cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
+            q,
+            cache.k_min,
+            cache.k_max,
+            cache.page_table,
+            cache.seq_lens,
+            cache.page_size,
+            scale,
+            alibi_slopes,
         )
         return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
 
@@ -88,7 +95,7 @@ class Gaussian:
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
     """
 
-    quantile: float = 0.5
+    quantile: float = 0.95
     margin: float = 0.0
 
     def __post_init__(self) -> None:
@@ -112,7 +119,14 @@ class Gaussian:
                 "Gaussian: cache: expected page moments, got a cache made with moments=False; use moments=True"
             )
         mean, std = ops.score_gaussian(
-            q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
+            q,
+            cache.k_mean,
+            cache.k_std,
+            cache.page_table,
+            cache.seq_lens,
+            cache.page_size,
+            scale,
+            alibi_slopes,
         )
         alpha, head_alpha = split_alpha(alpha)
         return ops.select_gaussian(

@@ -129,10 +129,12 @@ class Decoder {
       tile_best = scores[i] > tile_best ? scores[i] : tile_best;
     }
     found.best = std::max(found.best, tile_best);
-    const float floor = found.best - static_cast<float>(Entmax<double>(op_.alpha.of(head)).beta);
-    if (!(tile_best > floor)) return;
+    // Rounded down: what is kept here in vain falls to the exact test in solve.
+    const float floor =
+        std::nextafter(static_cast<float>(found.best - Entmax<double>(op_.alpha.of(head)).beta), kNothing);
+    if (!(tile_best >= floor)) return;
     for (int i = 0; i < count; ++i) {
-      if (scores[i] > floor) found.add(tokens[i], scores[i]);
+      if (scores[i] >= floor) found.add(tokens[i], scores[i]);
     }
   }
 

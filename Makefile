@@ -1,0 +1,37 @@
+# make demo   an entmax language model continues a source file, with each way of reading its cache
+# make test   lint, types, build (CUDA too where nvcc is found) and all tests that need no GPU
+# Both set themselves up, in the active virtual environment or else in .venv. TORCH names the torch to install where
+# there is none.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+RUN := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -type f)
+
+.PHONY: demo test bench clean
+
+demo: build/demo.installed
+	$(RUN) examples/generate.py $(ARGS)
+
+test: build/test.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m clang_format --dry-run --Werror $(CXX_SOURCES)
+	$(RUN) -m mypy
+	$(RUN) -m pytest -m "not cuda"
+
+bench: build/bench.installed
+	$(RUN) bench/decode.py $(ARGS)
+
+build/%.installed: $(SOURCES) | $(RUN)
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja
+	$(RUN) -m pip install --no-build-isolation --editable ".[$*]"
+	mkdir -p build && touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so
