@@ -29,9 +29,7 @@ def find_cuda() -> Path | None:
     if not nvcc or not Path(nvcc).exists():
         return None
     # nvcc may be a wrapper or a link: it knows best where its toolkit is.
-    dry_run = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True
-    )
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True)
     top = re.search(r"TOP=(\S+)", dry_run.stderr)
     return Path(top.group(1)).resolve() if top else None
 
@@ -39,9 +37,7 @@ def find_cuda() -> Path | None:
 def gencode(cuda: Path) -> list[str]:
     """One -gencode per wanted architecture that this nvcc knows."""
     wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES))
-    known = subprocess.run(
-        [cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True
-    ).stdout.split()
+    known = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in wanted]
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers if f"sm_{n.rstrip('a')}" in known]
     if not flags:

@@ -27,9 +27,7 @@ KEYS = {"normal": 0.0, "clustered": 0.97}  # correlation of one key with the nex
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_keys(
-    context: int, kv_heads: int, head_dim: int, correlation: float, dtype: torch.dtype
-) -> torch.Tensor:
+def make_keys(context: int, kv_heads: int, head_dim: int, correlation: float, dtype: torch.dtype) -> torch.Tensor:
     """Standard normal keys [1, context, kv_heads, head_dim]; a correlation makes neighbours alike."""
     keys = torch.randn(1, context, kv_heads, head_dim)
     if correlation:
@@ -166,9 +164,7 @@ def main() -> None:
     show(rows, console)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
     if args.json:
-        shape = {
-            name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "alpha")
-        }
+        shape = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "page_size", "alpha")}
         report = {"machine": machine(), "shape": shape, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

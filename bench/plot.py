@@ -13,15 +13,11 @@ def draw(report: dict, to: Path) -> None:
     """One panel per dtype: milliseconds against context, one line per method."""
     rows = [row for row in report["rows"] if row["keys"] == "normal"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = plt.subplots(
-        1, len(dtypes), figsize=(4.5 * len(dtypes), 3.6), sharey=True, squeeze=False
-    )
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(4.5 * len(dtypes), 3.6), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             line = [row for row in rows if (row["dtype"], row["method"]) == (dtype, method)]
-            panel.loglog(
-                [row["context"] for row in line], [row["ms"] for row in line], "o-", label=method, base=2
-            )
+            panel.loglog([row["context"] for row in line], [row["ms"] for row in line], "o-", label=method, base=2)
         panel.set_title(dtype)
         panel.set_xlabel("context, tokens")
         panel.grid(alpha=0.3)
@@ -39,9 +35,7 @@ def draw(report: dict, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("json", type=Path, nargs="?", default=HERE / "results" / "cpu.json")
     parser.add_argument("--out", type=Path, help="picture to write; default: beside the JSON")
     args = parser.parse_args()

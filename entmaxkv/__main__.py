@@ -30,9 +30,7 @@ def main() -> None:
     for name, value in facts.items():
         print(f"{name:10} {value}")
     for schema in schemas:
-        backends = [
-            key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)
-        ]
+        backends = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)]
         print(f"{'+'.join(backends):10} {schema}")
 
 

@@ -28,9 +28,7 @@ def _load() -> None:
         for library in here.glob(f"{name}.*so"):
             torch.ops.load_library(str(library))
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
-        raise ImportError(
-            f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree"
-        )
+        raise ImportError(f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree")
 
 
 _load()
@@ -152,9 +150,7 @@ def score_gaussian(
     return _ops.score_gaussian(q, k_mean, k_std, page_table, seq_lens, page_size, scale, alibi_slopes)
 
 
-def select_pages(
-    scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int, budget: int
-) -> tuple[Tensor, Tensor]:
+def select_pages(scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int, budget: int) -> tuple[Tensor, Tensor]:
     """The best pages of every KV head under a budget of tokens.
 
     The last page is always kept. The others are ranked by max over the group's heads of (score - the head's best
@@ -276,9 +272,7 @@ def dense_decode(
     Returns:
         out, tau, support, tokens: as in `sparse_decode`.
     """
-    return _ops.dense_decode(
-        q, k_pages, v_pages, page_table, seq_lens, alpha, scale, alibi_slopes, head_alpha
-    )
+    return _ops.dense_decode(q, k_pages, v_pages, page_table, seq_lens, alpha, scale, alibi_slopes, head_alpha)
 
 
 def decode(

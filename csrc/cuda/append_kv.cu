@@ -6,8 +6,8 @@
 //      content alone
 //   3. advance: seq_lens moves in a launch of its own, when every block has read the old lengths and no page is
 //      unfinished
-#include "device.cuh"
 #include "kernels.h"
+#include "page_stats.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -30,31 +30,7 @@ __global__ void append_page(AppendKv op) {
     op.k_pages.at<T>(physical, kv_head, slot)[d] = op.k.at<T>(row, token - first, kv_head)[d];
     op.v_pages.at<T>(physical, kv_head, slot)[d] = op.v.at<T>(row, token - first, kv_head)[d];
   }
-
-  const PageStatistics& statistics = op.statistics;
-  if (!statistics.k_min && !statistics.k_mean) return;
-  const int tokens = stop - page * op.page_size;
-  float low = to_float(op.k_pages.at<T>(physical, kv_head, 0)[d]), high = low, sum = low;
-  for (int slot = 1; slot < tokens; ++slot) {
-    const float key = to_float(op.k_pages.at<T>(physical, kv_head, slot)[d]);
-    low = fminf(low, key);
-    high = fmaxf(high, key);
-    sum += key;
-  }
-  if (statistics.k_min) {
-    statistics.k_min.at<T>(physical, kv_head)[d] = from_float<T>(low);
-    statistics.k_max.at<T>(physical, kv_head)[d] = from_float<T>(high);
-  }
-  if (statistics.k_mean) {
-    const float mean = sum / tokens;
-    float squares = 0;
-    for (int slot = 0; slot < tokens; ++slot) {
-      const float distance = to_float(op.k_pages.at<T>(physical, kv_head, slot)[d]) - mean;
-      squares += distance * distance;
-    }
-    statistics.k_mean.at<T>(physical, kv_head)[d] = from_float<T>(mean);
-    statistics.k_std.at<T>(physical, kv_head)[d] = from_float<T>(sqrtf(squares / tokens));
-  }
+  summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, d);
 }
 
 __global__ void advance(AppendKv op) {

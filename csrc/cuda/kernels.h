@@ -9,5 +9,6 @@
 namespace entmaxkv::cuda {
 
 void append_kv(const AppendKv& op, cudaStream_t stream);
+void page_stats(const PageStats& op, cudaStream_t stream);
 
 }  // namespace entmaxkv::cuda

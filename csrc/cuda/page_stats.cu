@@ -1,0 +1,32 @@
+// page_stats on the GPU.
+//   k_pages [pages, kv_heads, page_size, head_dim] -> k_min, k_max, k_mean, k_std [pages, kv_heads, head_dim]
+// Grid (logical page, KV head, row); a block owns one page of one KV head, a thread one dimension. Keys are read once
+// for the extremes and the mean, and again, from the cache, for the deviation.
+#include "kernels.h"
+#include "page_stats.cuh"
+
+namespace entmaxkv::cuda {
+
+namespace {
+
+template <typename T>
+__global__ void summarise(PageStats op) {
+  const int page = blockIdx.x;
+  const int64_t row = blockIdx.z;
+  const int d = threadIdx.x;
+  const int tokens = min(op.page_size, op.seq_lens[row] - page * op.page_size);
+  if (tokens <= 0 || d >= op.head_dim) return;
+  summarise_page<T>(op.k_pages, op.statistics, op.page_table.row(row)[page], blockIdx.y, tokens, d);
+}
+
+}  // namespace
+
+void page_stats(const PageStats& op, cudaStream_t stream) {
+  if (op.batch == 0 || op.max_pages == 0) return;
+  const dim3 grid(op.max_pages, op.kv_heads, op.batch);
+  const int threads = (op.head_dim + 31) / 32 * 32;
+  dispatch(op.dtype, [&](auto element) { summarise<decltype(element)><<<grid, threads, 0, stream>>>(op); });
+  check_launch("page_stats");
+}
+
+}  // namespace entmaxkv::cuda

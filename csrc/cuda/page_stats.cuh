@@ -1,0 +1,37 @@
+// Statistics of one page, shared by append_kv and page_stats.
+#pragma once
+
+#include "device.cuh"
+
+namespace entmaxkv::cuda {
+
+/// Renews dimension d of the statistics of a physical page that holds `tokens` > 0 keys. One thread per dimension; the
+/// page's keys must be visible to it.
+template <typename T>
+__device__ void summarise_page(const Rows& k_pages, const PageStatistics& statistics, int64_t page, int kv_head,
+                               int tokens, int d) {
+  if (!statistics.k_min && !statistics.k_mean) return;
+  float low = to_float(k_pages.at<T>(page, kv_head, 0)[d]), high = low, sum = low;
+  for (int slot = 1; slot < tokens; ++slot) {
+    const float key = to_float(k_pages.at<T>(page, kv_head, slot)[d]);
+    low = fminf(low, key);
+    high = fmaxf(high, key);
+    sum += key;
+  }
+  if (statistics.k_min) {
+    statistics.k_min.at<T>(page, kv_head)[d] = from_float<T>(low);
+    statistics.k_max.at<T>(page, kv_head)[d] = from_float<T>(high);
+  }
+  if (statistics.k_mean) {
+    const float mean = sum / tokens;
+    float squares = 0;
+    for (int slot = 0; slot < tokens; ++slot) {
+      const float distance = to_float(k_pages.at<T>(page, kv_head, slot)[d]) - mean;
+      squares += distance * distance;
+    }
+    statistics.k_mean.at<T>(page, kv_head)[d] = from_float<T>(mean);
+    statistics.k_std.at<T>(page, kv_head)[d] = from_float<T>(sqrtf(squares / tokens));
+  }
+}
+
+}  // namespace entmaxkv::cuda

@@ -1,0 +1,403 @@
+"""What the tests share: devices, the case list, caches of known content, and the tolerance rule.
+
+The rule: the error of a kernel is at most twice the error of the same formula in PyTorch at the precision in
+which the kernel accumulates (fp32), plus half an ulp of the output's type at the output's scale. Both are errors
+against float64 on the inputs as rounded to the kernel's type, and each is the largest over a case.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from entmaxkv import reference
+
+settings.register_profile("entmaxkv", derandomize=True, deadline=None, max_examples=20, database=None)
+settings.load_profile("entmaxkv")
+
+UNIT = 2.0**-24  # half the spacing of fp32 numbers at 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+)
+
+
+@pytest.fixture(scope="session", params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Case(NamedTuple):
+    """One configuration; alpha None stands for a different alpha in each head."""
+
+    dtype: torch.dtype
+    alpha: float | None
+    head_dim: int
+    page_size: int
+    kv_heads: int
+    group: int
+    transposed: bool
+    alibi: bool
+    scale: float | None
+
+    def __str__(self) -> str:
+        words = [str(self.dtype).removeprefix("torch."), f"alpha{self.alpha:.4g}" if self.alpha else "alphas"]
+        words += [f"dim{self.head_dim}", f"page{self.page_size}", f"heads{self.kv_heads}x{self.group}"]
+        words += ["transposed"] * self.transposed + ["alibi"] * self.alibi + [f"scale{self.scale}"] * bool(self.scale)
+        return "-".join(words)
+
+    @property
+    def q_heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def seq_lens(self) -> list[int]:
+        page = self.page_size
+        return [0, 1, page - 1, page, page + 1, 5 * page + 3]
+
+    def cache(self, device: str, seed: int = 0) -> "Cache":
+        return make_cache(
+            self.seq_lens,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            page_size=self.page_size,
+            dtype=self.dtype,
+            device=device,
+            transposed=self.transposed,
+            seed=seed,
+        )
+
+    def query(self, device: str, seed: int = 1) -> Tensor:
+        return make_query(len(self.seq_lens), self.q_heads, self.head_dim, self.dtype, device, seed)
+
+    def slopes(self, device: str) -> Tensor | None:
+        return make_slopes(self.q_heads, device) if self.alibi else None
+
+    def head_alpha(self, device: str) -> Tensor | None:
+        return make_alphas(self.q_heads, device) if self.alpha is None else None
+
+
+# Every pair of values of two columns occurs.
+CASES = [
+    Case(torch.float32, 1.0, 64, 64, 3, 3, True, False, 0.3),
+    Case(torch.float32, 1.25, 96, 32, 2, 1, False, True, 0.3),
+    Case(torch.float32, 1.25, 128, 128, 2, 4, False, False, None),
+    Case(torch.float32, 1.25, 80, 16, 1, 8, True, True, -0.2),
+    Case(torch.float32, 4 / 3, 96, 16, 3, 3, False, True, 0.3),
+    Case(torch.float32, 1.5, 96, 8, 3, 3, True, True, 0.3),
+    Case(torch.float32, 1.5, 33, 16, 2, 4, True, False, 0.3),
+    Case(torch.float32, 1.75, 64, 128, 2, 4, True, False, 0.3),
+    Case(torch.float32, 1.75, 33, 8, 2, 1, False, True, -0.2),
+    Case(torch.float32, 2.0, 256, 32, 1, 8, True, True, 0.3),
+    Case(torch.float32, None, 128, 64, 2, 4, True, True, None),
+    Case(torch.float32, None, 256, 128, 2, 1, True, False, None),
+    Case(torch.float32, None, 33, 32, 3, 3, True, False, -0.2),
+    Case(torch.bfloat16, 1.0, 96, 128, 2, 1, True, True, -0.2),
+    Case(torch.bfloat16, 1.0, 128, 128, 3, 3, False, False, None),
+    Case(torch.bfloat16, 1.0, 256, 16, 1, 8, False, False, None),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@dataclass
+class Cache:
+    """The tensors that the ops take, and the tokens that they hold; all other memory is NaN."""
+
+    k: list[Tensor]  # per row [tokens, kv_heads, head_dim]
+    v: list[Tensor]
+    k_pages: Tensor
+    v_pages: Tensor
+    k_min: Tensor
+    k_max: Tensor
+    k_mean: Tensor
+    k_std: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    page_size: int
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k_min, self.k_max, self.k_mean, self.k_std
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k_pages, self.v_pages, *self.statistics, self.page_table, self.seq_lens
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.seq_lens.tolist()
+
+    def used(self, row: int) -> Tensor:
+        """Physical pages of a row."""
+        return self.page_table[row, : -(-self.lengths[row] // self.page_size)].long()
+
+    def used_pages(self) -> Tensor:
+        return torch.cat([self.used(row) for row in range(len(self.k))])
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        torch.ops.entmaxkv.append_kv(k, v, lengths, *self.tensors)
+
+    def dense(self, q: Tensor, alpha: float = 1.5, scale: float | None = None, **options: Tensor | None) -> "Decoded":
+        table = self.page_table, self.seq_lens
+        return Decoded(*torch.ops.entmaxkv.dense_decode(q, self.k_pages, self.v_pages, *table, alpha, scale, **options))
+
+    def sparse(
+        self,
+        q: Tensor,
+        selected: Tensor,
+        counts: Tensor,
+        alpha: float = 1.5,
+        scale: float | None = None,
+        **options: Tensor | None,
+    ) -> "Decoded":
+        inputs = q, self.k_pages, self.v_pages, self.page_table, self.seq_lens, selected, counts
+        return Decoded(*torch.ops.entmaxkv.sparse_decode(*inputs, alpha, scale, **options))
+
+    def row(self, row: int) -> "Cache":
+        """A batch of one row over the same pool."""
+        table = self.page_table[row : row + 1], self.seq_lens[row : row + 1]
+        pool = self.k_pages, self.v_pages, *self.statistics
+        return Cache(self.k[row : row + 1], self.v[row : row + 1], *pool, *table, self.page_size)
+
+    def permuted(self, seed: int = 7) -> "Cache":
+        """The same logical content in other physical pages."""
+        to = torch.randperm(len(self.k_pages), generator=torch.Generator().manual_seed(seed)).to(self.k_pages.device)
+        pool = [torch.empty_like(x).index_copy_(0, to, x) for x in (self.k_pages, self.v_pages, *self.statistics)]
+        return Cache(self.k, self.v, *pool, to.int()[self.page_table.long()], self.seq_lens.clone(), self.page_size)
+
+    def clone(self) -> "Cache":
+        return Cache(self.k, self.v, *(x.clone() for x in self.tensors), self.page_size)
+
+
+class Decoded(NamedTuple):
+    out: Tensor
+    tau: Tensor
+    support: Tensor
+    tokens: Tensor
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def make_pages(k: list[Tensor], page_table: Tensor, page_size: int, pages: int, transposed: bool = False) -> Tensor:
+    """A pool that holds each row of k under the page table, NaN elsewhere."""
+    _, kv_heads, head_dim = k[0].shape
+    if transposed:
+        pool = k[0].new_full((pages, page_size, kv_heads, head_dim), torch.nan).transpose(1, 2)
+    else:
+        pool = k[0].new_full((pages, kv_heads, page_size, head_dim), torch.nan)
+    for row, tokens in enumerate(k):
+        for page, part in enumerate(tokens.split(page_size) if len(tokens) else ()):
+            pool[page_table[row, page], :, : len(part)] = part.transpose(0, 1)
+    return pool
+
+
+def make_cache(
+    seq_lens: list[int],
+    *,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    transposed: bool = False,
+    max_pages: int | None = None,
+    seed: int = 0,
+    k: list[Tensor] | None = None,
+    v: list[Tensor] | None = None,
+) -> Cache:
+    """A cache in shuffled physical pages, with spare ones; normal keys and values unless given."""
+    shapes = [(n, kv_heads, head_dim) for n in seq_lens]
+    if k is None:
+        k = [draw(*shape, seed=1000 * seed + row) for row, shape in enumerate(shapes)]
+    if v is None:
+        v = [draw(*shape, seed=1000 * seed + 500 + row) for row, shape in enumerate(shapes)]
+    k, v = ([x.to(dtype).to(device) for x in rows] for rows in (k, v))
+    max_pages = max_pages or -(-max(seq_lens) // page_size) + 2
+    pages = len(seq_lens) * max_pages + 3
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).int()
+    page_table = order[: len(seq_lens) * max_pages].view(len(seq_lens), max_pages)
+    statistics = [torch.full((pages, kv_heads, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(4)]
+    for row, tokens in enumerate(k):
+        if len(tokens):
+            used = page_table[row, : -(-len(tokens) // page_size)].long()
+            values = *reference.page_bounds(tokens, page_size), *reference.page_moments(tokens, page_size)
+            for statistic, value in zip(statistics, values, strict=True):
+                statistic[used] = value.to(dtype)
+    return Cache(
+        k,
+        v,
+        make_pages(k, page_table, page_size, pages, transposed),
+        make_pages(v, page_table, page_size, pages, transposed),
+        *statistics,
+        page_table.to(device),
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        page_size,
+    )
+
+
+def make_query(
+    batch: int,
+    q_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 1,
+) -> Tensor:
+    """Normal queries whose heads range from wide supports to narrow ones."""
+    strength = torch.logspace(-1, 0.8, q_heads)[:, None]
+    return (draw(batch, q_heads, head_dim, seed=seed) * strength).to(dtype).to(device)
+
+
+def make_slopes(q_heads: int, device: str = "cpu") -> Tensor:
+    """ALiBi slopes, one head without and the rest from 1/2 down."""
+    slopes = 2.0 ** -torch.arange(q_heads, dtype=torch.float32)
+    slopes[0] = 0
+    return slopes.to(device)
+
+
+def make_alphas(q_heads: int, device: str = "cpu") -> Tensor:
+    return torch.tensor([1.5, 1.0, 2.0, 1.1, 4 / 3, 1.25, 1.75]).repeat(5)[:q_heads].to(device)
+
+
+def selection(keep: list[Tensor], width: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Page masks, per row [kv_heads, pages], as the ops write them: ascending, padded with -1, and counts."""
+    selected = torch.full((len(keep), len(keep[0]), width), -1, dtype=torch.int32)
+    for row, head in itertools.product(range(len(keep)), range(len(keep[0]))):
+        pages = keep[row][head].nonzero().flatten()
+        selected[row, head, : len(pages)] = pages
+    counts = torch.stack([mask.sum(-1).int().cpu() for mask in keep])
+    return selected.to(device), counts.to(device)
+
+
+def token_mask(pages: Tensor, page_size: int, seq_len: int) -> Tensor:
+    """A page mask [kv_heads, pages] as a token mask [kv_heads, seq_len]."""
+    return pages.repeat_interleave(page_size, 1)[:, :seq_len]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def assert_same_bits(got: Iterable[Tensor], want: Iterable[Tensor]) -> None:
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b)), f"tensor {index} differs in its bits"
+
+
+def half_ulp(dtype: torch.dtype, scale: float) -> float:
+    info = torch.finfo(dtype)
+    return info.eps / 2 * max(scale, info.smallest_normal)
+
+
+class Rule:
+    """The tolerance rule over everything that was added to it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.error = self.plain_error = self.scale = 0.0
+
+    def add(self, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+        """Compares the kernel's result and PyTorch's with the truth, all of one shape."""
+        assert got.dtype == self.dtype and got.shape == truth.shape
+        if truth.numel():
+            assert got.isfinite().all(), "result is not finite"
+            self.error = max(self.error, (got.double() - truth).abs().max().item())
+            self.plain_error = max(self.plain_error, (plain.double() - truth).abs().max().item())
+            self.scale = max(self.scale, truth.abs().max().item())
+
+    def check(self) -> None:
+        allowed = 2 * self.plain_error + half_ulp(self.dtype, self.scale)
+        assert self.error <= allowed, (
+            f"error {self.error:.3g} > {allowed:.3g}: twice {self.plain_error:.3g}, ulps at {self.scale:.3g}"
+        )
+
+
+def score_error(q: Tensor, k: Tensor, scale: float | None, alibi_slopes: Tensor | None) -> Tensor:
+    """Bound on the rounding of an fp32 score: head_dim + 4 units of its terms' sizes. [q_heads, tokens]"""
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    size = reference.scores(q.abs(), k.abs(), scale=abs(scale))
+    if alibi_slopes is not None:
+        size = size + reference.scores(torch.zeros_like(q), k, alibi_slopes=alibi_slopes).abs()
+    return (k.shape[-1] + 4) * UNIT * size
+
+
+def check_decode(
+    cache: Cache,
+    q: Tensor,
+    got: Decoded,
+    *,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    head_alpha: Tensor | None = None,
+    keep: list[Tensor] | None = None,
+) -> None:
+    """Compares a decode, over the kept pages or all, with the oracle: out by the rule, tau by score rounding.
+
+    Scores that are off by e move tau by at most (alpha - 1) e, a mass that is off by m by at most (alpha - 1) m,
+    as it falls with slope at least 1/(alpha - 1). A token that close to tau may count as support or not.
+    """
+    batch, q_heads, _ = q.shape
+    kv_heads = cache.k_pages.shape[1]
+    assert got.tau.dtype == torch.float32 and got.tau.shape == (batch, q_heads)
+    assert got.support.dtype == torch.int32 and got.support.shape == (batch, q_heads)
+    assert got.tokens.dtype == torch.int32 and got.tokens.shape == (batch, kv_heads)
+    rule = Rule(q.dtype)
+    a = (
+        torch.full((q_heads,), alpha, dtype=torch.float64, device=q.device)
+        if head_alpha is None
+        else head_alpha.double()
+    )
+    for row, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+        seen = torch.ones(kv_heads, len(k), dtype=torch.bool, device=q.device)
+        if keep is not None:
+            seen = token_mask(keep[row], cache.page_size, len(k))
+        options = {"alpha": a, "scale": scale, "alibi_slopes": alibi_slopes, "keep": seen}
+        out, _, tau = reference.attention(q[row], k, v, **options)
+        rule.add(got.out[row], reference.attention(q[row], k, v, **options, dtype=torch.float32)[0], out)
+        assert torch.equal(got.tokens[row].long(), seen.sum(-1))
+
+        seen = seen.repeat_interleave(q_heads // kv_heads, 0)
+        empty = ~seen.any(-1)
+        s = reference.scores(q[row], k, scale=scale, alibi_slopes=alibi_slopes).masked_fill(~seen, -torch.inf)
+        error = score_error(q[row], k, scale, alibi_slopes).masked_fill(~seen, 0).amax(-1) if len(k) else 0 * tau
+        softmax = a == 1
+        z = torch.where(softmax, 1, a - 1)[:, None] * s
+        slack = torch.where(softmax, 1, a - 1) * (error + 1e-6) + 4 * UNIT * tau.abs()
+        off = (got.tau[row].double() - tau).abs()
+        assert (off <= slack).all(), f"tau of row {row} is off by {off.tolist()}, allowed {slack.tolist()}"
+
+        above = z - tau[:, None]
+        # A weight below the smallest normal fp32 number may count as 0.
+        tiny = torch.where(softmax, -126 * math.log(2), 2.0 ** (-126 * (a - 1)))
+        least = (above > torch.where(softmax, tiny, tiny.maximum(2 * slack))[:, None]).sum(-1)
+        most = (seen & (softmax[:, None] | (above > -2 * slack[:, None]))).sum(-1)
+        least, most = (count.masked_fill(empty, 0) for count in (least, most))
+        support = got.support[row]
+        assert ((least <= support) & (support <= most)).all(), (
+            f"support {support.tolist()} of row {row}: {least}..{most}"
+        )
+    rule.check()

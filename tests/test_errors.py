@@ -1,0 +1,352 @@
+"""Wrong calls: each names its argument, says expected and got, and leaves the cache as it was."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_same_bits, draw, make_cache, make_query, selection
+
+import entmaxkv
+
+OPS = torch.ops.entmaxkv
+MAX_PAGES = 4  # of 16 tokens
+
+
+def good(device: str) -> SimpleNamespace:
+    """Arguments that fit together: batch 2, 4 query and 2 KV heads of 64, 40 and 17 tokens."""
+    cache = make_cache([40, 17], max_pages=MAX_PAGES, device=device)
+    for x in cache.tensors[:6]:
+        x.nan_to_num_()
+    keep = [torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)]
+    selected, counts = selection(keep, MAX_PAGES, device)
+    fields = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "page_table", "seq_lens"
+    return SimpleNamespace(
+        **dict(zip(fields, cache.tensors, strict=True)),
+        q=make_query(2, 4, 64, device=device),
+        k=draw(2, 3, 2, 64, device=device),
+        v=draw(2, 3, 2, 64, device=device, seed=1),
+        lengths=torch.tensor([3, 1], dtype=torch.int32, device=device),
+        scores=draw(2, 4, MAX_PAGES, device=device),
+        mean=draw(2, 4, MAX_PAGES, device=device),
+        std=draw(2, 4, MAX_PAGES, device=device).abs(),
+        selected=selected,
+        counts=counts,
+        page_size=16,
+        kv_heads=2,
+        budget=32,
+        alpha=1.5,
+        quantile=0.5,
+        margin=0.0,
+        scale=None,
+        alibi_slopes=None,
+        head_alpha=None,
+    )
+
+
+def call(op: str, x: SimpleNamespace) -> object:
+    function = getattr(OPS, op)
+    return function(*(getattr(x, argument.name) for argument in function.default._schema.arguments))
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values with a last dimension that is not contiguous."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def ints(*values: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: torch.tensor(values, dtype=torch.int32, device=x.device)
+
+
+def poke(value: float, *index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+def floats(*values: float) -> Callable[[object], torch.Tensor]:
+    return lambda _: torch.tensor(values)
+
+
+# op, argument, what is done to it, name in the message if another
+SHAPES = [
+    ("append_kv", "k", lambda x: x[0]),
+    ("append_kv", "k", lambda x: x[:1], "v"),
+    ("append_kv", "k", lambda x: x[..., :32], "v"),
+    ("append_kv", "v", lambda x: x[:, :2]),
+    ("append_kv", "v", lambda x: x[:, :, :1]),
+    ("append_kv", "k", lambda x: x.half()),
+    ("append_kv", "v", lambda x: x.double()),
+    ("append_kv", "k", spread),
+    ("append_kv", "v", spread),
+    ("append_kv", "k_pages", lambda x: x[0]),
+    ("append_kv", "k_pages", lambda x: x.int()),
+    ("append_kv", "v_pages", lambda x: x[:-1]),
+    ("append_kv", "v_pages", spread),
+    ("append_kv", "k_pages", lambda x: x.repeat(1, 1, 16, 1), "v_pages"),
+    ("append_kv", "lengths", lambda x: x[:1]),
+    ("append_kv", "lengths", lambda x: x.long()),
+    ("append_kv", "k_min", lambda x: x[:-1]),
+    ("append_kv", "k_max", lambda x: x[..., :32]),
+    ("append_kv", "k_mean", lambda x: x.bfloat16()),
+    ("append_kv", "k_std", lambda _: None),
+    ("append_kv", "k_min", lambda _: None),
+    ("append_kv", "page_table", lambda x: x[:1]),
+    ("append_kv", "page_table", lambda x: x.long()),
+    ("append_kv", "seq_lens", lambda x: x[:, None]),
+    ("append_kv", "seq_lens", lambda x: x.float()),
+    ("page_stats", "k_pages", lambda x: x[:, 0]),
+    ("page_stats", "k_pages", lambda x: x[:, :, :12], "page_size"),
+    ("page_stats", "k_max", lambda x: x[:, :1]),
+    ("page_stats", "k_mean", lambda _: None),
+    ("page_stats", "seq_lens", lambda x: x.repeat(2)),
+    ("score_pages", "q", lambda x: x[0]),
+    ("score_pages", "q", lambda x: x[:, :3], "q_heads"),
+    ("score_pages", "q", lambda x: x[..., :63], "k_min"),
+    ("score_pages", "q", lambda x: x.double()),
+    ("score_pages", "q", spread),
+    ("score_pages", "k_min", lambda x: x.half()),
+    ("score_pages", "k_max", lambda x: x[:-1]),
+    ("score_pages", "page_size", lambda _: 24),
+    ("score_pages", "page_size", lambda _: 4),
+    ("score_pages", "page_size", lambda _: 256),
+    ("score_pages", "page_size", lambda _: -16),
+    ("score_pages", "alibi_slopes", floats(1, 2)),
+    ("score_pages", "alibi_slopes", lambda _: torch.zeros(4, dtype=torch.float64)),
+    ("score_gaussian", "k_std", lambda x: x[..., :32]),
+    ("score_gaussian", "k_mean", spread),
+    ("score_gaussian", "page_size", lambda _: 0),
+    ("select_pages", "scores", lambda x: x[0]),
+    ("select_pages", "scores", lambda x: x.double()),
+    ("select_pages", "budget", lambda _: 0),
+    ("select_pages", "budget", lambda _: -5),
+    ("select_pages", "kv_heads", lambda _: 0),
+    ("select_pages", "kv_heads", lambda _: 3, "q_heads"),
+    ("select_pages", "page_size", lambda _: 17),
+    ("select_pages", "seq_lens", lambda x: x[:1]),
+    ("select_gaussian", "std", lambda x: x[..., 1:]),
+    ("select_gaussian", "alpha", lambda _: 0.9),
+    ("select_gaussian", "alpha", lambda _: 2.5),
+    ("select_gaussian", "quantile", lambda _: 0.0),
+    ("select_gaussian", "quantile", lambda _: 1.5),
+    ("select_gaussian", "margin", lambda _: math.nan),
+    ("select_gaussian", "head_alpha", floats(1.5)),
+    ("sparse_decode", "q", lambda x: x.bfloat16(), "k_pages"),
+    ("sparse_decode", "q", spread),
+    ("sparse_decode", "selected", lambda x: x[:, :1]),
+    ("sparse_decode", "selected", lambda x: x.long()),
+    ("sparse_decode", "counts", lambda x: x[0]),
+    ("sparse_decode", "alpha", lambda _: math.nan),
+    ("sparse_decode", "head_alpha", floats(1.5, 1.5)),
+    ("dense_decode", "q", lambda x: x[:1], "page_table"),
+    ("dense_decode", "q", lambda x: x.repeat(1, 1, 5), "k_pages"),
+    ("dense_decode", "v_pages", lambda x: x.half()),
+    ("dense_decode", "v_pages", lambda x: x.transpose(2, 3)),
+    ("dense_decode", "k_pages", spread),
+    ("dense_decode", "page_table", lambda x: x[0]),
+    ("dense_decode", "page_table", spread),
+    ("dense_decode", "alpha", lambda _: 0.0),
+    ("dense_decode", "alpha", lambda _: 2.0001),
+    ("dense_decode", "alibi_slopes", floats(1, 2, 3)),
+    ("decode", "k_min", lambda x: x[:, :1]),
+    ("decode", "k_max", lambda x: x.half()),
+    ("decode", "budget", lambda _: 0),
+    ("decode", "alpha", lambda _: 3.0),
+    ("decode", "k_pages", lambda x: x[0]),
+]
+
+# Values in memory, which only a host can look at without waiting for the device.
+VALUES = [
+    ("append_kv", "lengths", ints(4, 1)),
+    ("append_kv", "lengths", ints(-1, 1)),
+    ("append_kv", "seq_lens", ints(62, 17)),
+    ("append_kv", "seq_lens", ints(64, 17)),
+    ("append_kv", "seq_lens", ints(-1, 17)),
+    ("append_kv", "page_table", poke(-1, 0, 2)),
+    ("append_kv", "page_table", poke(10**6, 1, 1)),
+    ("page_stats", "page_table", poke(11, 1, 0)),
+    ("page_stats", "seq_lens", ints(65, 17)),
+    ("score_pages", "page_table", poke(-7, 0, 0)),
+    ("score_pages", "seq_lens", ints(40, -1)),
+    ("score_gaussian", "page_table", poke(11, 0, 1)),
+    ("select_pages", "seq_lens", ints(65, 17)),
+    ("select_gaussian", "seq_lens", ints(-3, 17)),
+    ("select_gaussian", "head_alpha", floats(1.5, 0.5, 1.5, 1.5)),
+    ("sparse_decode", "selected", poke(3, 0, 0, 2)),
+    ("sparse_decode", "selected", poke(-1, 0, 0, 0)),
+    ("sparse_decode", "selected", poke(10**6, 1, 0, 1)),
+    ("sparse_decode", "counts", poke(5, 0, 0)),
+    ("sparse_decode", "counts", poke(-1, 1, 1)),
+    ("sparse_decode", "page_table", poke(11, 0, 2)),
+    ("dense_decode", "page_table", poke(11, 1, 1)),
+    ("dense_decode", "seq_lens", ints(40, 65)),
+    ("dense_decode", "head_alpha", floats(1.5, math.nan, 1.5, 1.5)),
+    ("decode", "page_table", poke(-1, 0, 0)),
+]
+
+DEVICES = [
+    (op, argument, lambda x: x.to("meta"))
+    for op, argument in [
+        ("append_kv", "k"),
+        ("append_kv", "v_pages"),
+        ("append_kv", "seq_lens"),
+        ("page_stats", "page_table"),
+        ("score_pages", "q"),
+        ("select_pages", "seq_lens"),
+        ("sparse_decode", "selected"),
+        ("dense_decode", "q"),
+        ("dense_decode", "v_pages"),
+        ("decode", "k_max"),
+    ]
+]
+
+
+def check_error(error: pytest.ExceptionInfo, name: str) -> None:
+    text = str(error.value)
+    for part in (name, "expected", "got"):
+        assert part in text, text
+
+
+def check_op(device: str, op: str, argument: str, change: Callable, name: str | None = None) -> None:
+    x = good(device)
+    call(op, x)
+    x = good(device)
+    before = {key: value for key, value in vars(x).items() if isinstance(value, torch.Tensor)}
+    copies = {key: value.clone() for key, value in before.items()}
+    setattr(x, argument, change(getattr(x, argument)))
+    with pytest.raises(RuntimeError) as error:
+        call(op, x)
+    check_error(error, name or argument)
+    assert f"entmaxkv::{op}" in str(error.value) or op == "decode"
+    assert_same_bits(before.values(), copies.values())
+
+
+def ids(case: object) -> str | None:
+    return case if isinstance(case, str) else None
+
+
+def table(rows: list[tuple]) -> list:
+    return [pytest.param(*row, *([None] * (4 - len(row))), id=f"{i}-{row[0]}-{row[1]}") for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("op", "argument", "change", "name"), table(SHAPES))
+def test_shapes_dtypes_and_numbers(device, op, argument, change, name):
+    check_op(device, op, argument, change, name)
+
+
+@pytest.mark.parametrize(("op", "argument", "change", "name"), table(VALUES))
+def test_values(op, argument, change, name):
+    check_op("cpu", op, argument, change, name)
+
+
+@pytest.mark.parametrize(("op", "argument", "change", "name"), table(DEVICES))
+def test_devices(device, op, argument, change, name):
+    x = good(device)
+    before = {key: value for key, value in vars(x).items() if isinstance(value, torch.Tensor)}
+    copies = {key: value.clone() for key, value in before.items()}
+    setattr(x, argument, change(getattr(x, argument)))
+    with pytest.raises(RuntimeError) as error:
+        call(op, x)
+    for part in ("expected", "got"):
+        assert part in str(error.value), str(error.value)
+    assert_same_bits(before.values(), copies.values())
+
+
+def cache_of(**options: object) -> entmaxkv.PagedKVCache:
+    cache = entmaxkv.PagedKVCache(2, 64, 2, 64, **options)
+    cache.append(draw(2, 62, 2, 64), draw(2, 62, 2, 64))
+    return cache
+
+
+TOKEN = draw(2, 1, 2, 64)
+QUERY = make_query(2, 4, 64)
+TOP, GAUSSIAN = entmaxkv.TopPages(budget=32), entmaxkv.Gaussian()
+
+# id, argument in the message, options of the cache, call
+PYTHON = [
+    ("full cache", "seq_lens", {}, lambda c: c.append(draw(2, 3, 2, 64), draw(2, 3, 2, 64))),
+    ("key of another head_dim", "k", {}, lambda c: c.append(TOKEN[..., :32], TOKEN)),
+    ("value of another batch", "v", {}, lambda c: c.append(TOKEN, TOKEN[:1])),
+    ("keys of another dtype", "k", {}, lambda c: c.append(TOKEN.half(), TOKEN.half())),
+    (
+        "lengths beyond the tokens",
+        "lengths",
+        {},
+        lambda c: c.append(TOKEN, TOKEN, torch.tensor([2, 1]).int()),
+    ),
+    ("lengths of int64", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([1, 1]))),
+    ("query of another rank", "q", {}, lambda c: entmaxkv.decode(QUERY[0], c)),
+    ("query heads not a multiple", "q_heads", {}, lambda c: entmaxkv.decode(QUERY[:, :3], c)),
+    ("query of another dtype", "float16", {}, lambda c: entmaxkv.decode(QUERY.half(), c)),
+    ("query on another device", "q", {}, lambda c: entmaxkv.decode(QUERY.to("meta"), c)),
+    ("alpha below 1", "alpha", {}, lambda c: entmaxkv.decode(QUERY, c, alpha=0.5)),
+    ("alpha above 2", "alpha", {}, lambda c: entmaxkv.decode(QUERY, c, alpha=2.5, select=TOP)),
+    (
+        "alpha of a head above 2",
+        "alpha",
+        {},
+        lambda c: entmaxkv.decode(QUERY, c, alpha=torch.tensor([1.5, 1.5, 3.0, 1])),
+    ),
+    (
+        "alpha for too few heads",
+        "alpha",
+        {},
+        lambda c: entmaxkv.decode(QUERY, c, alpha=torch.tensor([1.5, 1.5])),
+    ),
+    (
+        "slopes for too few heads",
+        "alibi_slopes",
+        {},
+        lambda c: entmaxkv.decode(QUERY, c, alibi_slopes=torch.ones(3)),
+    ),
+    (
+        "top pages without bounds",
+        "minmax",
+        {"minmax": False},
+        lambda c: entmaxkv.decode(QUERY, c, select=TOP),
+    ),
+    (
+        "gaussian without moments",
+        "moments",
+        {"moments": False},
+        lambda c: entmaxkv.decode(QUERY, c, select=GAUSSIAN),
+    ),
+    ("budget 0", "budget", {}, lambda c: entmaxkv.decode(QUERY, c, select=entmaxkv.TopPages(budget=0))),
+    (
+        "quantile 1",
+        "quantile",
+        {},
+        lambda c: entmaxkv.decode(QUERY, c, select=entmaxkv.Gaussian(quantile=1.0)),
+    ),
+    (
+        "quantile below 0",
+        "quantile",
+        {},
+        lambda c: entmaxkv.decode(QUERY, c, select=entmaxkv.Gaussian(quantile=-0.1)),
+    ),
+    ("page_size not a power of two", "page_size", {}, lambda _: cache_of(page_size=24)),
+    ("page_size too small", "page_size", {}, lambda _: cache_of(page_size=4)),
+    ("dtype of integers", "dtype", {}, lambda _: cache_of(dtype=torch.int8)),
+    ("head_dim too large", "head_dim", {}, lambda _: entmaxkv.PagedKVCache(1, 16, 1, 257)),
+    ("no heads", "kv_heads", {}, lambda _: entmaxkv.PagedKVCache(1, 16, 0, 64)),
+    ("no rows", "batch", {}, lambda _: entmaxkv.PagedKVCache(0, 16, 1, 64)),
+    ("no tokens", "max_tokens", {}, lambda _: entmaxkv.PagedKVCache(1, 0, 1, 64)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "wrong"), [pytest.param(*row[1:], id=row[0]) for row in PYTHON])
+def test_python(name, options, wrong):
+    cache = cache_of(**options)
+    names = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "page_table", "seq_lens"
+    tensors = [x for x in (getattr(cache, name) for name in names) if x is not None]
+    before = [x.clone() for x in tensors]
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        wrong(cache)
+    check_error(error, name)
+    assert_same_bits(tensors, before)
+    cache.append(TOKEN, TOKEN)
+    assert cache.seq_lens.tolist() == [63, 63]

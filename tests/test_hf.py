@@ -1,0 +1,316 @@
+"""The transformers integration, on the model that ships."""
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import entmaxkv
+from entmaxkv import reference
+
+pytest.importorskip("transformers")
+hf = importlib.import_module("entmaxkv.hf")
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "stdlib-entmax"
+TEXT = (ROOT / "examples" / "corpus.py").read_bytes()
+
+
+def dense_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
+    """Causal attention by the oracle, all scores at once: what the cache must not change."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    s = scaling * query.double() @ key.double().transpose(2, 3)
+    future = torch.ones(s.shape[2:], dtype=torch.bool).triu(1 + s.shape[3] - s.shape[2])
+    p, _ = reference.entmax(s.masked_fill(future, -torch.inf), module.config.entmax_alpha)
+    return (p @ value.double()).transpose(1, 2).to(query.dtype), None
+
+
+AttentionInterface.register("entmaxkv_test_dense", dense_attention)
+AttentionMaskInterface.register("entmaxkv_test_dense", lambda *args, **kwargs: None)
+
+
+def load(implementation=hf.NAME):
+    return AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=implementation, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def dense_model():
+    return load("entmaxkv_test_dense")
+
+
+def ids(*texts):
+    """Token ids and mask of a left-padded batch."""
+    width = max(map(len, texts))
+    rows = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    return rows, mask
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_model_ships(model):
+    assert (MODEL / "model.safetensors").stat().st_size <= 8_000_000
+    assert model.config.entmax_alpha == 1.5
+    assert 0 < sum(model.config.no_rope_layers) < model.config.num_hidden_layers
+    text = "naïve\n\tĀ \x00 'Ġ' ∂x\r\n"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+@torch.no_grad()
+def test_prefill_and_decode_equal_recomputation(model, dense_model):
+    rows, _ = ids(TEXT[:300])
+    expected = dense_model(input_ids=rows, use_cache=False).logits
+    cache = hf.EntmaxCache(model.config, max_tokens=300)
+    steps = (200, 90, *[1] * 10)
+    got = [model(input_ids=chunk, past_key_values=cache).logits for chunk in rows.split(steps, dim=1)]
+    close(torch.cat(got, dim=1), expected)
+    assert cache.get_seq_length() == 300
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 100], ids="chunk{}".format)
+def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
+    rows, _ = ids(TEXT[:41])
+    caches = [hf.EntmaxCache(model.config, max_tokens=64) for _ in range(2)]
+    model(input_ids=rows, past_key_values=caches[0])
+    for part in rows.split(chunk, dim=1):
+        model(input_ids=part, past_key_values=caches[1])
+    first, second = (cache.layers[0].paged for cache in caches)
+    assert first.seq_lens.tolist() == second.seq_lens.tolist() == [41]
+    for a, b in zip(*([c.k_pages[:2], c.v_pages[:2], c.k_min[:2], c.k_max[:2]] for c in (first, second)), strict=True):
+        close(a, b)
+
+
+@torch.no_grad()
+def test_other_caches_equal_recomputation(model, dense_model):
+    rows, _ = ids(TEXT[:60])
+    expected = dense_model(input_ids=rows, use_cache=False).logits
+    close(model(input_ids=rows, use_cache=False).logits, expected)
+    cache = DynamicCache(config=model.config)
+    got = [model(input_ids=chunk, past_key_values=cache).logits for chunk in rows.split((57, 1, 2), dim=1)]
+    close(torch.cat(got, dim=1), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["entmax", "dynamic"])
+def test_padded_batch_equals_rows_alone(model, kind):
+    texts = [TEXT[:50], TEXT[100:105], TEXT[200:233]]
+    rows, mask = ids(*texts)
+    cache = hf.EntmaxCache(model.config, 80, batch=3) if kind == "entmax" else DynamicCache(config=model.config)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=rows, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+    for _ in range(3):
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+        step = {
+            "attention_mask": mask,
+            "position_ids": mask.sum(1, keepdim=True) - 1,
+            "past_key_values": cache,
+        }
+        last = model(input_ids=torch.full((3, 1), 10), **step).logits
+    for b, text in enumerate(texts):
+        alone = model(input_ids=ids(text + b"\n\n\n")[0], use_cache=False).logits[0]
+        close(logits[b, -len(text) :], alone[: len(text)])
+        close(last[b, 0], alone[-1])
+    if kind == "entmax":
+        assert cache.layers[0].paged.seq_lens.tolist() == [len(text) + 3 for text in texts]
+
+
+@torch.no_grad()
+def test_padding_in_chunks_and_at_the_end(model):
+    rows, mask = ids(TEXT[:30], TEXT[40:47])
+    cache = hf.EntmaxCache(model.config, 40, batch=2)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    for i in range(0, 30, 10):
+        part = {"input_ids": rows[:, i : i + 10], "position_ids": position[:, i : i + 10]}
+        logits = model(**part, attention_mask=mask[:, : i + 10], past_key_values=cache).logits
+    close(logits[1, -1], model(input_ids=rows[1:, -7:], use_cache=False).logits[0, -1])
+    shifted = torch.cat([rows[1:, -7:], rows[1:, :23]], dim=1)
+    ahead = torch.cat([mask[1:, -7:], mask[1:, :23]], dim=1)
+    padded = model(input_ids=shifted, attention_mask=ahead, use_cache=False).logits[0, 6]
+    close(padded, logits[1, -1])
+
+
+def generate(model, rows, mask, tokens=24, **options):
+    cache = hf.EntmaxCache(model.config, rows.shape[1] + tokens, batch=rows.shape[0], **options)
+    out = model.generate(
+        rows,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return [bytes(row[rows.shape[1] :].tolist()) for row in out]
+
+
+def test_generate_is_the_same_text_when_everything_is_selected(model):
+    rows, mask = ids(TEXT[:400])
+    dense = generate(model, rows, mask)
+    assert len(dense[0]) == 24
+    assert generate(model, rows, mask, select=entmaxkv.TopPages(budget=424)) == dense
+    assert generate(model, rows, mask, select=entmaxkv.Gaussian(margin=float("inf"))) == dense
+    assert generate(model, rows, mask, page_size=64) == dense
+
+
+def test_generate_in_a_padded_batch(model):
+    texts = [TEXT[:200], TEXT[:90]]
+    together = generate(model, *ids(*texts), select=entmaxkv.TopPages(budget=32))
+    alone = [generate(model, *ids(text), select=entmaxkv.TopPages(budget=32))[0] for text in texts]
+    assert together == alone
+
+
+def test_demo_prints_its_table():
+    pytest.importorskip("rich")
+    command = [sys.executable, ROOT / "examples" / "generate.py", "--context", "300", "--tokens", "20"]
+    options = ["--file", ROOT / "examples" / "corpus.py", "--budget", "320"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    out = subprocess.run([*command, *options], env=env, check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("20/20")]
+    assert [row[0] for row in rows] == ["dense", "TopPages(320)", "Gaussian()"][: len(rows)] and len(rows) >= 2
+
+
+@torch.no_grad()
+def test_selector_reads_less(model):
+    rows, _ = ids(TEXT[:400])
+    cache = hf.EntmaxCache(model.config, 402)
+    model(input_ids=rows, past_key_values=cache)
+    dense, sparse = copy.deepcopy(cache), copy.deepcopy(cache)
+    sparse.select = entmaxkv.TopPages(budget=16)
+    one = torch.tensor([[10]])
+    logits = [model(input_ids=one, past_key_values=c).logits for c in (dense, sparse)]
+    assert not torch.equal(*logits)
+    assert cache.get_seq_length() == 400 and dense.get_seq_length() == 401
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [1.0, 4 / 3, 2.0])
+def test_alpha_comes_from_the_config(alpha):
+    rows, _ = ids(TEXT[:80])
+    model, dense_model = load(), load("sdpa" if alpha == 1 else "entmaxkv_test_dense")
+    model.config.entmax_alpha = dense_model.config.entmax_alpha = alpha
+    close(model(input_ids=rows, use_cache=False).logits, dense_model(input_ids=rows, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_missing_alpha_is_one_and_a_half(model):
+    rows, _ = ids(TEXT[:40])
+    other = load()
+    del other.config.entmax_alpha
+    assert torch.equal(model(input_ids=rows, use_cache=False).logits, other(input_ids=rows, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_reset_empties_the_cache(model):
+    rows, _ = ids(TEXT[:40])
+    cache = hf.EntmaxCache(model.config, 40)
+    first = model(input_ids=rows, past_key_values=cache).logits
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(input_ids=rows, past_key_values=cache).logits, first)
+
+
+def full_cache(model):
+    cache = hf.EntmaxCache(model.config, 5)
+    with torch.no_grad():
+        model(input_ids=ids(TEXT[:4])[0], past_key_values=cache)
+        try:
+            model(input_ids=ids(TEXT[:2])[0], past_key_values=cache)
+        finally:
+            assert cache.get_seq_length() == 4 and cache.layers[0].paged.seq_lens.tolist() == [4]
+
+
+def other_implementation(model):
+    cache = hf.EntmaxCache(model.config, 16)
+    sdpa = load("sdpa")
+    for _ in range(2):
+        sdpa(input_ids=ids(TEXT[:4])[0], past_key_values=cache)
+
+
+def old_transformers(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+        patch.delitem(sys.modules, "entmaxkv.hf")
+        importlib.import_module("entmaxkv.hf")
+
+
+def sliding_layers(model):
+    config = copy.deepcopy(model.config)
+    config.layer_types = ["sliding_attention"] * 6
+    hf.EntmaxCache(config, 16)
+
+
+def call(model, **options):
+    q, k = torch.zeros(1, 4, 8, 64), torch.zeros(1, 2, 8, 64)
+    hf.attention(model.model.layers[0].self_attn, q, k, k, options.pop("attention_mask", None), **options)
+
+
+ERRORS = {
+    "full cache": (full_cache, ValueError, r"full: expected at most max_tokens = 5, got 4 and 2 more"),
+    "batch": (
+        lambda m: m(input_ids=ids(TEXT[:4], TEXT[:3])[0], past_key_values=hf.EntmaxCache(m.config, 16)),
+        ValueError,
+        r"expected batch 1, got 2",
+    ),
+    "other implementation": (
+        other_implementation,
+        RuntimeError,
+        r"expected .*attn_implementation='entmaxkv'",
+    ),
+    "transformers 4": (old_transformers, ImportError, r"expected transformers >= 5"),
+    "sliding layers": (
+        sliding_layers,
+        ValueError,
+        r"expected full_attention in every layer, got sliding_attention",
+    ),
+    "beam search": (
+        lambda m: hf.EntmaxCache(m.config, 16).reorder_cache(torch.tensor([0])),
+        NotImplementedError,
+        r"expected greedy decoding or sampling, got beam search",
+    ),
+    "training on the CPU": (
+        lambda m: m(input_ids=ids(TEXT[:4])[0], use_cache=False),
+        RuntimeError,
+        r"to train, expected AdaSplash, which needs a CUDA device, got cpu",
+    ),
+    "training with a cache": (
+        lambda m: m(input_ids=ids(TEXT[:4])[0], past_key_values=hf.EntmaxCache(m.config, 16)),
+        ValueError,
+        r"expected no cache in training",
+    ),
+    "4D mask": (
+        lambda m: call(m, attention_mask=torch.zeros(1, 1, 8, 8)),
+        ValueError,
+        r"expected the 2D padding mask .*got attention_mask of shape \(1, 1, 8, 8\)",
+    ),
+    "dropout": (lambda m: call(m, dropout=0.1), ValueError, r"expected no dropout, got 0.1"),
+    "window": (lambda m: call(m, sliding_window=4), ValueError, r"expected no sliding_window, got 4"),
+    "softcap": (lambda m: call(m, softcap=30.0), ValueError, r"expected no softcap, got 30"),
+}
+
+
+@pytest.mark.parametrize("wrong, error, text", ERRORS.values(), ids=ERRORS)
+def test_errors(model, wrong, error, text):
+    with pytest.raises(error, match=text):
+        wrong(model)

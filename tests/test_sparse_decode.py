@@ -1,0 +1,104 @@
+"""sparse_decode: exact entmax attention over the selected pages."""
+
+import pytest
+import torch
+from conftest import Cache, assert_same_bits, cases, check_decode, make_cache, make_query, selection
+
+
+def pick(cache: Cache, share: float, seed: int = 0) -> list[torch.Tensor]:
+    """Random page masks [kv_heads, pages] per row, at least the last page."""
+    generator, keep = torch.Generator().manual_seed(seed), []
+    for row in range(len(cache.k)):
+        mask = torch.rand(cache.k_pages.shape[1], len(cache.used(row)), generator=generator) < share
+        mask[:, -1:] = True
+        keep.append(mask.to(cache.k_pages.device))
+    return keep
+
+
+def select(cache: Cache, keep: list[torch.Tensor], extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return selection(keep, max(1, max(mask.shape[1] for mask in keep)) + extra, cache.k_pages.device.type)
+
+
+@cases
+def test_agrees_with_the_oracle(case, device):
+    cache, q = case.cache(device), case.query(device)
+    keep = pick(cache, 0.6)
+    heads = {"alibi_slopes": case.slopes(device), "head_alpha": case.head_alpha(device)}
+    got = cache.sparse(q, *select(cache, keep), case.alpha or 1.5, case.scale, **heads)
+    check_decode(cache, q, got, alpha=case.alpha or 1.5, scale=case.scale, **heads, keep=keep)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 1.75])
+def test_long_rows(device, alpha):
+    cache, q = make_cache([4097, 100, 3000], page_size=16, device=device), make_query(3, 8, 64, device=device)
+    keep = pick(cache, 0.5)
+    check_decode(cache, q, cache.sparse(q, *select(cache, keep), alpha), alpha=alpha, keep=keep)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4 / 3, 1.5, 2.0])
+def test_all_pages_are_dense_to_the_bit(device, alpha):
+    cache = make_cache([0, 1, 16, 17, 2000], page_size=16, dtype=torch.bfloat16, device=device)
+    q = make_query(5, 8, 64, torch.bfloat16, device)
+    for extra in (0, 3):
+        assert_same_bits(cache.sparse(q, *select(cache, pick(cache, 2.0), extra), alpha), cache.dense(q, alpha))
+
+
+def test_a_selection_that_holds_the_support_gives_the_dense_result(device):
+    cache, q = (
+        make_cache([2000], page_size=16, kv_heads=1, device=device),
+        make_query(1, 4, 64, device=device) * 30,
+    )
+    s = (cache.k[0][:, 0].double() @ q[0].double().T).T / 8 / 2
+    near = s > s.amax(-1, keepdim=True) - 1.001
+    pages = near.any(0).nonzero().flatten() // 16
+    keep = torch.zeros(1, 125, dtype=torch.bool, device=device)
+    keep[0, pages] = keep[0, -1] = True
+    assert not keep.all()
+    got, dense = cache.sparse(q, *select(cache, [keep])), cache.dense(q)
+    check_decode(cache, q, got, keep=[keep])
+    check_decode(cache, q, got._replace(tokens=dense.tokens))
+
+
+def test_last_page_alone(device):
+    cache, q = make_cache([33, 48, 1], page_size=16, device=device), make_query(3, 4, 64, device=device)
+    keep = pick(cache, -1.0)
+    got = cache.sparse(q, *select(cache, keep))
+    check_decode(cache, q, got, keep=keep)
+    assert got.tokens.tolist() == [[1, 1], [16, 16], [1, 1]]
+
+
+def test_no_pages_give_zeros(device):
+    cache, q = make_cache([33, 48], page_size=16, device=device), make_query(2, 4, 64, device=device)
+    keep = pick(cache, 0.5)
+    keep[1][:] = False
+    got = cache.sparse(q, *select(cache, keep))
+    check_decode(cache, q, got, keep=keep)
+    for x in got:
+        assert (x[1] == 0).all()
+
+
+def test_reads_only_selected_pages(device):
+    cache, q = make_cache([300], page_size=16, device=device), make_query(1, 4, 64, device=device)
+    keep = pick(cache, 0.4)
+    keep[0][1] = keep[0][0]
+    want = cache.sparse(q, *select(cache, keep))
+    for page in (~keep[0][0]).nonzero().flatten():
+        cache.k_pages[cache.page_table[0, page]] = torch.nan
+        cache.v_pages[cache.page_table[0, page]] = torch.nan
+    assert_same_bits(cache.sparse(q, *select(cache, keep)), want)
+
+
+def test_physical_order_rows_repeats_and_threads_change_no_bit(device, threads):
+    cache, q = (
+        make_cache([2500, 0, 40, 700], page_size=16, device=device),
+        make_query(4, 8, 64, device=device),
+    )
+    chosen = select(cache, pick(cache, 0.5))
+    want = cache.sparse(q, *chosen)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert_same_bits(cache.sparse(q, *chosen), want)
+        assert_same_bits(cache.permuted().sparse(q, *chosen), want)
+    for row in range(4):
+        one = slice(row, row + 1)
+        assert_same_bits(cache.row(row).sparse(q[one], *(x[one] for x in chosen)), [x[one] for x in want])

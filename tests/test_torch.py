@@ -1,0 +1,141 @@
+"""The ops as torch sees them: schemas, fake kernels, torch.compile."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import assert_same_bits, draw, make_alphas, make_cache, make_query, make_slopes
+
+import entmaxkv
+
+OPS = torch.ops.entmaxkv
+
+SCHEMAS = {
+    "append_kv": "(Tensor k, Tensor v, Tensor? lengths, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+    "Tensor(c!)? k_min, Tensor(d!)? k_max, Tensor(e!)? k_mean, Tensor(f!)? k_std, Tensor "
+    "page_table, Tensor(g!) seq_lens) -> ()",
+    "page_stats": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!)? k_min, Tensor(b!)? "
+    "k_max, Tensor(c!)? k_mean, Tensor(d!)? k_std) -> ()",
+    "score_pages": "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int "
+    "page_size, float? scale=None, Tensor? alibi_slopes=None) -> Tensor",
+    "score_gaussian": "(Tensor q, Tensor k_mean, Tensor k_std, Tensor page_table, Tensor seq_lens, int "
+    "page_size, float? scale=None, Tensor? alibi_slopes=None) -> (Tensor mean, Tensor std)",
+    "select_pages": "(Tensor scores, Tensor seq_lens, int kv_heads, int page_size, int budget) -> (Tensor "
+    "selected, Tensor counts)",
+    "select_gaussian": "(Tensor mean, Tensor std, Tensor seq_lens, int kv_heads, int page_size, float "
+    "alpha=1.5, float quantile=0.95, float margin=0., Tensor? head_alpha=None) -> (Tensor "
+    "selected, Tensor counts)",
+    "sparse_decode": "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor"
+    " selected, Tensor counts, float alpha=1.5, float? scale=None, Tensor? "
+    "alibi_slopes=None, Tensor? head_alpha=None) -> (Tensor out, Tensor tau, Tensor "
+    "support, Tensor tokens)",
+    "dense_decode": "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, float "
+    "alpha=1.5, float? scale=None, Tensor? alibi_slopes=None, Tensor? head_alpha=None) -> "
+    "(Tensor out, Tensor tau, Tensor support, Tensor tokens)",
+    "decode": "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor k_min, Tensor k_max, Tensor "
+    "page_table, Tensor seq_lens, int budget, float alpha=1.5, float? scale=None, Tensor? "
+    "alibi_slopes=None, Tensor? head_alpha=None) -> Tensor",
+}
+names = pytest.mark.parametrize("name", SCHEMAS)
+
+
+@names
+def test_schema(name):
+    assert getattr(OPS, name).default._schema == torch._C.parse_schema(f"entmaxkv::{name}{SCHEMAS[name]}")
+
+
+@names
+def test_wrapper_is_typed_and_documented(name):
+    wrapper = getattr(entmaxkv.ops, name)
+    arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+    parameters = inspect.signature(wrapper).parameters
+    assert list(parameters) == arguments
+    assert all(parameter.annotation is not parameter.empty for parameter in parameters.values())
+    assert all(argument in wrapper.__doc__ for argument in arguments)
+
+
+def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
+    """Arguments for every op, with and without the optional ones."""
+    cache = make_cache([0, 1, 16, 100], dtype=dtype, device=device)
+    for x in cache.tensors[:6]:
+        x.nan_to_num_()
+    q, slopes, alphas = make_query(4, 8, 64, dtype, device), make_slopes(8, device), make_alphas(8, device)
+    k, v = (
+        draw(4, 3, 2, 64, dtype=dtype, device=device),
+        draw(4, 3, 2, 64, dtype=dtype, device=device, seed=1),
+    )
+    pool, table, page = (cache.k_pages, cache.v_pages), (cache.page_table, cache.seq_lens), cache.page_size
+    bounds, moments = cache.statistics[:2], cache.statistics[2:]
+    scores = OPS.score_pages(q, *bounds, *table, page)
+    gaussian = OPS.score_gaussian(q, *moments, *table, page)
+    chosen = OPS.select_pages(scores, cache.seq_lens, 2, page, 64)
+    lengths = torch.tensor([3, 0, 1, 2], dtype=torch.int32, device=device)
+    none = (None,) * 4
+    return {
+        "append_kv": [(k, v, None, *cache.tensors), (k, v, lengths, *pool, *none, *table)],
+        "page_stats": [(pool[0], *table, *cache.statistics), (pool[0], *table, *bounds, None, None)],
+        "score_pages": [(q, *bounds, *table, page), (q, *bounds, *table, page, 0.3, slopes)],
+        "score_gaussian": [(q, *moments, *table, page), (q, *moments, *table, page, 0.3, slopes)],
+        "select_pages": [(scores, cache.seq_lens, 2, page, 1), (scores, cache.seq_lens, 2, page, 10**6)],
+        "select_gaussian": [
+            (*gaussian, cache.seq_lens, 2, page),
+            (*gaussian, cache.seq_lens, 2, page, 1.5, 0.9, 0.1, alphas),
+        ],
+        "sparse_decode": [(q, *pool, *table, *chosen), (q, *pool, *table, *chosen, 2.0, 0.3, slopes, alphas)],
+        "dense_decode": [(q, *pool, *table), (q, *pool, *table, 1.0, 0.3, slopes, alphas)],
+        "decode": [
+            (q, *pool, *bounds, *table, 48),
+            (q, *pool, *bounds, *table, 10**6, 2.0, 0.3, slopes, alphas),
+        ],
+    }
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(name, device, dtype):
+    for arguments in samples(device, dtype)[name]:
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@names
+def test_fake_kernel_runs_without_data(name, device):
+    for arguments in samples(device, torch.float32)[name]:
+        want = getattr(OPS, name)(*arguments)
+        got = getattr(OPS, name)(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments))
+        for x, y in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True):
+            assert x is None or (x.device.type == "meta" and (x.shape, x.dtype) == (y.shape, y.dtype))
+
+
+@pytest.mark.parametrize(
+    "select",
+    [None, entmaxkv.TopPages(budget=48), entmaxkv.Gaussian()],
+    ids=["dense", "top pages", "gaussian"],
+)
+def test_compiled_step_equals_eager(device, select):
+    def step(q, k, v, cache):
+        cache.append(k, v)
+        out, info = entmaxkv.decode(q * 2, cache, alpha=1.5, select=select, return_info=True)
+        return out + 1, info.support
+
+    torch._dynamo.reset()
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        cache = entmaxkv.PagedKVCache(2, 128, 2, 64, device=device)
+        cache.k_std.zero_()
+        cache.append(draw(2, 90, 2, 64, device=device), draw(2, 90, 2, 64, device=device, seed=1))
+        for token in range(3):
+            q = make_query(2, 8, 64, device=device, seed=token)
+            k, v = (
+                draw(2, 1, 2, 64, device=device, seed=10 + token),
+                draw(2, 1, 2, 64, device=device, seed=20 + token),
+            )
+            results.append((*run(q, k, v, cache), cache.seq_lens.clone(), cache.k_std.clone()))
+    for got, want in zip(results[3:], results[:3], strict=True):
+        assert_same_bits(got, want)
+
+
+def test_compiled_op_equals_eager(device):
+    arguments = samples(device, torch.float32)["decode"][1]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: OPS.decode(*a), fullgraph=True)
+    assert_same_bits([compiled(*arguments)], [OPS.decode(*arguments)])
