@@ -26,7 +26,7 @@ def check(cache: Cache) -> None:
             truth = reference.page_moments(k, cache.page_size)
             plain = reference.page_moments(k, cache.page_size, dtype=torch.float32)
             for rule, x, p, t in zip(rules, cache.statistics[2:], plain, truth, strict=True):
-                rule.add(x[used], p, t)
+                rule.add(x[used], [p], t)
     for rule in rules:
         rule.check()
 

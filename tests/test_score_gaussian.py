@@ -1,7 +1,7 @@
 """score_gaussian: mean and spread of the scores of every page."""
 
 import torch
-from conftest import Cache, Rule, assert_same_bits, cases, make_cache, make_query, make_slopes
+from conftest import Cache, Rule, assert_same_bits, cases, make_cache, make_query, make_slopes, orders
 
 from entmaxkv import reference
 
@@ -24,11 +24,14 @@ def test_agrees_with_the_oracle(case, device):
         used = cache.used(row)
         assert (got[0][row, :, len(used) :] == -torch.inf).all() and (got[1][row, :, len(used) :] == 0).all()
         if n:
-            inputs = q[row], cache.k_mean[used], cache.k_std[used], n, case.page_size
-            options = {"scale": case.scale, "alibi_slopes": slopes}
+            inputs = q[row], cache.k_mean[used], cache.k_std[used]
+            options = {"seq_len": n, "page_size": case.page_size, "scale": case.scale, "alibi_slopes": slopes}
             truth = reference.score_gaussian(*inputs, **options)
-            plain = reference.score_gaussian(*inputs, **options, dtype=torch.float32)
-            for rule, x, p, t in zip(rules, got, plain, truth, strict=True):
+            plain = [
+                reference.score_gaussian(*(x[..., order] for x in inputs), **options, dtype=torch.float32)
+                for order in orders(case.head_dim)
+            ]
+            for rule, x, p, t in zip(rules, got, zip(*plain, strict=True), truth, strict=True):
                 rule.add(x[row, :, : len(used)], p, t)
     for rule in rules:
         rule.check()

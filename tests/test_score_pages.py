@@ -11,6 +11,7 @@ from conftest import (
     make_cache,
     make_query,
     make_slopes,
+    orders,
     score_error,
 )
 from hypothesis import given
@@ -35,10 +36,13 @@ def test_agrees_with_the_oracle(case, device):
     for row, n in enumerate(cache.lengths):
         used = cache.used(row)
         assert (got[row, :, len(used) :] == -torch.inf).all()
-        inputs = q[row], cache.k_min[used], cache.k_max[used], n, case.page_size
-        options = {"scale": case.scale, "alibi_slopes": slopes}
-        truth = reference.score_pages(*inputs, **options)
-        rule.add(got[row, :, : len(used)], reference.score_pages(*inputs, **options, dtype=torch.float32), truth)
+        inputs = q[row], cache.k_min[used], cache.k_max[used]
+        options = {"seq_len": n, "page_size": case.page_size, "scale": case.scale, "alibi_slopes": slopes}
+        plain = [
+            reference.score_pages(*(x[..., order] for x in inputs), **options, dtype=torch.float32)
+            for order in orders(case.head_dim)
+        ]
+        rule.add(got[row, :, : len(used)], plain, reference.score_pages(*inputs, **options))
     rule.check()
 
 

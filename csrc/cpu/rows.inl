@@ -149,12 +149,14 @@ void accumulate(const T* const* rows, int count, const float* weights, int heads
   for (; h < heads; ++h) accumulate_heads<1>(rows, count, weights + h, heads, head_dim, out + h * head_dim);
 }
 
+// The mean is corrected by the mean distance from it, and the spread for that correction: what the first sum has lost
+// to rounding comes back.
 template <typename T>
 void summarise(const T* const* rows, int count, int head_dim, float* min, float* max, float* mean, float* std) {
   const float share = 1.0f / static_cast<float>(count);
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    Vector low = load(rows[0] + d), high = low, sum = low, squares = {};
+    Vector low = load(rows[0] + d), high = low, sum = low, drift = {}, squares = {};
     for (int i = 1; i < count; ++i) {
       const Vector key = load(rows[i] + d);
       low = key < low ? key : low;
@@ -164,15 +166,18 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     const Vector centre = sum * share;
     for (int i = 0; i < count; ++i) {
       const Vector distance = load(rows[i] + d) - centre;
+      drift += distance;
       squares += distance * distance;
     }
+    drift *= share;
+    const Vector variance = squares * share - drift * drift;
     store(min + d, low);
     store(max + d, high);
-    store(mean + d, centre);
-    for (int lane = 0; lane < kLanes; ++lane) std[d + lane] = std::sqrt(squares[lane] * share);
+    store(mean + d, centre + drift);
+    for (int lane = 0; lane < kLanes; ++lane) std[d + lane] = std::sqrt(variance[lane] > 0 ? variance[lane] : 0);
   }
   for (; d < head_dim; ++d) {
-    float low = to_float(rows[0][d]), high = low, sum = low, squares = 0;
+    float low = to_float(rows[0][d]), high = low, sum = low, drift = 0, squares = 0;
     for (int i = 1; i < count; ++i) {
       const float key = to_float(rows[i][d]);
       low = key < low ? key : low;
@@ -182,12 +187,15 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     const float centre = sum * share;
     for (int i = 0; i < count; ++i) {
       const float distance = to_float(rows[i][d]) - centre;
+      drift += distance;
       squares += distance * distance;
     }
+    drift *= share;
+    const float variance = squares * share - drift * drift;
     min[d] = low;
     max[d] = high;
-    mean[d] = centre;
-    std[d] = std::sqrt(squares * share);
+    mean[d] = centre + drift;
+    std[d] = std::sqrt(variance > 0 ? variance : 0);
   }
 }
 

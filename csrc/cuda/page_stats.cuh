@@ -23,14 +23,17 @@ __device__ void summarise_page(const Rows& k_pages, const PageStatistics& statis
     statistics.k_max.at<T>(page, kv_head)[d] = from_float<T>(high);
   }
   if (statistics.k_mean) {
-    const float mean = sum / tokens;
-    float squares = 0;
+    // Corrected by the mean distance from it: what the first sum has lost to rounding comes back.
+    const float centre = sum / tokens;
+    float drift = 0, squares = 0;
     for (int slot = 0; slot < tokens; ++slot) {
-      const float distance = to_float(k_pages.at<T>(page, kv_head, slot)[d]) - mean;
+      const float distance = to_float(k_pages.at<T>(page, kv_head, slot)[d]) - centre;
+      drift += distance;
       squares += distance * distance;
     }
-    statistics.k_mean.at<T>(page, kv_head)[d] = from_float<T>(mean);
-    statistics.k_std.at<T>(page, kv_head)[d] = from_float<T>(sqrtf(squares / tokens));
+    drift /= tokens;
+    statistics.k_mean.at<T>(page, kv_head)[d] = from_float<T>(centre + drift);
+    statistics.k_std.at<T>(page, kv_head)[d] = from_float<T>(sqrtf(fmaxf(squares / tokens - drift * drift, 0)));
   }
 }
 
