@@ -1,9 +1,9 @@
 """Times one decode step against softmax attention on the same shapes.
 
-Peers: torch.nn.functional.scaled_dot_product_attention, with the query heads of a group as rows of one query over
-their KV head (on the CPU several times faster than enable_gqa=True), on contiguous keys and values. Every method is
-run in turn, --repeats times over; the median counts. Beside each time stand the bytes that the method has to read
-(counted from tensors), and the dropped mass and output error against dense entmax in float64.
+Peer: torch.nn.functional.scaled_dot_product_attention on contiguous keys and values, with the query heads of a group as
+rows of one query over their KV head (on the CPU several times faster than enable_gqa=True). The methods take turns,
+--repeats times over; the median counts. Beside each time stand the bytes that the method has to read, counted from
+tensors, and the dropped mass and output error against dense entmax in float64.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,8 +99,7 @@ def measure(context: int, dtype: str, keys: str, args: argparse.Namespace) -> li
     sdpa = torch.nn.functional.scaled_dot_product_attention
     methods: dict[str, Callable[[], object]] = {"softmax SDPA": lambda: sdpa(q_rows, k_rows, v_rows)}
     methods |= {name: decode(select) for name, select in selectors.items()}
-    methods["append one token"] = append
-    times = median_ms(methods, args.repeats)
+    times = median_ms(methods, args.repeats) | median_ms({"append one token": append}, 100)
 
     rows = []
     for name, ms in times.items():
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     cases = [(context, dtype, keys) for keys in args.keys for dtype in args.dtype for context in args.context]
     rows = [row for case in track(cases, "measuring", console=console) for row in measure(*case, args)]
     show(rows, console)

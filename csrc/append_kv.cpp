@@ -22,9 +22,11 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
                   op.lengths[row]);
     }
   }
-  check_lengths(args, "seq_lens", [&](int row) { return op.seq_lens[row]; });
-  check_pages(args, op.page_table, "seq_lens",
-              [&](int row) { return int64_t{op.seq_lens[row]} + (op.lengths ? op.lengths[row] : op.tokens); });
+  const auto first = [&](int row) { return int64_t{op.seq_lens[row]}; };
+  const auto end = [&](int row) { return first(row) + (op.lengths ? op.lengths[row] : op.tokens); };
+  check_lengths(args, "seq_lens", first);
+  check_lengths(args, "seq_lens", end);
+  check_pages(args, op.page_table, first, end);
   run(backend::append_kv, op, k_pages);
 }
 

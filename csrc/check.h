@@ -236,21 +236,27 @@ void check_lengths(const Arguments& args, std::string_view name, LengthOf length
   }
 }
 
-/// On the host: lengths as above, and every page in use lies inside the pool. On a device both are trusted.
-template <typename LengthOf>
-void check_pages(const Arguments& args, const PageTable& page_table, std::string_view name, LengthOf length_of) {
-  check_lengths(args, name, length_of);
+/// On the host: the pages of the tokens first(row) ... end(row) - 1 lie inside the pool. On a device they are trusted
+/// to.
+template <typename First, typename End>
+void check_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   if constexpr (kOnHost) {
     const int page_size = args["page_size"], pages = args["pages"];
     for (int row = 0; row < args["batch"]; ++row) {
-      const int64_t used = (length_of(row) + page_size - 1) / page_size;
       const int32_t* physical = page_table.row(row);
-      for (int64_t page = 0; page < used; ++page) {
+      for (int64_t page = first(row) / page_size; page * page_size < end(row); ++page) {
         if (physical[page] >= 0 && physical[page] < pages) continue;
         args.fail("page_table", "ids in 0 ... " + std::to_string(pages - 1), std::to_string(physical[page]));
       }
     }
   }
+}
+
+/// Both checks for all that is in the cache.
+inline void check_cache(const Arguments& args, const PageTable& page_table, const int32_t* seq_lens) {
+  const auto length = [=](int row) { return seq_lens[row]; };
+  check_lengths(args, "seq_lens", length);
+  check_pages(args, page_table, [](int) { return 0; }, length);
 }
 
 /// A new selection of up to max_selected pages for every KV head.

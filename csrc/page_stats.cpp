@@ -12,7 +12,7 @@ void page_stats(Tensor k_pages, Tensor page_table, Tensor seq_lens, Optional k_m
   op.page_table = page_table_of(args, page_table);
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   static_cast<Sizes&>(op) = args.sizes();
-  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  check_cache(args, op.page_table, op.seq_lens);
   run(backend::page_stats, op, k_pages);
 }
 

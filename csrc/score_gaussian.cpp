@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> score_gaussian(Tensor q, Tensor k_mean, Tensor k_std,
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
-  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  check_cache(args, op.page_table, op.seq_lens);
   Tensor mean = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
   Tensor std = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
   op.mean = static_cast<float*>(mean.data_ptr());

@@ -15,7 +15,7 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
-  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  check_cache(args, op.page_table, op.seq_lens);
   Tensor scores = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
   op.scores = static_cast<float*>(scores.data_ptr());
   run(backend::score_pages, op, q);

@@ -38,7 +38,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.alpha = alpha_of(args, alpha, head_alpha);
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
-  check_pages(args, op.page_table, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  check_cache(args, op.page_table, op.seq_lens);
   if (kOnHost && selected) check_selection(args, op);
 
   Tensor out = new_tensor(q, {op.batch, op.q_heads, op.head_dim}, q.scalar_type());
