@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 def draw(report: dict, to: Path) -> None:
     """One panel per dtype: milliseconds against context, one line per method."""
-    rows = [row for row in report["rows"] if row["keys"] == "normal"]
+    rows = [row for row in report["rows"] if row["keys"] == "clustered"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(4.5 * len(dtypes), 3.6), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes, strict=True):
@@ -26,7 +26,7 @@ def draw(report: dict, to: Path) -> None:
     panels[0][-1].legend(fontsize=8)
     shape, where = report["shape"], report["machine"]
     figure.suptitle(
-        f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch 1; "
+        f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch 1, clustered keys; "
         f"{where['cpu']}, {where['threads']} threads",
         fontsize=9,
     )

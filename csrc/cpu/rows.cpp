@@ -38,7 +38,8 @@ enum class Isa { kAny, kAvx2, kAvx512 };
 
 const Isa kIsa = [] {
   __builtin_cpu_init();
-  const auto avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const auto avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and with them f16c, on every CPU so far
   // The variable by which torch's own kernels can be held to a narrower width.
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string limit = variable ? variable : "avx512";
