@@ -53,5 +53,7 @@ def test_core_alone(sanitize: str, tmp_path: Path) -> None:
         found = subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         # The interpreter itself is not instrumented and keeps what it allocated until it exits.
         env |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr
+    for width in ("avx512",) if sanitize else ("avx512", "avx2", "default"):
+        env["ATEN_CPU_CAPABILITY"] = width
+        run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+        assert run.returncode == 0 and run.stdout == "ok\n", run.stdout + run.stderr
