@@ -17,7 +17,7 @@ demo: build/demo.installed
 test: build/test.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m clang_format --dry-run --Werror $(CXX_SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(RUN) -m mypy
 	$(RUN) -m pytest -m "not cuda"
 

@@ -7,6 +7,7 @@ examples/stdlib-entmax (`examples/train.py` made it). Everything in the table is
 import argparse
 import codecs
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.context < 1 or args.tokens < 2:
         parser.error(f"expected --context >= 1 and --tokens >= 2, got {args.context} and {args.tokens}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         args.model, attn_implementation=entmaxkv.hf.NAME, dtype=getattr(torch, args.dtype)
