@@ -1,4 +1,4 @@
-"""The built libraries: independent of the Python version, CUDA where there is nvcc, and `python -m entmaxkv` says so."""
+"""The built libraries: free of any Python version, CUDA where there is nvcc, and `python -m entmaxkv` lists them."""
 
 import os
 import re
