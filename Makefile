@@ -11,27 +11,27 @@ CXX_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test bench clean
 
-demo: build/demo.installed
+demo: $(VENV)/entmaxkv-demo.installed
 	$(RUN) examples/generate.py $(ARGS)
 
-test: build/test.installed
+test: $(VENV)/entmaxkv-test.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(RUN) -m mypy
 	$(RUN) -m pytest -m "not cuda"
 
-bench: build/bench.installed
+bench: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/decode.py $(ARGS)
 
-build/%.installed: $(SOURCES) | $(RUN)
+$(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
 	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja
 	$(RUN) -m pip install --no-build-isolation --editable ".[$*]"
-	mkdir -p build && touch $@
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so
+	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so $(VENV)/entmaxkv-*.installed

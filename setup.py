@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
-HOST_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden"]
+HOST_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 
 
@@ -24,9 +24,9 @@ def find_cuda() -> Path | None:
     """The CUDA toolkit's root, if there is an nvcc and it is wanted."""
     if os.environ.get("ENTMAXKV_CUDA", "1") == "0":
         return None
-    named = os.environ.get("CUDA_HOME")
-    nvcc = (Path(named) / "bin" / "nvcc").as_posix() if named else shutil.which("nvcc")
-    if not nvcc or not Path(nvcc).exists():
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    nvcc = (None if "CUDA_HOME" in os.environ else shutil.which("nvcc")) or home / "bin" / "nvcc"
+    if not Path(nvcc).exists():
         return None
     # nvcc may be a wrapper or a link: it knows best where its toolkit is.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True)
@@ -38,8 +38,13 @@ def gencode(cuda: Path) -> list[str]:
     """One -gencode per wanted architecture that this nvcc knows."""
     wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES))
     known = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in wanted]
-    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers if f"sm_{n.rstrip('a')}" in known]
+    flags = []
+    for arch in wanted:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if f"sm_{number.rstrip('a')}" in known:
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: expected architectures among {known}, got {wanted}")
     return flags

@@ -10,8 +10,8 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
   op.k = args.rows(k, "k [batch, tokens, kv_heads, head_dim]", k_pages);
   op.v = args.rows(v, "v [batch, tokens, kv_heads, head_dim]", k_pages);
   op.lengths = args.values<const int32_t>(lengths, "lengths [batch]");
-  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
-  op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  op.k_pages = args.written_rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  op.v_pages = args.written_rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", k_pages);
   op.statistics = statistics_of(args, k_pages, k_min, k_max, k_mean, k_std);
   op.page_table = page_table_of(args, page_table);
   op.seq_lens = args.values<int32_t>(seq_lens, "seq_lens [batch]");
@@ -24,8 +24,8 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
   }
   const auto first = [&](int row) { return int64_t{op.seq_lens[row]}; };
   const auto end = [&](int row) { return first(row) + (op.lengths ? op.lengths[row] : op.tokens); };
-  check_lengths(args, "seq_lens", first);
-  check_lengths(args, "seq_lens", end);
+  check_lengths(args, first);
+  check_lengths(args, end, " after the append, which is all that the cache has room for");
   check_pages(args, op.page_table, first, end);
   run(backend::append_kv, op, k_pages);
 }

@@ -8,12 +8,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -65,7 +67,7 @@ class Arguments {
       const int64_t size = tensor.size(static_cast<int64_t>(i));
       const Dim* known = find(dims[i]);
       if (!known) {
-        dims_.push_back({dims[i], name, size});
+        bind(dims[i], name, size);
       } else if (known->size != size) {
         fail(name,
              std::string(dims[i]) + " = " + std::to_string(known->size) + " (as in " + std::string(known->from) + ")",
@@ -75,7 +77,7 @@ class Arguments {
   }
 
   /// Makes a dimension known before a tensor names it.
-  void know(std::string_view dim, int64_t size) { dims_.push_back({dim, dim, size}); }
+  void know(std::string_view dim, int64_t size) { bind(dim, dim, size); }
 
   /// The size of a dimension; 0 if no tensor has named it.
   int operator[](std::string_view dim) const {
@@ -139,6 +141,17 @@ class Arguments {
     return rows;
   }
 
+  /// Rows that the op writes: no two of them may be one in memory.
+  Rows written_rows(const Tensor& tensor, std::string_view text, const Tensor& like) {
+    const Rows result = rows(tensor, text, like);
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (tensor.size(i) > 1 && tensor.stride(i) == 0) {
+        fail(text.substr(0, text.find(' ')), "memory of its own for every element", "an expanded dimension");
+      }
+    }
+    return result;
+  }
+
   /// A contiguous tensor of plain values.
   template <typename T>
   T* values(const Tensor& tensor, std::string_view text) {
@@ -173,6 +186,13 @@ class Arguments {
     std::string_view name, from;
     int64_t size;
   };
+
+  void bind(std::string_view dim, std::string_view from, int64_t size) {
+    if (size < 0 || size > std::numeric_limits<int>::max()) {
+      fail(from, std::string(dim) + " in 0 ... 2^31 - 1", std::to_string(size));
+    }
+    dims_.push_back({dim, from, size});
+  }
 
   const Dim* find(std::string_view name) const {
     for (const Dim& dim : dims_) {
@@ -225,13 +245,13 @@ inline PageTable page_table_of(Arguments& args, const Tensor& page_table) {
 
 /// On the host: every row's length fits its page table. On a device it is trusted to.
 template <typename LengthOf>
-void check_lengths(const Arguments& args, std::string_view name, LengthOf length_of) {
+void check_lengths(const Arguments& args, LengthOf length_of, const char* when = "") {
   if constexpr (kOnHost) {
     const int64_t capacity = int64_t{args["max_pages"]} * args["page_size"];
     for (int row = 0; row < args["batch"]; ++row) {
       const int64_t tokens = length_of(row);
-      args.expect(tokens >= 0 && tokens <= capacity, name, "0 ... " + std::to_string(capacity) + " tokens per row",
-                  tokens);
+      if (tokens >= 0 && tokens <= capacity) continue;
+      args.fail("seq_lens", "0 ... " + std::to_string(capacity) + " tokens per row" + when, std::to_string(tokens));
     }
   }
 }
@@ -255,7 +275,7 @@ void check_pages(const Arguments& args, const PageTable& page_table, First first
 /// Both checks for all that is in the cache.
 inline void check_cache(const Arguments& args, const PageTable& page_table, const int32_t* seq_lens) {
   const auto length = [=](int row) { return seq_lens[row]; };
-  check_lengths(args, "seq_lens", length);
+  check_lengths(args, length);
   check_pages(args, page_table, [](int) { return 0; }, length);
 }
 
@@ -283,8 +303,16 @@ inline Alpha alpha_of(Arguments& args, double alpha, const Optional& head_alpha)
 
 inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Optional& alibi_slopes) {
   const double standard = 1 / std::sqrt(static_cast<double>(args["head_dim"]));
-  return {static_cast<float>(scale.value_or(standard)),
-          args.values<const float>(alibi_slopes, "alibi_slopes [q_heads]")};
+  const Scoring result{static_cast<float>(scale.value_or(standard)),
+                       args.values<const float>(alibi_slopes, "alibi_slopes [q_heads]")};
+  args.expect(std::isfinite(result.scale), "scale", "a finite float32 number", scale.value_or(standard));
+  if (kOnHost && result.alibi_slopes) {
+    for (int head = 0; head < args["q_heads"]; ++head) {
+      args.expect(std::isfinite(result.alibi_slopes[head]), "alibi_slopes", "finite numbers",
+                  result.alibi_slopes[head]);
+    }
+  }
+  return result;
 }
 
 /// k_min and k_max, k_mean and k_std: each pair whole or absent.
@@ -293,10 +321,10 @@ inline PageStatistics statistics_of(Arguments& args, const Tensor& like, const O
   args.expect(k_min.has_value() == k_max.has_value(), "k_min, k_max", "both or neither", "one of them");
   args.expect(k_mean.has_value() == k_std.has_value(), "k_mean, k_std", "both or neither", "one of them");
   PageStatistics statistics;
-  if (k_min) statistics.k_min = args.rows(*k_min, "k_min [pages, kv_heads, head_dim]", like);
-  if (k_max) statistics.k_max = args.rows(*k_max, "k_max [pages, kv_heads, head_dim]", like);
-  if (k_mean) statistics.k_mean = args.rows(*k_mean, "k_mean [pages, kv_heads, head_dim]", like);
-  if (k_std) statistics.k_std = args.rows(*k_std, "k_std [pages, kv_heads, head_dim]", like);
+  if (k_min) statistics.k_min = args.written_rows(*k_min, "k_min [pages, kv_heads, head_dim]", like);
+  if (k_max) statistics.k_max = args.written_rows(*k_max, "k_max [pages, kv_heads, head_dim]", like);
+  if (k_mean) statistics.k_mean = args.written_rows(*k_mean, "k_mean [pages, kv_heads, head_dim]", like);
+  if (k_std) statistics.k_std = args.written_rows(*k_std, "k_std [pages, kv_heads, head_dim]", like);
   return statistics;
 }
 

@@ -47,8 +47,10 @@ struct Entmax {
   Real gap;   // alpha - 1
   Real beta;  // 1 / gap: also how far below the best score, in s, a token can still have weight
 
+  /// So close to 1 that the difference to softmax is below rounding, alpha is 1.
   ENTMAXKV_HOST_DEVICE explicit Entmax(Real alpha)
-      : gap(alpha - 1), beta(gap > 0 ? snapped(1 / gap) : std::numeric_limits<Real>::infinity()) {}
+      : gap(alpha - 1 > Real(1e-9) ? alpha - 1 : 0),
+        beta(gap > 0 ? snapped(1 / gap) : std::numeric_limits<Real>::infinity()) {}
 
   ENTMAXKV_HOST_DEVICE bool is_softmax() const { return gap == 0; }
 

@@ -7,11 +7,11 @@ std::tuple<Tensor, Tensor> score_gaussian(Tensor q, Tensor k_mean, Tensor k_std,
   Arguments args("score_gaussian");
   args.know("page_size", page_size);
   ScoreGaussian op;
-  op.dtype = args.element(q, "q");
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", q);
-  op.k_mean = args.rows(k_mean, "k_mean [pages, kv_heads, head_dim]", q);
-  op.k_std = args.rows(k_std, "k_std [pages, kv_heads, head_dim]", q);
+  op.dtype = args.element(k_mean, "k_mean");
+  op.k_mean = args.rows(k_mean, "k_mean [pages, kv_heads, head_dim]", k_mean);
+  op.k_std = args.rows(k_std, "k_std [pages, kv_heads, head_dim]", k_mean);
   op.page_table = page_table_of(args, page_table);
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_mean);
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();

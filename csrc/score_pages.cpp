@@ -7,11 +7,11 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
   Arguments args("score_pages");
   args.know("page_size", page_size);
   ScorePages op;
-  op.dtype = args.element(q, "q");
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", q);
-  op.k_min = args.rows(k_min, "k_min [pages, kv_heads, head_dim]", q);
-  op.k_max = args.rows(k_max, "k_max [pages, kv_heads, head_dim]", q);
+  op.dtype = args.element(k_min, "k_min");
+  op.k_min = args.rows(k_min, "k_min [pages, kv_heads, head_dim]", k_min);
+  op.k_max = args.rows(k_max, "k_max [pages, kv_heads, head_dim]", k_min);
   op.page_table = page_table_of(args, page_table);
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_min);
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> select_gaussian(Tensor mean, Tensor deviation, Tensor
   args.expect(!std::isnan(margin), "margin", "a number", margin);
   op.page_best = score_of_best(quantile, op.page_size);
   op.margin = margin;
-  check_lengths(args, "seq_lens", [&](int row) { return op.seq_lens[row]; });
+  check_lengths(args, [&](int row) { return op.seq_lens[row]; });
   const auto selection = new_selection(mean, op, op.max_pages, op.selection);
   run(backend::select_gaussian, op, mean);
   return selection;

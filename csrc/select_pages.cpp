@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor seq_lens, int64_t 
   static_cast<Sizes&>(op) = args.sizes();
   args.expect(budget >= 1, "budget", "at least 1 token", budget);
   op.budget = budget;
-  check_lengths(args, "seq_lens", [&](int row) { return op.seq_lens[row]; });
-  const int64_t most = std::min<int64_t>(op.max_pages, (budget - 1) / page_size + 1);
+  check_lengths(args, [&](int row) { return op.seq_lens[row]; });
+  const int64_t most = std::min<int64_t>(op.max_pages, (budget - 1) / op.page_size + 1);
   const auto selection = new_selection(scores, op, most, op.selection);
   run(backend::select_pages, op, scores);
   return selection;

@@ -9,14 +9,16 @@ namespace entmaxkv {
 inline void check_selection(const Arguments& args, const SparseDecode& op) {
   for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
     const int count = op.selection.counts[row_head];
-    args.expect(count >= 0 && count <= op.selection.max_selected, "counts",
-                "0 ... " + std::to_string(op.selection.max_selected), count);
+    if (count < 0 || count > op.selection.max_selected) {
+      args.fail("counts", "0 ... " + std::to_string(op.selection.max_selected), std::to_string(count));
+    }
     const int used = (op.seq_lens[row_head / op.kv_heads] + op.page_size - 1) / op.page_size;
     for (int nth = 0; nth < count; ++nth) {
       const int page = op.selection.row(row_head)[nth];
       const int least = nth > 0 ? op.selection.row(row_head)[nth - 1] + 1 : 0;
-      args.expect(page >= least && page < used, "selected",
-                  "ascending pages below " + std::to_string(used) + ", the pages in use", page);
+      if (page >= least && page < used) continue;
+      args.fail("selected", "ascending pages below " + std::to_string(used) + ", the pages in use",
+                std::to_string(page));
     }
   }
 }
@@ -26,11 +28,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
     const Tensor& seq_lens, const Optional& selected, const Optional& counts, double alpha, std::optional<double> scale,
     const Optional& alibi_slopes, const Optional& head_alpha) {
   SparseDecode op;
-  op.dtype = args.element(q, "q");
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", q);
-  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", q);
-  op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", q);
+  op.dtype = args.element(k_pages, "k_pages");
+  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", k_pages);
   op.page_table = page_table_of(args, page_table);
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_pages);
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.selection.selected = args.values<int32_t>(selected, "selected [batch, kv_heads, max_selected]");
   op.selection.counts = args.values<int32_t>(counts, "counts [batch, kv_heads]");

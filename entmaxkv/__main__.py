@@ -1,16 +1,22 @@
 """`python -m entmaxkv`: what is installed."""
 
 import platform
+import re
 from pathlib import Path
 
 import torch
 
 import entmaxkv
 
+ARCHITECTURE = re.compile(rb"sm_\d+a?")  # as the CUDA library names what it holds
+
 
 def main() -> None:
     here = Path(entmaxkv.__file__).parent
     libraries = sorted(path.name for path in here.glob("_*.so"))
+    built = sorted(
+        {name.decode() for path in here.glob("_cuda*.so") for name in ARCHITECTURE.findall(path.read_bytes())}
+    )
     gpus = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         for i in range(torch.cuda.device_count())
@@ -26,6 +32,7 @@ def main() -> None:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpus": ", ".join(gpus) or "none",
+        "built for": ", ".join(built) or "no GPU",
     }
     for name, value in facts.items():
         print(f"{name:10} {value}")

@@ -85,6 +85,8 @@ def decode(
         >>> decode(torch.randn(1, 4, 64), cache).shape
         torch.Size([1, 4, 64])
     """
+    if select is not None and (isinstance(select, type) or not hasattr(select, "pages")):
+        raise ValueError(f"decode: select: expected a selector such as TopPages(budget=2048), or None, got {select!r}")
     number, head_alpha = split_alpha(alpha)
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
     if select is None:

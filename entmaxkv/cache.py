@@ -14,7 +14,7 @@ class PagedKVCache:
 
     Args:
         batch: rows.
-        max_tokens: tokens that each row can hold.
+        max_tokens: tokens that each row can hold; rounded up to whole pages.
         kv_heads: KV heads.
         head_dim: elements per key and value, at most 256.
         page_size: tokens per page, a power of two in 8 ... 128.
@@ -53,20 +53,20 @@ class PagedKVCache:
         moments: bool = True,
     ) -> None:
         for name, value in (("batch", batch), ("max_tokens", max_tokens), ("kv_heads", kv_heads)):
-            if value < 1:
-                raise ValueError(f"PagedKVCache: {name}: expected at least 1, got {value}")
-        if not 1 <= head_dim <= 256:
-            raise ValueError(f"PagedKVCache: head_dim: expected 1 ... 256, got {head_dim}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"PagedKVCache: {name}: expected a whole number of at least 1, got {value}")
+        if not isinstance(head_dim, int) or not 1 <= head_dim <= 256:
+            raise ValueError(f"PagedKVCache: head_dim: expected a whole number in 1 ... 256, got {head_dim}")
         if page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"PagedKVCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"PagedKVCache: dtype: expected float32, float16 or bfloat16, got {dtype}")
         self.batch = batch
-        self.max_tokens = max_tokens
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.page_size = page_size
         max_pages = -(-max_tokens // page_size)
+        self.max_tokens = max_pages * page_size
         pages = batch * max_pages
 
         def empty(*shape: int) -> Tensor:

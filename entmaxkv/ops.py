@@ -9,6 +9,8 @@ query is the newest token: its position is seq_len - 1. A row with seq_len 0 dec
 Scores are s_i = scale q.k_i + slope (i - position), `scale` by default 1 / sqrt(head_dim), `alibi_slopes` [q_heads]
 float32 or None. `alpha` is a number in [1, 2] for all heads; `head_alpha` [q_heads] float32, if given, replaces it.
 
+No op has a gradient: backward through one raises NotImplementedError. A key of NaN makes the heads that read it NaN.
+
 Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
 CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there they are trusted,
 and tokens beyond a full cache are dropped.
@@ -25,7 +27,8 @@ def _load() -> None:
     here = Path(__file__).parent
     names = ["_C", "_cuda"] if torch.version.cuda else ["_C"]
     for name in names:
-        for library in here.glob(f"{name}.*so"):
+        library = here / f"{name}.abi3.so"
+        if library.exists():
             torch.ops.load_library(str(library))
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
         raise ImportError(f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree")
@@ -50,7 +53,9 @@ def append_kv(
 ) -> None:
     """Appends tokens to every row in place and renews the statistics of the pages they touch.
 
-    `seq_lens` moves last: an interrupted call leaves the cache as it was.
+    `seq_lens` moves last: an interrupted call leaves tokens and lengths as they were (the statistics of the last page
+    may already count new keys, which loosens its bounds until the next append). Pages that are written must belong to
+    one row only. Who shortens `seq_lens` afterwards renews the statistics by `page_stats`.
 
     Args:
         k, v: [batch, tokens, kv_heads, head_dim], the cache's dtype.
@@ -229,7 +234,7 @@ def sparse_decode(
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32.
         selected: [batch, kv_heads, max_selected] int32, logical pages, ascending.
-        counts: [batch, kv_heads] int32, how many of them count.
+        counts: [batch, kv_heads] int32, how many of them count; 0 gives zeros.
         alpha: in [1, 2].
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32 or None.
@@ -429,3 +434,11 @@ def _(
 ):
     _one_device("decode", locals())
     return q.new_empty(q.shape)
+
+
+def _no_gradient(ctx, *_):
+    raise NotImplementedError("entmaxkv: decoding has no gradient, got backward through it; to train, see entmaxkv.hf")
+
+
+for _op in ("score_pages", "score_gaussian", "sparse_decode", "dense_decode", "decode"):
+    torch.library.register_autograd(f"entmaxkv::{_op}", _no_gradient)

@@ -39,6 +39,8 @@ class Selector(Protocol):
 
 def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
     """alpha and head_alpha of the ops, from the one argument of the Python API."""
+    if isinstance(alpha, Tensor) and alpha.dim() != 1:
+        raise ValueError(f"alpha: expected a number or a tensor [q_heads], got shape {tuple(alpha.shape)}")
     return (1.5, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
 
 
@@ -53,8 +55,8 @@ class TopPages:
     budget: int = 2048
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"TopPages: budget: expected at least 1 token, got {self.budget}")
+        if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
+            raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget}")
 
     def pages(
         self,

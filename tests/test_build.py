@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 import entmaxkv
 
+ROOT = Path(__file__).parent.parent
 LIBRARIES = sorted(Path(entmaxkv.__file__).parent.glob("_*.so"))
 
 
@@ -38,3 +40,17 @@ def test_main_says_what_is_installed():
     assert entmaxkv.__version__ in text and "_C.abi3.so" in text
     for op in ("append_kv", "page_stats", "score_pages", "select_pages", "sparse_decode", "dense_decode", "decode"):
         assert f"entmaxkv::{op}(" in text
+
+
+def test_source_distribution_holds_all_that_is_built(tmp_path):
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert not {*sources, "CMakeLists.txt", "entmaxkv/py.typed", "LICENSE"} - packed

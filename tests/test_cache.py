@@ -31,7 +31,7 @@ def test_shapes(device, page_size, max_tokens):
         assert x.shape == (pages, 2, 96) and x.dtype == torch.bfloat16 and x.device.type == device
     assert (cache.batch, cache.max_tokens, cache.kv_heads, cache.head_dim, cache.page_size) == (
         3,
-        max_tokens,
+        max_pages * page_size,
         2,
         96,
         page_size,

@@ -193,3 +193,18 @@ def test_generation_step_by_step(device):
         cache.append(k[:, n - 1 : n], v[:, n - 1 : n])
         part = make_cache([n, n], page_size=8, device=device, k=[x[:n] for x in like.k], v=[x[:n] for x in like.v])
         assert_same_bits([entmaxkv.decode(q, cache)], [part.dense(q).out])
+
+
+def test_has_no_gradient_and_says_so(device):
+    cache = paged(make_cache([40], device=device))
+    q = make_query(1, 4, 64, device=device).requires_grad_()
+    for select in (None, entmaxkv.TopPages(16), entmaxkv.Gaussian()):
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            entmaxkv.decode(q, cache, select=select).sum().backward()
+
+
+@pytest.mark.parametrize("select", [entmaxkv.TopPages, 64, "top"], ids=str)
+def test_refuses_what_is_no_selector(device, select):
+    cache = paged(make_cache([40], device=device))
+    with pytest.raises(ValueError, match=r"select: expected a selector .* got"):
+        entmaxkv.decode(make_query(1, 4, 64, device=device), cache, select=select)

@@ -153,6 +153,15 @@ def test_empty_rows_give_zeros(device):
         assert (x[:2] == 0).all()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_nan_key_is_not_passed_over(device, alpha):
+    cache, q = make_cache([3000, 3000], page_size=16, device=device), make_query(2, 4, 64, device=device)
+    cache.k_pages[cache.page_table[0, 5], 1, 3, 7] = torch.nan
+    got = cache.dense(q, alpha)
+    assert got.out[0, 2:].isnan().all() and got.tau[0, 2:].isnan().all() and (got.support[0, 2:] == 0).all()
+    assert got.out[0, :2].isfinite().all() and got.out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_query_of_any_strides(device, dtype):
     cache = make_cache([100, 20], dtype=dtype, device=device)

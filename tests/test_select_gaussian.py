@@ -187,6 +187,10 @@ def test_nan_moments_give_a_valid_selection(device):
     for head in range(2):
         pages = selected[0, head, : counts[0, head]]
         assert pages[-1] == 12 and pages[0] >= 0 and (pages.diff() > 0).all()
+    counts = select_gaussian(mean, std, torch.tensor([200], dtype=torch.int32, device=device), 2, 16, margin=torch.inf)[
+        1
+    ]
+    assert (counts == 13).all()
 
 
 def test_rows_repeats_and_threads_change_no_bit(device, threads):

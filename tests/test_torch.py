@@ -91,7 +91,7 @@ def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
 
 
 @names
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck(name, device, dtype):
     for arguments in samples(device, dtype)[name]:
         torch.library.opcheck(getattr(OPS, name).default, arguments)

@@ -31,8 +31,10 @@ void append(const AppendKv& op) {
     }
     summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, op.head_dim);
   });
-  std::atomic_thread_fence(std::memory_order_release);  // whoever sees the new lengths sees the tokens
-  for (int row = 0; row < op.batch; ++row) op.seq_lens[row] += op.lengths ? op.lengths[row] : op.tokens;
+  for (int row = 0; row < op.batch; ++row) {  // released: whoever sees the new length sees the tokens
+    const int tokens = op.lengths ? op.lengths[row] : op.tokens;
+    std::atomic_ref(op.seq_lens[row]).fetch_add(tokens, std::memory_order_release);
+  }
 }
 
 }  // namespace

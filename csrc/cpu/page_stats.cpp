@@ -1,6 +1,4 @@
 // page_stats on the CPU: one task per (row, KV head, page in use).
-#include <vector>
-
 #include "kernels.h"
 #include "pages.h"
 #include "parallel.h"

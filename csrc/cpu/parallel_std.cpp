@@ -21,10 +21,10 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
       next = tasks;
     }
   };
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;  // joined wherever this ends
   for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(work, worker);
   if (workers > 0) work(0);
-  for (auto& thread : threads) thread.join();
+  threads.clear();
   for (const auto& error : errors) {
     if (error) std::rethrow_exception(error);
   }

@@ -38,9 +38,9 @@ void want_pages(const SelectGaussian& op, int64_t row, int head, int used, std::
       tau += move;
     }
   }
+  const bool all = entmax.is_softmax() || op.margin == -kNothing;
   for (int page = 0; page < used; ++page) {
-    const bool reaches = entmax.gap * (mean[page] + std[page] * op.page_best) > tau - op.margin;
-    wanted[page] |= reaches || entmax.is_softmax();
+    wanted[page] |= all || entmax.gap * (mean[page] + std[page] * op.page_best) > tau - op.margin;
   }
 }
 

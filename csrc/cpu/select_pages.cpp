@@ -2,7 +2,6 @@
 //   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h)
 //   2. the last page is taken; of the others the best, ties to the lower page, while their tokens fit the budget
 //   3. ascending order
-#include <cmath>
 #include <limits>
 #include <vector>
 

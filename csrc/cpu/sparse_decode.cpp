@@ -21,6 +21,10 @@ namespace {
 constexpr int kSpanTokens = 2048;
 constexpr int kTile = 64;  // tokens that are looked at, or value rows that are added, together
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
+constexpr float kUndefined = std::numeric_limits<float>::quiet_NaN();
+
+/// The larger, or NaN if either is.
+float larger(float a, float b) { return a != a || a > b ? a : b; }
 
 /// Tokens that one head may give weight to, in ascending order.
 struct Candidates {
@@ -124,11 +128,13 @@ class Decoder {
     const float slope = op_.scoring.slope(head);
     const int position = op_.seq_lens[row] - 1;
     float tile_best = kNothing;
+    bool undefined = false;
     for (int i = 0; i < count; ++i) {
       scores[i] = op_.scoring.scale * scores[i] + slope * static_cast<float>(tokens[i] - position);
       tile_best = scores[i] > tile_best ? scores[i] : tile_best;
+      undefined |= scores[i] != scores[i];
     }
-    found.best = std::max(found.best, tile_best);
+    found.best = larger(found.best, undefined ? kUndefined : tile_best);
     // Rounded down: what is kept here in vain falls to the exact test in solve.
     const float floor =
         std::nextafter(static_cast<float>(found.best - Entmax<double>(op_.alpha.of(head)).beta), kNothing);
@@ -146,7 +152,7 @@ class Decoder {
     Candidates& all = heads_[head_index];
     std::vector<double> x;  // (alpha-1)(s - best); s - best where alpha = 1
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
-      all.best = std::max(all.best, found_[span * group_ + head % group_].best);
+      all.best = larger(all.best, found_[span * group_ + head % group_].best);
     }
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       Candidates& part = found_[span * group_ + head % group_];
@@ -162,8 +168,8 @@ class Decoder {
     op_.support[head_index] = 0;
     op_.tau[head_index] = 0;
     if (op_.tokens[row_head] == 0) return;
-    if (x.empty()) {  // no score is a number
-      op_.tau[head_index] = std::numeric_limits<float>::quiet_NaN();
+    if (x.empty()) {  // some score is no number
+      op_.tau[head_index] = kUndefined;
       return;
     }
 
@@ -245,7 +251,7 @@ class Decoder {
     const int head = static_cast<int>(head_index % op_.q_heads);
     const int64_t row_head = row * op_.kv_heads + head / group_;
     const bool undefined = op_.tokens[row_head] > 0 && op_.support[head_index] == 0;
-    std::vector<float> total(op_.head_dim, undefined ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
+    std::vector<float> total(op_.head_dim, undefined ? kUndefined : 0.0f);
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       const float* sum = sums_.data() + (span * group_ + head % group_) * op_.head_dim;
       for (int d = 0; d < op_.head_dim; ++d) total[d] += sum[d];

@@ -13,13 +13,18 @@ namespace entmaxkv::cuda {
 
 namespace {
 
+/// Never more than k and v hold, whatever `lengths` says.
+__device__ int new_tokens(const AppendKv& op, int64_t row) {
+  return op.lengths ? max(0, min(op.lengths[row], op.tokens)) : op.tokens;
+}
+
 template <typename T>
 __global__ void append_page(AppendKv op) {
   const int kv_head = blockIdx.y;
   const int64_t row = blockIdx.z;
   const int d = threadIdx.x;
   const int first = op.seq_lens[row];
-  const int end = min(first + (op.lengths ? op.lengths[row] : op.tokens), op.max_pages * op.page_size);
+  const int end = min(first + new_tokens(op, row), op.max_pages * op.page_size);
   const int page = first / op.page_size + blockIdx.x;
   const int start = max(first, page * op.page_size);
   const int stop = min(end, (page + 1) * op.page_size);
@@ -36,7 +41,7 @@ __global__ void append_page(AppendKv op) {
 __global__ void advance(AppendKv op) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= op.batch) return;
-  op.seq_lens[row] = min(op.seq_lens[row] + (op.lengths ? op.lengths[row] : op.tokens), op.max_pages * op.page_size);
+  op.seq_lens[row] = min(op.seq_lens[row] + new_tokens(op, row), op.max_pages * op.page_size);
 }
 
 }  // namespace
