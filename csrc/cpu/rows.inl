@@ -156,7 +156,7 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
   const float share = 1.0f / static_cast<float>(count);
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    Vector low = load(rows[0] + d), high = low, sum = low, drift = {}, squares = {};
+    Vector low = load(rows[0] + d), high = low, sum = low, drift = {}, squares = {}, odd_squares = {};
     for (int i = 1; i < count; ++i) {
       const Vector key = load(rows[i] + d);
       low = key < low ? key : low;
@@ -167,17 +167,17 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     for (int i = 0; i < count; ++i) {
       const Vector distance = load(rows[i] + d) - centre;
       drift += distance;
-      squares += distance * distance;
+      (i % 2 ? odd_squares : squares) += distance * distance;  // two short sums round less than one long one
     }
     drift *= share;
-    const Vector variance = squares * share - drift * drift;
+    const Vector variance = (squares + odd_squares) * share - drift * drift;
     store(min + d, low);
     store(max + d, high);
     store(mean + d, centre + drift);
     for (int lane = 0; lane < kLanes; ++lane) std[d + lane] = std::sqrt(variance[lane] > 0 ? variance[lane] : 0);
   }
   for (; d < head_dim; ++d) {
-    float low = to_float(rows[0][d]), high = low, sum = low, drift = 0, squares = 0;
+    float low = to_float(rows[0][d]), high = low, sum = low, drift = 0, squares = 0, odd_squares = 0;
     for (int i = 1; i < count; ++i) {
       const float key = to_float(rows[i][d]);
       low = key < low ? key : low;
@@ -188,10 +188,10 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     for (int i = 0; i < count; ++i) {
       const float distance = to_float(rows[i][d]) - centre;
       drift += distance;
-      squares += distance * distance;
+      (i % 2 ? odd_squares : squares) += distance * distance;
     }
     drift *= share;
-    const float variance = squares * share - drift * drift;
+    const float variance = (squares + odd_squares) * share - drift * drift;
     min[d] = low;
     max[d] = high;
     mean[d] = centre + drift;

@@ -25,15 +25,16 @@ __device__ void summarise_page(const Rows& k_pages, const PageStatistics& statis
   if (statistics.k_mean) {
     // Corrected by the mean distance from it: what the first sum has lost to rounding comes back.
     const float centre = sum / tokens;
-    float drift = 0, squares = 0;
+    float drift = 0, squares = 0, odd_squares = 0;  // two short sums round less than one long one
     for (int slot = 0; slot < tokens; ++slot) {
       const float distance = to_float(k_pages.at<T>(page, kv_head, slot)[d]) - centre;
       drift += distance;
-      squares += distance * distance;
+      (slot % 2 ? odd_squares : squares) += distance * distance;
     }
     drift /= tokens;
     statistics.k_mean.at<T>(page, kv_head)[d] = from_float<T>(centre + drift);
-    statistics.k_std.at<T>(page, kv_head)[d] = from_float<T>(sqrtf(fmaxf(squares / tokens - drift * drift, 0)));
+    statistics.k_std.at<T>(page, kv_head)[d] =
+        from_float<T>(sqrtf(fmaxf((squares + odd_squares) / tokens - drift * drift, 0)));
   }
 }
 
