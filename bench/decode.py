@@ -157,6 +157,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
+    for name in ("context", "heads", "kv_heads", "head_dim", "repeats"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"expected --{name.replace('_', '-')} >= 1, got {value}")
+    if args.heads % args.kv_heads:
+        parser.error(f"expected --heads to be a multiple of --kv-heads {args.kv_heads}, got {args.heads}")
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     cases = [(context, dtype, keys) for keys in args.keys for dtype in args.dtype for context in args.context]

@@ -11,6 +11,7 @@ Decode steps (one query) use `select`; prefill is exact. alpha is `config.entmax
 """
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,7 @@ from entmaxkv.select import Selector
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
     from transformers.cache_utils import CacheLayerMixin
+    from transformers.masking_utils import causal_mask_function
 except ImportError as error:
     raise ImportError("entmaxkv.hf: expected transformers >= 5 (pip install 'transformers>=5')") from error
 
@@ -94,7 +96,6 @@ class EntmaxLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.seen += tokens
         self.pending = True
         key_states = key_states.view_as(key_states)
         key_states.entmaxkv_layer = self  # type: ignore[attr-defined]
@@ -102,9 +103,9 @@ class EntmaxLayer(CacheLayerMixin):
 
     def append(self, key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
         """Appends the first `lengths` [batch] of the tokens that `update` announced; returns the pages."""
-        self.pending = False
         dtype = self.paged.k_pages.dtype
         self.paged.append(key.transpose(1, 2).to(dtype), value.transpose(1, 2).to(dtype), lengths)
+        self.seen += key.shape[2]
         return self.paged
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -128,6 +129,9 @@ class EntmaxLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise NotImplementedError("EntmaxCache: expected greedy decoding or sampling, got beam search")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("EntmaxCache: expected a cache that only grows (reset() empties it), got crop")
 
 
 class EntmaxCache(Cache):
@@ -156,6 +160,8 @@ class EntmaxCache(Cache):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
+        config = config.get_text_config(decoder=True)
+        _alpha(config)
         layer_types = getattr(config, "layer_types", None) or []
         unfit = sorted(set(layer_types) - {"full_attention"})
         if unfit:
@@ -177,10 +183,37 @@ class EntmaxCache(Cache):
             layer.select = select
 
 
-def padding_mask(*, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask that `attention` takes: None, or [batch, kv_length] bool where some token is padding."""
+def padding_mask(
+    *,
+    kv_length: int,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that `attention` takes: None, or [batch, kv_length] bool where some token is padding.
+
+    Early versions 5 pass the queries' positions in place of their number and offset.
+    """
+    if mask_function is not causal_mask_function:
+        raise ValueError(
+            "entmaxkv attention: expected the plain causal mask, got another one "
+            "(packed position_ids without an attention_mask make one)"
+        )
+    tokens = int(q_offset + q_length if cache_position is None else cache_position[-1] + 1)
+    if kv_length != tokens:
+        raise ValueError(
+            f"entmaxkv attention: expected EntmaxCache or a dynamic cache, whose keys are the {tokens} tokens seen "
+            f"so far, got a static one of {kv_length} slots"
+        )
     if attention_mask is None:
         return None
+    if attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"entmaxkv attention: expected an attention_mask of all {kv_length} tokens, got {attention_mask.shape[1]}"
+        )
     attention_mask = attention_mask[:, -kv_length:]
     return None if attention_mask.all() else attention_mask
 
@@ -196,6 +229,8 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal entmax attention as a transformers attention function.
@@ -210,21 +245,32 @@ def attention(
         dropout: Must be 0.
         sliding_window: Must be None.
         softcap: Must be None.
+        s_aux: Attention sinks; must be None.
+        is_causal: Must not be False, nor `module.is_causal`.
 
     Returns:
         The output [batch, tokens, q_heads, head_dim], and None in place of the weights.
     """
-    for name, got in (("dropout", dropout or None), ("sliding_window", sliding_window), ("softcap", softcap)):
+    layer: EntmaxLayer | None = getattr(key, "entmaxkv_layer", None)
+    if layer:
+        layer.pending = False
+    for name, got in (
+        ("dropout", dropout or None),
+        ("sliding_window", sliding_window),
+        ("softcap", softcap),
+        ("s_aux (attention sinks)", None if s_aux is None else f"a tensor of shape {tuple(s_aux.shape)}"),
+    ):
         if got is not None:
             raise ValueError(f"entmaxkv attention: expected no {name}, got {got}")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError("entmaxkv attention: expected causal attention, got is_causal=False")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "entmaxkv attention: expected the 2D padding mask [batch, tokens], "
             f"got attention_mask of shape {tuple(attention_mask.shape)}"
         )
-    alpha = float(getattr(module.config, "entmax_alpha", 1.5))
+    alpha = _alpha(module.config)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: EntmaxLayer | None = getattr(key, "entmaxkv_layer", None)
     tokens = query.shape[2]
     query, key = query.to(value.dtype), key.to(value.dtype)
 
@@ -237,7 +283,10 @@ def attention(
     lacks = _adasplash_lacks(query, alpha)
     if torch.is_grad_enabled() and query.requires_grad:
         if layer is not None or key.shape[2] != tokens:
-            raise ValueError("entmaxkv attention: expected no cache in training (use_cache=False), got one")
+            raise ValueError(
+                "entmaxkv attention: expected no cache where gradients are recorded, got one; to decode, wrap the call "
+                "in torch.no_grad(), to train, pass use_cache=False"
+            )
         if lacks:
             raise RuntimeError(f"entmaxkv attention: to train, expected {lacks}")
         out = _adasplash(query, key, value, scale)
@@ -257,6 +306,13 @@ def attention(
     if order is not None and lengths is not None:
         out = _scatter(out, order, lengths)
     return out.transpose(1, 2), None
+
+
+def _alpha(config: Any) -> float:
+    alpha = float(getattr(config, "entmax_alpha", 1.5))
+    if not 1 <= alpha <= 2:
+        raise ValueError(f"entmaxkv: expected config.entmax_alpha in [1, 2], got {alpha}")
+    return alpha
 
 
 def _real_first(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+import re
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import entmaxkv
 from entmaxkv import reference
@@ -185,10 +187,27 @@ def test_demo_prints_its_table():
     pytest.importorskip("rich")
     command = [sys.executable, ROOT / "examples" / "generate.py", "--context", "300", "--tokens", "20"]
     options = ["--file", ROOT / "examples" / "corpus.py", "--budget", "320"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
-    out = subprocess.run([*command, *options], env=env, check=True, capture_output=True, text=True).stdout
-    rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("20/20")]
-    assert [row[0] for row in rows] == ["dense", "TopPages(320)", "Gaussian()"][: len(rows)] and len(rows) >= 2
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    run = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"^ *(dense|TopPages\(320\)|Gaussian\(\))((?: +\S+){6}) +(\d+)/20 *$", run.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["dense", "TopPages(320)", "Gaussian()"], run.stdout
+    assert [row[2] for row in rows[:2]] == ["20", "20"]
+
+
+@pytest.mark.parametrize(
+    "option, text",
+    [
+        ("--budget=0", "--budget >= 1, got 0"),
+        ("--alpha=3", r"--alpha in \[1, 2\], got 3"),
+        (f"--file={os.devnull}", "a file that is not empty, got"),
+        ("--model=absent", "a folder with a config.json, got absent"),
+    ],
+)
+def test_demo_checks_its_options(option, text):
+    pytest.importorskip("rich")
+    run = subprocess.run([sys.executable, ROOT / "examples" / "generate.py", option], capture_output=True, text=True)
+    assert run.returncode == 2 and re.search(text, " ".join(run.stderr.split())), run.stderr
 
 
 @torch.no_grad()
@@ -231,6 +250,43 @@ def test_reset_empties_the_cache(model):
     assert torch.equal(model(input_ids=rows, past_key_values=cache).logits, first)
 
 
+def with_dropout(model):
+    model.train().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+
+def not_causal(model):
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+def with_alpha_3(model):
+    model.requires_grad_(False).config.entmax_alpha = 3.0
+
+
+@pytest.mark.parametrize("spoil", [nn.Module.requires_grad_, with_dropout, not_causal, with_alpha_3])
+def test_retry_after_a_failed_call(model, spoil):
+    rows, cache = ids(TEXT[:40])[0], hf.EntmaxCache(model.config, 40)
+    first, rest = rows.split((30, 10), dim=1)
+    spoilt = load()
+    spoil(spoilt)
+    with torch.no_grad():
+        expected = model(input_ids=rows, use_cache=False).logits
+        model(input_ids=first, past_key_values=cache)
+    with pytest.raises(ValueError, match="entmaxkv"):
+        spoilt(input_ids=rest, past_key_values=cache)
+    assert cache.get_seq_length() == 30 and cache.layers[0].paged.seq_lens.tolist() == [30]
+    with torch.no_grad():
+        close(model(input_ids=rest, past_key_values=cache).logits, expected[:, 30:])
+
+
+def test_text_config_of_a_larger_model(model):
+    config = types.SimpleNamespace(get_text_config=lambda decoder: model.config)
+    assert len(hf.EntmaxCache(config, 16).layers) == model.config.num_hidden_layers
+
+
 def full_cache(model):
     cache = hf.EntmaxCache(model.config, 5)
     with torch.no_grad():
@@ -259,6 +315,29 @@ def sliding_layers(model):
     config = copy.deepcopy(model.config)
     config.layer_types = ["sliding_attention"] * 6
     hf.EntmaxCache(config, 16)
+
+
+def static_cache(model):
+    rows, mask = ids(TEXT[:40])
+    model.generate(rows, attention_mask=mask, max_new_tokens=4, cache_implementation="static")
+
+
+def alpha_3(model):
+    config = copy.deepcopy(model.config)
+    config.entmax_alpha = 3
+    hf.EntmaxCache(config, 16)
+
+
+def packed(model):
+    with torch.no_grad():
+        model(input_ids=ids(TEXT[:4])[0], position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
+
+
+def short_mask(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=ids(TEXT[:4])[0], attention_mask=torch.ones(1, 4), past_key_values=cache)
 
 
 def call(model, **options):
@@ -297,8 +376,13 @@ ERRORS = {
     "training with a cache": (
         lambda m: m(input_ids=ids(TEXT[:4])[0], past_key_values=hf.EntmaxCache(m.config, 16)),
         ValueError,
-        r"expected no cache in training",
+        r"expected no cache where gradients are recorded.* wrap the call in torch.no_grad\(\)",
     ),
+    "crop": (lambda m: hf.EntmaxCache(m.config, 16).crop(-1), NotImplementedError, r"only grows .*got crop"),
+    "static cache": (static_cache, ValueError, r"expected EntmaxCache or a dynamic cache.* got a static one"),
+    "short mask": (short_mask, ValueError, r"expected an attention_mask of all 8 tokens, got 4"),
+    "packed sequences": (packed, ValueError, r"expected the plain causal mask, got another one \(packed"),
+    "alpha": (alpha_3, ValueError, r"expected config.entmax_alpha in \[1, 2\], got 3"),
     "4D mask": (
         lambda m: call(m, attention_mask=torch.zeros(1, 1, 8, 8)),
         ValueError,
@@ -306,6 +390,8 @@ ERRORS = {
     ),
     "dropout": (lambda m: call(m, dropout=0.1), ValueError, r"expected no dropout, got 0.1"),
     "window": (lambda m: call(m, sliding_window=4), ValueError, r"expected no sliding_window, got 4"),
+    "not causal": (lambda m: call(m, is_causal=False), ValueError, r"expected causal attention, got is_causal=False"),
+    "sinks": (lambda m: call(m, s_aux=torch.zeros(4)), ValueError, r"expected no s_aux .*got a tensor of shape \(4,\)"),
     "softcap": (lambda m: call(m, softcap=30.0), ValueError, r"expected no softcap, got 30"),
 }
 
