@@ -218,7 +218,7 @@ def main() -> None:
     table.caption = (
         f"{args.dtype} on {args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads. "
         f"tok/s: whole model, {args.tokens - 1} steps. keys read: per token and head. KV bytes: share of the cache "
-        "that is read (no values of weight zero), page statistics included, so above 100 % for short contexts. "
+        "that is read (no values of weight zero), page statistics included: short contexts can exceed 100 %. "
         "δ: attention mass on pages left out. recall: share of the dense support that is read. "
         "error: of the attention output, against float64. "
         f"keys read to error: means over {steps} steps of the dense continuation, all layers and heads, each method "
