@@ -1,7 +1,7 @@
 """Times one decode step against softmax attention on the same shapes.
 
 Peer: torch.nn.functional.scaled_dot_product_attention on contiguous keys and values, with the query heads of a group as
-rows of one query over their KV head (on the CPU several times faster than enable_gqa=True). The methods take turns,
+rows of one query over their KV head (on the CPU faster than enable_gqa=True). The methods take turns,
 --repeats times over; the median counts. Beside each time stand the bytes that the method has to read, counted from
 tensors, and the dropped mass and output error against dense entmax in float64.
 """

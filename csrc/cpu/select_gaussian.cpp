@@ -26,7 +26,7 @@ void want_pages(const SelectGaussian& op, int64_t row, int head, int used, std::
   if (!entmax.is_softmax()) {
     for (int page = 0; page < used; ++page) tau = mean[page] > tau ? mean[page] : tau;
     tau = entmax.gap * tau - 1;
-    constexpr int kMostSteps = 32;  // the norm is nearly linear in tau: around six are needed
+    constexpr int kMostSteps = 32;  // a guard: steps stop once they no longer move tau
     for (int step = 0; step < kMostSteps; ++step) {
       Excess<double> excess;
       for (int page = 0; page < used; ++page) {

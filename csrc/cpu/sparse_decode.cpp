@@ -179,7 +179,7 @@ class Decoder {
       for (double& value : x) mass += value = std::exp(value);
       op_.tau[head_index] = static_cast<float>(all.best + std::log(mass));
     } else {
-      constexpr int kMostSteps = 64;  // quadratic convergence: around six are needed
+      constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
       for (int step = 0; step < kMostSteps; ++step) {
         Excess<double> excess;
         size_t alive = 0;  // what is at or below a lower bound of the threshold never comes back
