@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -63,7 +64,7 @@ def cpu_library() -> cpp_extension.CppExtension:
 def cuda_library(cuda: Path) -> cpp_extension.CppExtension:
     cpp_extension.CUDA_HOME = str(cuda)  # torch looks for it only where torch itself has CUDA
     kernels = sorted(CSRC.glob("cuda/*.cu"))
-    doors = [CSRC / f"{kernel.stem}.cpp" for kernel in kernels]
+    doors = sorted(source for source in CSRC.glob("*.cpp") if source.name != "parallel_torch.cpp")
     # The current stream comes from libtorch_cuda. Where torch has none, an empty library of that name makes the
     # loader look for the real one at run time.
     libraries = [Path(cpp_extension.TORCH_LIB_PATH)]
@@ -109,8 +110,38 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extension(self, ext) -> None:
         shared = self.build_temp
         self.build_temp = str(Path(shared) / ext.name)
-        super().build_extension(ext)
+        if ext.name.endswith("_cuda"):
+            self.build_cuda(ext)
+        else:
+            super().build_extension(ext)
         self.build_temp = shared
+
+    def build_cuda(self, ext) -> None:
+        """Builds all or nothing, and keeps what ptxas says of every kernel in build/cuda.log.
+
+        Where torch has no CUDA, it does not tell ninja which headers a .cu file includes.
+        """
+        objects = list(Path(self.build_temp).rglob("*.o"))
+        sources = [path for path in CSRC.rglob("*") if path.is_file()]
+        if objects and max(map(modified, sources)) > min(map(modified, objects)):
+            shutil.rmtree(self.build_temp)
+        log, screen = ROOT / "build" / "cuda.log", os.dup(1)
+        with tempfile.TemporaryFile("w+") as output:
+            os.dup2(output.fileno(), 1)  # ninja writes there, past sys.stdout
+            try:
+                super().build_extension(ext)
+            finally:
+                os.dup2(screen, 1)
+                os.close(screen)
+                output.seek(0)
+                text = output.read()
+                print(text, end="")
+        if "ptxas info" in text:
+            log.write_text(text)
+
+
+def modified(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 cuda = find_cuda()

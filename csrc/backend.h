@@ -16,13 +16,26 @@
 namespace entmaxkv {
 
 #ifdef USE_CUDA
-/// Runs a kernel of namespace cuda on the device and current stream of `where`.
-template <typename Op>
-void run(void (*kernel)(const Op&, cudaStream_t), const Op& op, const Tensor& where) {
+/// Calls launch(stream) with the current stream of the device of `where`.
+template <typename Launch>
+void on_stream_of(const Tensor& where, Launch launch) {
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
-  kernel(op, static_cast<cudaStream_t>(stream));
+  launch(static_cast<cudaStream_t>(stream));
+}
+
+/// Runs a kernel of namespace cuda on the device and current stream of `where`.
+template <typename Op>
+void run(void (*kernel)(const Op&, cudaStream_t), const Op& op, const Tensor& where) {
+  on_stream_of(where, [&](cudaStream_t stream) { kernel(op, stream); });
+}
+
+/// The same for a kernel with intermediate results, which live in torch's memory.
+template <typename Op>
+void run(void (*kernel)(const Op&, void*, cudaStream_t), const Op& op, const Tensor& where) {
+  Tensor workspace = new_tensor(where, {cuda::workspace_bytes(op)}, ScalarType::Byte);
+  on_stream_of(where, [&](cudaStream_t stream) { kernel(op, workspace.data_ptr(), stream); });
 }
 
 namespace backend = cuda;

@@ -52,6 +52,11 @@ struct Entmax {
       : gap(alpha - 1 > Real(1e-9) ? alpha - 1 : 0),
         beta(gap > 0 ? snapped(1 / gap) : std::numeric_limits<Real>::infinity()) {}
 
+  /// The same alpha in another precision.
+  template <typename Other>
+  ENTMAXKV_HOST_DEVICE explicit Entmax(const Entmax<Other>& other)
+      : gap(static_cast<Real>(other.gap)), beta(static_cast<Real>(other.beta)) {}
+
   ENTMAXKV_HOST_DEVICE bool is_softmax() const { return gap == 0; }
 
   /// How far to move t up from a trial value at or below the solution. Newton's step on

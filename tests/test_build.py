@@ -16,6 +16,12 @@ ROOT = Path(__file__).parent.parent
 LIBRARIES = sorted(Path(entmaxkv.__file__).parent.glob("_*.so"))
 
 
+def architectures() -> set[str]:
+    """What the CUDA library was built for, without suffixes: sm_80, sm_90, ..."""
+    built_for = re.search("built for.*", run(sys.executable, "-m", "entmaxkv"))
+    return set(re.findall(r"sm_\d+", built_for.group()))
+
+
 def run(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -28,11 +34,33 @@ def test_library_needs_no_python(library):
     assert not [name for name in needed if "python" in name]
 
 
-@pytest.mark.skipif(
+with_nvcc = pytest.mark.skipif(
     not shutil.which("nvcc") or os.environ.get("ENTMAXKV_CUDA") == "0", reason="no nvcc, or the CUDA library unwanted"
 )
+
+
+@with_nvcc
 def test_cuda_library_is_built_where_there_is_nvcc():
     assert [path.name for path in LIBRARIES] == ["_C.abi3.so", "_cuda.abi3.so"]
+
+
+@with_nvcc
+def test_no_kernel_spills_registers():
+    """By what ptxas said of every kernel and architecture when the library was built."""
+    kernel = re.compile(
+        r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", re.DOTALL
+    )
+    kernels = kernel.findall((ROOT / "build" / "cuda.log").read_text())
+    assert {re.sub("a$", "", arch) for _, arch, *_ in kernels} == architectures()
+    assert len(kernels) > 60
+    assert [name for name, _, *spilled in kernels if spilled != ["0", "0"]] == []
+
+
+@with_nvcc
+def test_size_of_the_cuda_library():
+    """At most 40 MB for each architecture."""
+    (library,) = [path for path in LIBRARIES if path.name.startswith("_cuda")]
+    assert library.stat().st_size < 40e6 * len(architectures())
 
 
 def test_main_says_what_is_installed():

@@ -1,15 +1,21 @@
-// What the CUDA kernels share: element types, and the one form of launch error.
+// What the CUDA kernels share: element types, launches, and the reductions and scans of a block.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../ops.h"
 
 namespace entmaxkv::cuda {
+
+constexpr unsigned kWarp = 0xffffffffu;  // all lanes
+constexpr float kNothing = -__builtin_huge_valf();
+constexpr float kUndefined = __builtin_nanf("");
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -43,12 +49,90 @@ void dispatch(Dtype dtype, Body body) {
   }
 }
 
-/// After every launch: a failure surfaces at the op that caused it, with its name.
-inline void check_launch(const char* op) {
+/// Launches a kernel; a failure surfaces at the op that caused it, with its name.
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream,
+            std::common_type_t<Params>... params) {
+  kernel<<<grid, threads, 0, stream>>>(params...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("entmaxkv::") + op + ": kernel launch failed: " + cudaGetErrorString(error));
   }
+}
+
+/// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// Tokens of a row, whatever seq_lens says: never more than its page table has room for.
+template <typename Op>
+__device__ int length_of(const Op& op, int64_t row) {
+  return max(0, min(op.seq_lens[row], op.max_pages * op.page_size));
+}
+
+/// A float as an unsigned number of the same order, NaN above all.
+__device__ inline uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return ~0u;
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float from_ordered(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+/// The block's combination of all threads' values, in a fixed order, for every thread. All threads call.
+template <int kThreads, typename Value, typename Combine>
+__device__ Value reduce(Value value, Combine combine) {
+  __shared__ Value s_values[kThreads / 32];
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(kWarp, value, distance));
+  }
+  __syncthreads();  // the values of an earlier call have been read
+  if (threadIdx.x % 32 == 0) s_values[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = s_values[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) value = combine(value, s_values[warp]);
+  return value;
+}
+
+template <int kThreads, typename Value>
+__device__ Value sum(Value value) {
+  return reduce<kThreads>(value, [](Value a, Value b) { return a + b; });
+}
+
+/// The largest value, NaN if any is.
+template <int kThreads>
+__device__ float largest(float value) {
+  return reduce<kThreads>(value, [](float a, float b) { return a != a || a > b ? a : b; });
+}
+
+/// The sum over all threads before this one, and in `total` over all. All threads call.
+template <int kThreads>
+__device__ int exclusive_scan(int value, int& total) {
+  __shared__ int s_sums[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int upto = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kWarp, upto, distance);
+    if (lane >= distance) upto += other;
+  }
+  __syncthreads();  // the sums of an earlier call have been read
+  if (lane == 31) s_sums[warp] = upto;
+  __syncthreads();
+  int before = upto - value;
+  total = 0;
+  for (int other = 0; other < kThreads / 32; ++other) {
+    if (other < warp) before += s_sums[other];
+    total += s_sums[other];
+  }
+  return before;
 }
 
 }  // namespace entmaxkv::cuda

@@ -1,5 +1,5 @@
 // One function per op; every function takes the params struct that its front door has filled and checked, launches on
-// `stream`, and does not wait.
+// `stream`, and does not wait. An op with intermediate results takes memory for them from its front door.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,16 @@
 
 namespace entmaxkv::cuda {
 
+int64_t workspace_bytes(const SelectGaussian& op);
+int64_t workspace_bytes(const SelectPages& op);
+int64_t workspace_bytes(const SparseDecode& op);
+
 void append_kv(const AppendKv& op, cudaStream_t stream);
 void page_stats(const PageStats& op, cudaStream_t stream);
+void score_gaussian(const ScoreGaussian& op, cudaStream_t stream);
+void score_pages(const ScorePages& op, cudaStream_t stream);
+void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t stream);
+void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream);
+void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream);
 
 }  // namespace entmaxkv::cuda

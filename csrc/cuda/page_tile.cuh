@@ -1,0 +1,44 @@
+// How score_pages and score_gaussian divide their work.
+#pragma once
+
+#include "tile.cuh"
+
+namespace entmaxkv::cuda {
+
+/// 32 successive logical pages of one row, a lane for each, and the query heads that one warp scores them for.
+struct PageTile {
+  int64_t row;
+  int kv_head, first_head, heads;
+  int seq_len;
+  int page;  // of this lane
+  int used;  // pages of the row
+
+  template <typename Op>
+  static dim3 grid(const Op& op, int warps) {
+    return dim3(ceil_div(op.max_pages, kTileRows * warps), op.kv_heads * ceil_div(op.group, kTileHeads), op.batch);
+  }
+
+  template <typename Op>
+  __device__ explicit PageTile(const Op& op) : row(blockIdx.z), page(blockIdx.x * blockDim.x + threadIdx.x) {
+    const int parts = ceil_div(op.group, kTileHeads);
+    const int part = blockIdx.y % parts;
+    kv_head = blockIdx.y / parts;
+    first_head = kv_head * op.group + part * kTileHeads;
+    heads = min(kTileHeads, op.group - part * kTileHeads);
+    seq_len = length_of(op, row);
+    used = ceil_div(seq_len, op.page_size);
+  }
+
+  __device__ bool in_use() const { return page < used; }
+
+  /// Whether any page of the warp is in use.
+  __device__ bool any_in_use() const { return page - static_cast<int>(threadIdx.x % 32) < used; }
+
+  /// This lane's row of a page statistic; of the row's last page, for a page that is not in use.
+  template <typename T>
+  __device__ const T* statistic(const Rows& statistics, const PageTable& page_table) const {
+    return statistics.at<T>(page_table.row(row)[min(page, used - 1)], kv_head);
+  }
+};
+
+}  // namespace entmaxkv::cuda

@@ -1,0 +1,450 @@
+// sparse_decode and dense_decode on the GPU.
+//   s_i = scale q . k_i + bias,  p_i = [(alpha-1) s_i - tau]_+^beta with sum p_i = 1,  out = sum_i p_i v_i
+// The selected pages of a (row, KV head) are a list of tokens, cut into tiles of 32. Every key is read once per group
+// of up to 16 query heads, and a value only where p > 0.
+//   1. score: the tiles of all lists are divided evenly over a fixed grid, whatever the lengths; a warp scores a tile
+//      for all heads of the group. A token is alive while its score is within beta, in s, of the best that the block
+//      has seen of its head (entmax.h): one bit says so, and only then is the score written.
+//   2. solve: a block per (row, query head) gathers the scores that are alive, in the order of the list, finds the
+//      threshold on those within beta of the best, and keeps the tokens with p > 0. Up to kChunk of them it multiplies
+//      with their values at once.
+//   3. spread: more are cut into chunks, which are divided evenly over a fixed grid; the last block to finish a chunk
+//      of a head adds its chunks up, in their order.
+// What is alive depends on timing, but nothing after the exact test in step 2 does; and no sum depends on the grid or
+// on other rows. So the bits of a row are always the same.
+#include "../entmax.h"
+#include "kernels.h"
+#include "tile.cuh"
+
+namespace entmaxkv::cuda {
+
+namespace {
+
+constexpr int kScoreWarps = 4;
+constexpr int kThreads = 512;  // of the blocks that solve and spread
+constexpr int kChunk = 512;    // tokens whose values are added up together
+
+/// Results between the launches, per (row, query head).
+struct Scratch {
+  int capacity;       // tokens of the longest list, in whole tiles
+  float* scores;      // [batch, q_heads, capacity] where alive; from step 2 on the weights, packed
+  int32_t* places;    // [batch, q_heads, capacity] in the list, of the tokens with weight
+  uint32_t* alive;    // [batch, q_heads, capacity / 32]
+  float* partial;     // [batch, q_heads, capacity / kChunk, head_dim] sums of chunks
+  int32_t* finished;  // [batch, q_heads] chunks
+
+  __host__ __device__ int tiles() const { return capacity / kTileRows; }
+  __host__ __device__ int chunks() const { return ceil_div(capacity, kChunk); }
+
+  /// Lays the arrays out from `memory` on, and says how many bytes they take.
+  int64_t place(const SparseDecode& op, void* memory) {
+    const int64_t pages = op.selection.selected ? op.selection.max_selected : op.max_pages;
+    const int64_t heads = int64_t{op.batch} * op.q_heads;
+    capacity = static_cast<int>((pages * op.page_size + kTileRows - 1) / kTileRows * kTileRows);
+    int64_t bytes = 0;
+    const auto take = [&](auto*& array, int64_t count) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + bytes);
+      bytes += heads * count * 4;
+    };
+    take(scores, capacity);
+    take(places, capacity);
+    take(alive, tiles());
+    take(partial, int64_t{chunks()} * op.head_dim);
+    take(finished, 1);
+    return bytes;
+  }
+};
+
+/// The tokens that one KV head of one row attends to.
+struct TokenList {
+  const int32_t* selected;  // null: all pages
+  const int32_t* table;
+  int page_size, page_bits;
+  int seq_len;
+  int tokens;
+
+  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), seq_len(length_of(op, row)) {
+    page_bits = __ffs(page_size) - 1;
+    int pages = ceil_div(seq_len, page_size);
+    if (op.selection.selected) {
+      const int64_t list = row * op.kv_heads + kv_head;
+      selected = op.selection.row(list);
+      pages = max(0, min(op.selection.counts[list], op.selection.max_selected));
+    }
+    tokens = 0;
+    if (pages > 0) tokens = (pages - 1) * page_size + min(page_size, seq_len - logical(pages - 1) * page_size);
+  }
+
+  __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
+  __device__ int logical(int nth) const { return selected ? selected[nth] : nth; }
+
+  /// Position in the sequence of the token at a place of the list.
+  __device__ int position(int place) const {
+    return logical(place >> page_bits) * page_size + (place & (page_size - 1));
+  }
+
+  /// Where a pool holds the token at a place of the list.
+  template <typename T>
+  __device__ const T* row_of(const Rows& pool, int kv_head, int place) const {
+    return pool.at<T>(table[logical(place >> page_bits)], kv_head, place & (page_size - 1));
+  }
+};
+
+/// This block's even share of the items of several lists, a run of successive ones.
+struct Share {
+  int list, item;  // the first
+  int items;
+
+  /// All threads call.
+  template <int kBlock, typename Count>
+  __device__ static Share of_block(int lists, Count count) {
+    __shared__ Share s_share;
+    const int each = ceil_div(lists, kBlock);
+    const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
+    int own = 0;
+    for (int list = first; list < end; ++list) own += count(list);
+    int total;
+    int before = exclusive_scan<kBlock>(own, total);
+    const auto begin = static_cast<int>(int64_t{total} * blockIdx.x / gridDim.x);
+    const auto stop = static_cast<int>(int64_t{total} * (blockIdx.x + 1) / gridDim.x);
+    if (begin == stop) return {0, 0, 0};
+    if (before <= begin && begin < before + own) {
+      int list = first;
+      for (int items = count(list); before + items <= begin; items = count(list)) {
+        before += items;
+        ++list;
+      }
+      s_share = {list, begin - before, stop - begin};
+    }
+    __syncthreads();
+    return s_share;
+  }
+};
+
+/// Query heads that read the keys of one (row, KV head) together.
+struct HeadGroup {
+  int64_t row;
+  int kv_head, first_head, heads;
+
+  __host__ __device__ static int per_kv_head(const SparseDecode& op) { return ceil_div(op.group, kTileHeads); }
+  __host__ __device__ static int count(const SparseDecode& op) { return op.batch * op.kv_heads * per_kv_head(op); }
+
+  __device__ HeadGroup(const SparseDecode& op, int index) {
+    const int part = index % per_kv_head(op);
+    kv_head = index / per_kv_head(op) % op.kv_heads;
+    row = index / per_kv_head(op) / op.kv_heads;
+    first_head = kv_head * op.group + part * kTileHeads;
+    heads = min(kTileHeads, op.group - part * kTileHeads);
+  }
+};
+
+/// What a block knows of the heads that it scores.
+struct Heads {
+  uint32_t best[kTileHeads];  // ordered
+  float slope[kTileHeads];
+  float reach[kTileHeads];  // how far below the best score a token is alive
+};
+
+template <typename T, typename Layout>
+__device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const HeadGroup& group,
+                           const TokenList& list, int tile, const Queries<T, Layout>& q, Heads& s_heads,
+                           Products& products) {
+  const int lane = threadIdx.x % 32;
+  const bool there = tile * kTileRows + lane < list.tokens;
+  const int place = there ? tile * kTileRows + lane : list.tokens - 1;
+  const T* key = list.row_of<T>(op.k_pages, group.kv_head, place);
+  const auto distance = static_cast<float>(list.position(place) - (list.seq_len - 1));
+  __syncwarp();  // the products of the last tile have been read
+  multiply<T, Layout, false>(key, op.head_dim, q, group.heads, products);
+  __syncwarp();
+
+  uint32_t best = 0;  // of the head that is this lane's number
+  for (int h = 0; h < group.heads; ++h) {
+    const float s = op.scoring.scale * products[h][lane] + s_heads.slope[h] * distance;
+    products[h][lane] = s;
+    const uint32_t tile_best = __reduce_max_sync(kWarp, ordered(s));
+    if (lane == h) best = tile_best;
+  }
+  float least = 0;
+  if (lane < group.heads) {
+    best = max(best, atomicMax(&s_heads.best[lane], best));
+    least = __fsub_rd(from_ordered(best), s_heads.reach[lane]);
+  }
+  const int64_t first = group.row * op.q_heads + group.first_head;
+  uint32_t alive = 0;
+  for (int h = 0; h < group.heads; ++h) {
+    const float s = products[h][lane], least_of_head = __shfl_sync(kWarp, least, h);
+    const bool lives = there && !(s < least_of_head);  // NaN lives
+    const uint32_t mask = __ballot_sync(kWarp, lives);
+    if (lane == h) alive = mask;
+    if (lives) scratch.scores[(first + h) * scratch.capacity + place] = s;
+  }
+  if (lane < group.heads) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+}
+
+template <typename T, typename Layout>
+__global__ void __launch_bounds__(32 * kScoreWarps, Layout::kRounds == 8 ? 2 : 3)
+    score(SparseDecode op, Scratch scratch) {
+  __shared__ Queries<T, Layout> s_q;
+  __shared__ Heads s_heads;
+  __shared__ Products s_products[kScoreWarps];
+  const int warp = threadIdx.x / 32;
+  const auto tiles = [&](int index) {
+    const HeadGroup group(op, index);
+    return TokenList(op, group.row, group.kv_head).tiles();
+  };
+  Share share = Share::of_block<32 * kScoreWarps>(HeadGroup::count(op), tiles);
+  for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
+    const HeadGroup group(op, share.list);
+    const TokenList list(op, group.row, group.kv_head);
+    end = min(list.tiles(), share.item + share.items);
+    if (end == 0) continue;
+    __syncthreads();  // every warp is done with the last group's queries
+    s_q.template load<T>(op.q, group.row, group.first_head, group.heads, op.head_dim, [](float x) { return x; });
+    if (threadIdx.x < group.heads) {
+      const int head = group.first_head + threadIdx.x;
+      s_heads.best[threadIdx.x] = ordered(kNothing);
+      s_heads.slope[threadIdx.x] = op.scoring.slope(head);
+      // Rounded up: what lives in vain falls to the exact test in solve.
+      s_heads.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
+    }
+    __syncthreads();
+    for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
+      score_tile<T, Layout>(op, scratch, group, list, tile, s_q, s_heads, s_products[warp]);
+    }
+  }
+}
+
+/// Keeps, in their order, the entries of scores and places for which keep(score) holds, with map(score); returns how
+/// many. All threads call.
+template <typename Keep, typename Map>
+__device__ int pack(float* scores, int32_t* places, int count, Keep keep, Map map) {
+  int kept = 0;
+  for (int first = 0; first < count; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const bool inside = i < count;
+    const int32_t place = inside ? places[i] : 0;
+    const float score = inside ? scores[i] : 0;
+    const bool keeps = inside && keep(score);
+    int more;
+    const int to = kept + exclusive_scan<kThreads>(keeps, more);
+    if (keeps) {
+      scores[to] = map(score);
+      places[to] = place;
+    }
+    kept += more;
+  }
+  __syncthreads();
+  return kept;
+}
+
+/// Finds the threshold and packs the weights of the tokens above it, in the list's order; returns how many, and tau.
+/// On entry scores and places hold every token within beta of `best`. All threads call.
+template <typename Real>
+__device__ int solve_threshold(const Entmax<Real>& entmax, float best, float* scores, int32_t* places, int count,
+                               float& tau) {
+  const auto below = [=](float score) { return static_cast<Real>(score) - best; };
+  if (entmax.is_softmax()) {
+    double mass = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) mass += exp(below(scores[i]));
+    mass = sum<kThreads>(mass);
+    tau = static_cast<float>(best + log(mass));
+    const auto weight = [=](float score) { return static_cast<float>(exp(below(score)) / static_cast<Real>(mass)); };
+    return pack(scores, places, count, [=](float score) { return weight(score) > 0; }, weight);
+  }
+  constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
+  constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
+  Real threshold = -1, mass = 1;
+  for (int step = 0; step < kMostSteps; ++step) {
+    double masses = 0, slopes = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const Real excess = entmax.gap * below(scores[i]) - threshold;
+      if (!(excess > 0)) continue;
+      Excess<Real> one;
+      one.add(excess, entmax.beta);
+      masses += one.mass;
+      slopes += one.slope;
+    }
+    mass = static_cast<Real>(sum<kThreads>(masses));
+    const Real move = entmax.step({mass, static_cast<Real>(sum<kThreads>(slopes))});
+    if (!(move > kStill * fabs(threshold))) break;
+    threshold += move;
+  }
+  tau = static_cast<float>(threshold + static_cast<double>(entmax.gap) * best);
+  const auto weight = [=](float score) {
+    const Real excess = entmax.gap * below(score) - threshold;
+    return excess > 0 ? static_cast<float>(power(excess, entmax.beta) / mass) : 0.0f;
+  };
+  return pack(scores, places, count, [=](float score) { return weight(score) > 0; }, weight);
+}
+
+/// sums[d] = sum_i weights[i] v_d of the tokens at places[i], i < count <= kChunk, in an order of its own. All threads
+/// call.
+template <typename T>
+__device__ void gather(const SparseDecode& op, const TokenList& list, int kv_head, bool vectors, const float* weights,
+                       const int32_t* places, int count, float* sums) {
+  constexpr int kDims = 8;  // of a thread
+  constexpr int kCount = 16 / sizeof(T);
+  __shared__ float s_sums[kThreads * kDims];
+  const int columns = ceil_div(op.head_dim, kDims), tokens_at_once = kThreads / columns;
+  const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
+  float sum[kDims] = {};
+  if (offset < tokens_at_once) {
+#pragma unroll 4
+    for (int i = offset; i < count; i += tokens_at_once) {
+      const T* value = list.row_of<T>(op.v_pages, kv_head, places[i]);
+#pragma unroll
+      for (int word = 0; word < kDims / kCount; ++word) {
+        float values[kCount];
+        const int d = column * kDims + word * kCount;
+        unpack<T>(vectors ? load_word<true>(value, d, op.head_dim) : load_word<false>(value, d, op.head_dim), values);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) sum[word * kCount + e] += weights[i] * values[e];
+      }
+    }
+  }
+  __syncthreads();  // the sums of an earlier call have been read
+#pragma unroll
+  for (int e = 0; e < kDims; ++e) s_sums[threadIdx.x * kDims + e] = sum[e];
+  __syncthreads();
+  for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
+    float total = 0;
+    for (int i = 0; i < min(tokens_at_once, count); ++i) total += s_sums[i * columns * kDims + d];
+    sums[d] = total;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
+  __shared__ float s_out[kMaxHeadDim];
+  const int64_t row = blockIdx.y;
+  const int head = blockIdx.x, kv_head = head / op.group;
+  const int64_t at = row * op.q_heads + head;
+  const TokenList list(op, row, kv_head);
+  float* scores = scratch.scores + at * scratch.capacity;
+  int32_t* places = scratch.places + at * scratch.capacity;
+  const uint32_t* alive = scratch.alive + at * scratch.tiles();
+
+  int count = 0;
+  constexpr int kTiles = 4;  // of a thread at once
+  for (int first = 0; first < list.tiles(); first += kThreads * kTiles) {
+    uint32_t masks[kTiles];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kTiles + i;
+      masks[i] = tile < list.tiles() ? alive[tile] : 0;
+      own += __popc(masks[i]);
+    }
+    int more;
+    int to = count + exclusive_scan<kThreads>(own, more);
+    count += more;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kTiles + i;
+      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) places[to++] = tile * kTileRows + __ffs(mask) - 1;
+    }
+  }
+  __syncthreads();
+
+  const Entmax<double> entmax(op.alpha.of(head));
+  float best = kNothing;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const float s = scores[places[i]];
+    best = s != s || s > best ? s : best;
+  }
+  best = largest<kThreads>(best);
+  // Each entry comes from its own place or one behind it: none is overwritten before it has been read.
+  int kept = 0;
+  for (int first = 0; first < count; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const int32_t place = i < count ? places[i] : 0;
+    const float score = i < count ? scores[place] : kNothing;
+    const bool keeps = i<count&& static_cast<double>(score) - best> - entmax.beta;
+    int more;
+    const int to = kept + exclusive_scan<kThreads>(keeps, more);
+    if (keeps) {
+      scores[to] = score;
+      places[to] = place;
+    }
+    kept += more;
+  }
+  __syncthreads();
+
+  float tau = 0;
+  int support = 0;
+  if (kept == 0) {
+    if (list.tokens > 0) tau = kUndefined;  // some score is no number
+  } else if (entmax.beta <= 15 || entmax.is_softmax()) {
+    support = solve_threshold<float>(Entmax<float>(entmax), best, scores, places, kept, tau);
+  } else {
+    support = solve_threshold<double>(entmax, best, scores, places, kept, tau);  // powers that magnify rounding
+  }
+  if (threadIdx.x == 0) {
+    op.tau[at] = tau;
+    op.support[at] = support;
+    scratch.finished[at] = 0;
+    if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
+  }
+  if (support > kChunk) return;
+  gather<T>(op, list, kv_head, vectors, scores, places, support, s_out);
+  for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
+    op.out.at<T>(row, head)[d] = from_float<T>(support == 0 && list.tokens > 0 ? kUndefined : s_out[d]);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch scratch, bool vectors) {
+  __shared__ bool s_last;
+  const auto chunks_of = [&](int at) { return op.support[at] > kChunk ? ceil_div(op.support[at], kChunk) : 0; };
+  Share share = Share::of_block<kThreads>(op.batch * op.q_heads, chunks_of);
+  for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
+    const int64_t at = share.list, row = at / op.q_heads;
+    const int head = at % op.q_heads, kv_head = head / op.group;
+    const TokenList list(op, row, kv_head);
+    const int chunks = chunks_of(share.list);
+    end = min(chunks, share.item + share.items);
+    float* partial = scratch.partial + at * scratch.chunks() * op.head_dim;
+    for (int chunk = share.item; chunk < end; ++chunk) {
+      const int64_t from = at * scratch.capacity + chunk * kChunk;
+      gather<T>(op, list, kv_head, vectors, scratch.scores + from, scratch.places + from,
+                min(kChunk, op.support[at] - chunk * kChunk), partial + int64_t{chunk} * op.head_dim);
+      __threadfence();  // this thread's sums, before the count that announces them
+      __syncthreads();
+      if (threadIdx.x == 0) s_last = atomicAdd(&scratch.finished[at], 1) == chunks - 1;
+      __syncthreads();
+      if (!s_last) continue;
+      __threadfence();  // the count, before the sums of other blocks
+      for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
+        float total = 0;
+        for (int each = 0; each < chunks; ++each) total += __ldcg(&partial[int64_t{each} * op.head_dim + d]);
+        op.out.at<T>(row, head)[d] = from_float<T>(total);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const SparseDecode& op) { return Scratch{}.place(op, nullptr); }
+
+void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream) {
+  if (op.batch == 0) return;
+  Scratch scratch;
+  scratch.place(op, workspace);
+  const char* name = op.selection.selected ? "sparse_decode" : "dense_decode";
+  const bool key_vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
+  const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
+  const int blocks = 3 * multiprocessors();
+  dispatch(op.dtype, [&](auto element) {
+    using T = decltype(element);
+    dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
+      launch(name, score<T, decltype(layout)>, dim3(blocks), 32 * kScoreWarps, stream, op, scratch);
+    });
+    launch(name, solve<T>, dim3(op.q_heads, op.batch), kThreads, stream, op, scratch, value_vectors);
+    launch(name, spread<T>, dim3(blocks), kThreads, stream, op, scratch, value_vectors);
+  });
+}
+
+}  // namespace entmaxkv::cuda

@@ -1,0 +1,232 @@
+"""What only a GPU shows: streams, graphs, and sizes at which offsets, splits and wide supports matter."""
+
+import pytest
+import torch
+from conftest import CUDA, Cache, Decoded, assert_same_bits, check_decode, draw, make_cache, make_query
+from torch import Tensor
+
+import entmaxkv
+
+pytestmark = CUDA.marks
+OPS = torch.ops.entmaxkv
+
+SELECTORS = {
+    "dense": None,
+    "top pages": entmaxkv.TopPages(budget=512),
+    "gaussian": entmaxkv.Gaussian(),
+}
+selectors = pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def random_cache(
+    seq_lens: list[int], kv_heads: int, head_dim: int, dtype: torch.dtype, strength: float = 1.0
+) -> tuple[entmaxkv.PagedKVCache, Cache]:
+    """A cache of normal keys and values, drawn and appended on the GPU, in shuffled pages; as the tests see it too."""
+    cache = entmaxkv.PagedKVCache(len(seq_lens), max(seq_lens), kv_heads, head_dim, dtype=dtype, device="cuda")
+    order = torch.randperm(len(cache.k_pages), generator=torch.Generator().manual_seed(0)).int()
+    cache.page_table.copy_(order.view(cache.page_table.shape))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = len(seq_lens), max(seq_lens), kv_heads, head_dim
+    k, v = (torch.randn(shape, dtype=dtype, device="cuda", generator=generator) for _ in range(2))
+    k.mul_(strength)
+    cache.append(k, v, torch.tensor(seq_lens, dtype=torch.int32, device="cuda"))
+    statistics = cache.k_min, cache.k_max, cache.k_mean, cache.k_std
+    rows = [[x[row, :n] for row, n in enumerate(seq_lens)] for x in (k, v)]
+    pool = cache.k_pages, cache.v_pages, *statistics, cache.page_table, cache.seq_lens
+    return cache, Cache(*rows, *pool, cache.page_size)
+
+
+def clone(cache: entmaxkv.PagedKVCache) -> entmaxkv.PagedKVCache:
+    copy = entmaxkv.PagedKVCache(
+        cache.seq_lens.shape[0],
+        cache.max_tokens,
+        cache.kv_heads,
+        cache.k_pages.shape[-1],
+        dtype=cache.k_pages.dtype,
+        device="cuda",
+    )
+    for name in ("k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "page_table", "seq_lens"):
+        getattr(copy, name).copy_(getattr(cache, name))
+    return copy
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4 / 3, 1.5, 2.0])
+@dtypes
+def test_a_million_tokens(dtype, alpha):
+    """Supports from a handful of tokens to most of the context, in one call."""
+    _, cache = random_cache([2**20], 8, 128, dtype)
+    q = draw(1, 32, 128, seed=1) * torch.logspace(-4.5, 1.2, 32)[:, None]
+    q = q.to(dtype).cuda()
+    got = cache.dense(q, alpha)
+    check_decode(cache, q, got, alpha=alpha)
+    if alpha > 1:
+        assert got.support.min() < 10 and got.support.max() > 40_000
+    assert_same_bits(cache.dense(q, alpha), got)
+
+
+@dtypes
+def test_a_large_batch(dtype):
+    seq_lens = [32768 - 500 * row for row in range(64)]
+    _, cache = random_cache(seq_lens, 8, 128, dtype)
+    q = make_query(64, 32, 128, dtype, "cuda")
+    got = cache.dense(q)
+    check_decode(cache, q, got)
+    for row in (0, 31, 63):
+        assert_same_bits(cache.row(row).dense(q[row : row + 1]), [x[row : row + 1] for x in got])
+
+
+@pytest.mark.parametrize("pages", [1, 2, 1023, 1024, 1025, 2049, 65536])
+def test_select_pages_chooses_what_the_cpu_chooses(pages):
+    scores = draw(2, 8, pages)
+    scores[1] = (scores[1] * 4).round()  # ties
+    scores[:, 3] = torch.nan
+    scores[:, 5] = -torch.inf
+    scores[:, 6] = scores[:, 6].abs() * 1e-42
+    seq_lens = torch.tensor([pages * 16, pages * 16 - 5], dtype=torch.int32)
+    for budget in (1, 16, 33, pages * 8, pages * 16 - 1, pages * 16, 10**9):
+        want = OPS.select_pages(scores, seq_lens, 2, 16, budget)
+        got = OPS.select_pages(scores.cuda(), seq_lens.cuda(), 2, 16, budget)
+        assert_same_bits([x.cpu() for x in got], want)
+
+
+@selectors
+def test_no_step_waits(select):
+    cache, _ = random_cache([1000, 20, 0], 2, 64, torch.bfloat16)
+    cache = clone(cache)
+    q, k, v = (draw(3, *heads, 64, dtype=torch.bfloat16, device="cuda") for heads in ((8,), (1, 2), (1, 2)))
+    cache.seq_lens.clamp_(max=500)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(256):
+            cache.append(k, v)
+            entmaxkv.decode(q, cache, select=select)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.seq_lens.tolist() == [756, 276, 256]
+
+
+@selectors
+def test_one_graph_serves_a_growing_cache(select):
+    cache = entmaxkv.PagedKVCache(2, 5000, 2, 64, device="cuda")
+    cache.append(*(draw(2, 1024, 2, 64, device="cuda", seed=seed) for seed in (0, 1)))
+    steps = [draw(3200, 2, *heads, 64, device="cuda", seed=seed) for seed, heads in enumerate([(8,), (1, 2), (1, 2)])]
+    eager = clone(cache)
+    q, k, v = (x[0].clone() for x in steps)
+
+    def step() -> Tensor:
+        cache.append(k, v)
+        return entmaxkv.decode(q, cache, select=select)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # a first call outside the capture
+        cache.seq_lens.sub_(1)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for i in range(3200):
+        for static, x in zip((q, k, v), steps, strict=True):
+            static.copy_(x[i])
+        graph.replay()
+        eager.append(steps[1][i], steps[2][i])
+        if i % 400 == 0 or i == 3199:
+            assert_same_bits([out], [entmaxkv.decode(steps[0][i], eager, select=select)])
+    assert cache.seq_lens.tolist() == [4224, 4224]
+    assert_same_bits([cache.k_pages[:, :, 0], cache.k_mean], [eager.k_pages[:, :, 0], eager.k_mean])
+
+
+def test_compile_with_graphs():
+    cache = make_cache([1000, 300], page_size=16, device="cuda", max_pages=80)
+    eager = cache.clone()
+    draws = [draw(8, 2, *heads, 64, device="cuda", seed=i) for i, heads in enumerate([(8,), (1, 2), (1, 2)])]
+
+    def step(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
+        OPS.append_kv(k, v, None, *tensors)
+        k_pages, v_pages, k_min, k_max, _, _, page_table, seq_lens = tensors
+        return OPS.decode(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, 256) * 2
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for q, k, v in zip(*draws, strict=True):
+        got = compiled(q, k, v, *cache.tensors).clone()
+        assert_same_bits([got], [step(q, k, v, *eager.tensors)])
+    assert cache.lengths == [1008, 308]
+
+
+@selectors
+def test_memory_does_not_grow(select):
+    cache = entmaxkv.PagedKVCache(1, 4096, 2, 64, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (draw(1, *heads, 64, dtype=torch.bfloat16, device="cuda") for heads in ((8,), (1, 2), (1, 2)))
+    for step in range(10_000):
+        if step == 10:
+            before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        cache.append(k, v)
+        entmaxkv.decode(q, cache, select=select)
+        if step % 4000 == 3999:
+            cache.seq_lens.zero_()
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+@selectors
+def test_work_is_ordered_on_the_current_stream(select):
+    cache, _ = random_cache([1000, 20], 2, 64, torch.float32)
+    q, k, v = (draw(2, *heads, 64, device="cuda") for heads in ((8,), (1, 2), (1, 2)))
+    expected = clone(cache)
+    expected.seq_lens.sub_(1)
+    expected.append(k, v)
+    want = entmaxkv.decode(q, expected, select=select)
+    cache.seq_lens.sub_(1)
+    late = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # all is done on the default one
+        torch.cuda._sleep(10**8)
+        for x, y in zip(late, (q, k, v), strict=True):
+            x.copy_(y)
+        cache.append(*late[1:])
+        got = entmaxkv.decode(late[0], cache, select=select).clone()
+        torch.cuda.current_stream().synchronize()
+    assert_same_bits([got], [want])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@selectors
+def test_the_device_of_the_tensors_counts(select):
+    outs = []
+    for device in ("cuda:0", "cuda:1"):
+        cache = entmaxkv.PagedKVCache(2, 1000, 2, 64, device=device)
+        cache.append(*(draw(2, 900, 2, 64, device=device, seed=seed) for seed in (0, 1)))
+        outs.append(entmaxkv.decode(draw(2, 8, 64, device=device), cache, select=select).cpu())
+        assert torch.cuda.current_device() == 0
+    assert_same_bits(outs[:1], outs[1:])
+
+
+def test_a_failed_launch_is_named():
+    rows = 2**16  # more than a grid has room for in its last dimension
+    q = torch.zeros(rows, 1, 8, device="cuda")
+    k_min = torch.zeros(1, 1, 8, device="cuda")
+    page_table, seq_lens = (torch.zeros(rows, *n, dtype=torch.int32, device="cuda") for n in ((1,), ()))
+    with pytest.raises(RuntimeError, match="entmaxkv::score_pages: kernel launch failed: "):
+        OPS.score_pages(q, k_min, k_min, page_table, seq_lens, 16)
+    assert OPS.score_pages(q[:4], k_min, k_min, page_table[:4], seq_lens[:4], 16).isneginf().all()
+
+
+def test_lengths_beyond_the_page_table_are_cut():
+    """On a GPU nothing looks at lengths before a kernel does; it stays within the page table."""
+    cache, q = make_cache([64, 40], page_size=16, device="cuda", max_pages=4), make_query(2, 4, 64, device="cuda")
+    want = cache.dense(q)
+    cache.seq_lens[0] = 1000
+    assert_same_bits([x[0] for x in cache.dense(q)], [x[0] for x in want])
+    cache.append(*(draw(2, 1, 2, 64, device="cuda") for _ in range(2)))
+    assert cache.lengths == [64, 41]
+
+
+@pytest.mark.parametrize("group", [15, 16, 17, 33])
+def test_large_groups(group):
+    cache, q = make_cache([700, 3], kv_heads=1, device="cuda"), make_query(2, group, 64, device="cuda")
+    check_decode(cache, q, cache.dense(q))
+    one = make_query(2, 1, 64, device="cuda")
+    many = cache.dense(one.expand(-1, group, -1))
+    assert_same_bits(Decoded(*cache.dense(one))[:3], Decoded(*(x[:, -1:] for x in many))[:3])
