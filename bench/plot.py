@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 
 def draw(report: dict, to: Path) -> None:
     """One panel per dtype: milliseconds against context, one line per method."""
-    rows = [row for row in report["rows"] if row["keys"] == "clustered"]
+    keys = "clustered" if any(row["keys"] == "clustered" for row in report["rows"]) else report["rows"][0]["keys"]
+    rows = [row for row in report["rows"] if row["keys"] == keys]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(4.5 * len(dtypes), 3.6), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes, strict=True):
@@ -26,8 +27,8 @@ def draw(report: dict, to: Path) -> None:
     panels[0][-1].legend(fontsize=8)
     shape, where = report["shape"], report["machine"]
     figure.suptitle(
-        f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch 1, clustered keys; "
-        f"{where['cpu']}, {where['threads']} threads",
+        f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch {shape['batch']}, "
+        f"{keys} keys; {where.get('gpu') or where['cpu'] + ', ' + str(where['threads']) + ' threads'}",
         fontsize=9,
     )
     figure.tight_layout()

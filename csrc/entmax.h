@@ -40,6 +40,10 @@ struct Excess {
     slope += derivative;
     mass += derivative * y;
   }
+
+  ENTMAXKV_HOST_DEVICE friend Excess operator+(const Excess& a, const Excess& b) {
+    return {a.mass + b.mass, a.slope + b.slope};
+  }
 };
 
 template <typename Real>

@@ -21,7 +21,8 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
     const int order = static_cast<int>(beta);
     const Real density = Real(0.39894228040143268) * std::exp(-r * r / 2);
     Real lower = 0, upper = 0;  // A_(order-1), A_order
-    if (r > -2) {
+    constexpr Real kSteep = sizeof(Real) == 4 ? -2 : -kTail;
+    if (r > kSteep) {
       lower = density;
       upper = std::erfc(-r * Real(0.70710678118654752)) / 2;
       for (int k = 1; k <= order; ++k) {
@@ -30,8 +31,8 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
         upper = next;
       }
     } else {
-      // Upwards these would be differences of ever closer numbers. Downwards, from anything at an order high enough,
-      // all terms are positive (Miller's algorithm; 24 orders leave an error of 3e-9 at r = -2, less below).
+      // Upwards these are differences of ever closer numbers, too close for fp32. Downwards, from anything at an order
+      // high enough, all terms are positive (Miller's algorithm; 24 orders leave an error of 3e-9 at r = -2).
       Real above = 0, now = Real(1e-30);
       for (int k = order + 24; k >= 0; --k) {
         if (k == order) upper = now;

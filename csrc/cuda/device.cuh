@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../entmax.h"
 #include "../ops.h"
 
 namespace entmaxkv::cuda {
@@ -49,15 +50,18 @@ void dispatch(Dtype dtype, Body body) {
   }
 }
 
-/// Launches a kernel; a failure surfaces at the op that caused it, with its name.
+/// A failure surfaces at the op that caused it, with its name.
+inline void check(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("entmaxkv::") + op + ": kernel launch failed: " + cudaGetErrorString(error));
+  }
+}
+
 template <typename... Params>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream,
             std::common_type_t<Params>... params) {
   kernel<<<grid, threads, 0, stream>>>(params...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("entmaxkv::") + op + ": kernel launch failed: " + cudaGetErrorString(error));
-  }
+  check(op, cudaGetLastError());
 }
 
 /// Multiprocessors of the current device.
@@ -87,13 +91,21 @@ __device__ inline float from_ordered(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+template <typename Value>
+__device__ Value shuffle_xor(Value value, int distance) {
+  return __shfl_xor_sync(kWarp, value, distance);
+}
+
+template <typename Real>
+__device__ Excess<Real> shuffle_xor(const Excess<Real>& excess, int distance) {
+  return {shuffle_xor(excess.mass, distance), shuffle_xor(excess.slope, distance)};
+}
+
 /// The block's combination of all threads' values, in a fixed order, for every thread. All threads call.
 template <int kThreads, typename Value, typename Combine>
 __device__ Value reduce(Value value, Combine combine) {
   __shared__ Value s_values[kThreads / 32];
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(kWarp, value, distance));
-  }
+  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
   __syncthreads();  // the values of an earlier call have been read
   if (threadIdx.x % 32 == 0) s_values[threadIdx.x / 32] = value;
   __syncthreads();

@@ -5,31 +5,32 @@
 
 namespace entmaxkv::cuda {
 
-/// The selected pages of one (row, KV head), appended by a block of kThreads in ascending order.
-template <int kThreads>
-class PageList {
- public:
-  __device__ PageList(const Selection& selection, int64_t list)
-      : pages_(selection.row(list)), most_(selection.max_selected), length_(selection.counts + list) {}
-
-  /// Appends the pages of those threads that want theirs. All threads call, with ascending pages.
-  __device__ void append(int page, bool wanted) {
+/// Writes the pages 0 ... used - 1 for which wanted(page) holds as the selection of one (row, KV head): ascending, then
+/// -1, and their count. A block of kThreads; all threads call.
+template <int kThreads, typename Wanted>
+__device__ void collect_pages(const Selection& selection, int64_t list, int used, Wanted wanted) {
+  constexpr int kRun = 4;  // successive pages of a thread
+  int32_t* pages = selection.row(list);
+  int count = 0;
+  for (int first = 0; first < used; first += kThreads * kRun) {
+    const int page = first + static_cast<int>(threadIdx.x) * kRun;
+    bool wants[kRun];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      wants[i] = page + i < used && wanted(page + i);
+      own += wants[i];
+    }
     int more;
-    const int place = count_ + exclusive_scan<kThreads>(wanted, more);
-    if (wanted) pages_[place] = page;
-    count_ += more;
+    int to = count + exclusive_scan<kThreads>(own, more);
+    count += more;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (wants[i]) pages[to++] = page + i;
+    }
   }
-
-  __device__ void finish() {
-    for (int place = count_ + threadIdx.x; place < most_; place += kThreads) pages_[place] = -1;
-    if (threadIdx.x == 0) *length_ = count_;
-  }
-
- private:
-  int32_t* pages_;
-  int most_;
-  int32_t* length_;
-  int count_ = 0;
-};
+  for (int to = count + threadIdx.x; to < selection.max_selected; to += kThreads) pages[to] = -1;
+  if (threadIdx.x == 0) selection.counts[list] = count;
+}
 
 }  // namespace entmaxkv::cuda

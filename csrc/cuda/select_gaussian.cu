@@ -28,16 +28,15 @@ __device__ Real solve_mixture(const Entmax<Real>& entmax, const float* mean, con
   Real tau = -1;
   constexpr int kMostSteps = 32;  // a guard: steps stop once they no longer move tau
   for (int step = 0; step < kMostSteps; ++step) {
-    double mass = 0, slope = 0;
+    Excess<double> own;
     for (int page = threadIdx.x; page * page_size < seq_len; page += kThreads) {
       Excess<Real> excess;
       add_expected<Real>(excess, entmax.gap * (mean[page] - best) - tau, entmax.gap * std[page], entmax.beta,
                          min(page_size, seq_len - page * page_size));
-      mass += excess.mass;
-      slope += excess.slope;
+      own = own + Excess<double>{excess.mass, excess.slope};
     }
-    mass = sum<kThreads>(mass);
-    const Real move = entmax.step({static_cast<Real>(mass), static_cast<Real>(sum<kThreads>(slope))});
+    const Excess<double> all = sum<kThreads>(own);
+    const Real move = entmax.step({static_cast<Real>(all.mass), static_cast<Real>(all.slope)});
     if (!(move > Real(1e-6))) break;
     tau += move;
   }
@@ -74,20 +73,17 @@ __global__ void __launch_bounds__(kThreads, 1) collect(SelectGaussian op, const 
   const int64_t list = row * op.kv_heads + blockIdx.x;
   const int used = ceil_div(length_of(op, row), op.page_size);
   const auto page_best = static_cast<float>(op.page_best);
-  PageList<kThreads> pages(op.selection, list);
-  for (int first = 0; first < used; first += kThreads) {
-    const int page = first + threadIdx.x;
+  collect_pages<kThreads>(op.selection, list, used, [&](int page) {
     bool wanted = page == used - 1;
-    for (int h = 0; h < op.group && page < used; ++h) {
+    for (int h = 0; h < op.group; ++h) {
       const int64_t head = list * op.group + h;
       const Threshold threshold = thresholds[head];
       const int64_t at = head * op.max_pages + page;
       const float best = threshold.gap * (op.mean[at] - threshold.centre + op.std[at] * page_best);
       wanted |= threshold.least == kNothing || best > threshold.least;
     }
-    pages.append(page, wanted);
-  }
-  pages.finish();
+    return wanted;
+  });
 }
 
 }  // namespace

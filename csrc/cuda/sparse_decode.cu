@@ -3,16 +3,14 @@
 // The selected pages of a (row, KV head) are a list of tokens, cut into tiles of 32. Every key is read once per group
 // of up to 16 query heads, and a value only where p > 0.
 //   1. score: the tiles of all lists are divided evenly over a fixed grid, whatever the lengths; a warp scores a tile
-//      for all heads of the group. A token is alive while its score is within beta, in s, of the best that the block
+//      for all heads of the group. A token is alive while its score is within beta, in s, of the best that any block
 //      has seen of its head (entmax.h): one bit says so, and only then is the score written.
-//   2. solve: a block per (row, query head) gathers the scores that are alive, in the order of the list, finds the
-//      threshold on those within beta of the best, and keeps the tokens with p > 0. Up to kChunk of them it multiplies
-//      with their values at once.
+//   2. solve: a block per (row, query head) takes the scores that are alive, in the order of the list, finds the
+//      threshold, and keeps the tokens with p > 0. Up to kChunk of them it multiplies with their values at once.
 //   3. spread: more are cut into chunks, which are divided evenly over a fixed grid; the last block to finish a chunk
 //      of a head adds its chunks up, in their order.
-// What is alive depends on timing, but nothing after the exact test in step 2 does; and no sum depends on the grid or
-// on other rows. So the bits of a row are always the same.
-#include "../entmax.h"
+// What is alive depends on timing, but a token that has weight always is, and no sum depends on the others, on the
+// grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -22,6 +20,7 @@ namespace {
 
 constexpr int kScoreWarps = 4;
 constexpr int kThreads = 512;  // of the blocks that solve and spread
+constexpr int kRun = 4;        // successive tokens of a list that a solving thread takes at once
 constexpr int kChunk = 512;    // tokens whose values are added up together
 
 /// Results between the launches, per (row, query head).
@@ -31,7 +30,8 @@ struct Scratch {
   int32_t* places;    // [batch, q_heads, capacity] in the list, of the tokens with weight
   uint32_t* alive;    // [batch, q_heads, capacity / 32]
   float* partial;     // [batch, q_heads, capacity / kChunk, head_dim] sums of chunks
-  int32_t* finished;  // [batch, q_heads] chunks
+  uint32_t* best;     // [batch, q_heads] best score, ordered; zeros before step 1
+  int32_t* finished;  // [batch, q_heads] chunks; zeros before step 1
 
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
   __host__ __device__ int chunks() const { return ceil_div(capacity, kChunk); }
@@ -50,8 +50,13 @@ struct Scratch {
     take(places, capacity);
     take(alive, tiles());
     take(partial, int64_t{chunks()} * op.head_dim);
+    take(best, 1);
     take(finished, 1);
     return bytes;
+  }
+
+  void clear(const char* op, int64_t heads, cudaStream_t stream) const {
+    check(op, cudaMemsetAsync(best, 0, heads * (sizeof(*best) + sizeof(*finished)), stream));
   }
 };
 
@@ -141,46 +146,62 @@ struct HeadGroup {
 
 /// What a block knows of the heads that it scores.
 struct Heads {
-  uint32_t best[kTileHeads];  // ordered
   float slope[kTileHeads];
   float reach[kTileHeads];  // how far below the best score a token is alive
 };
 
+/// A token of a tile, one for each lane; beyond the end of the list its last one.
+struct Token {
+  int place;
+  int position;
+  int64_t page;  // physical
+  bool there;
+
+  __device__ Token(const TokenList& list, int tile) {
+    const int lane = threadIdx.x % 32;
+    there = tile * kTileRows + lane < list.tokens;
+    place = there ? tile * kTileRows + lane : list.tokens - 1;
+    position = list.position(place);
+    page = list.table[position >> list.page_bits];
+  }
+};
+
+/// Scores a tile. All lanes call.
 template <typename T, typename Layout>
 __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const HeadGroup& group,
-                           const TokenList& list, int tile, const Queries<T, Layout>& q, Heads& s_heads,
-                           Products& products) {
+                           const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
+                           const Heads& heads, Products& products) {
   const int lane = threadIdx.x % 32;
-  const bool there = tile * kTileRows + lane < list.tokens;
-  const int place = there ? tile * kTileRows + lane : list.tokens - 1;
-  const T* key = list.row_of<T>(op.k_pages, group.kv_head, place);
-  const auto distance = static_cast<float>(list.position(place) - (list.seq_len - 1));
-  __syncwarp();  // the products of the last tile have been read
+  const int64_t first = group.row * op.q_heads + group.first_head;
+  uint32_t* const best = scratch.best + first + lane;  // of the head that is this lane's number
+  const uint32_t known = lane < group.heads ? __ldcg(best) : 0;
+  const T* key = op.k_pages.at<T>(token.page, group.kv_head, token.place & (list.page_size - 1));
   multiply<T, Layout, false>(key, op.head_dim, q, group.heads, products);
   __syncwarp();
 
-  uint32_t best = 0;  // of the head that is this lane's number
+  const auto distance = static_cast<float>(token.position - (list.seq_len - 1));
+  uint32_t found = 0;
   for (int h = 0; h < group.heads; ++h) {
-    const float s = op.scoring.scale * products[h][lane] + s_heads.slope[h] * distance;
+    const float s = op.scoring.scale * products[h][lane] + heads.slope[h] * distance;
     products[h][lane] = s;
     const uint32_t tile_best = __reduce_max_sync(kWarp, ordered(s));
-    if (lane == h) best = tile_best;
+    if (lane == h) found = tile_best;
   }
   float least = 0;
   if (lane < group.heads) {
-    best = max(best, atomicMax(&s_heads.best[lane], best));
-    least = __fsub_rd(from_ordered(best), s_heads.reach[lane]);
+    if (found > known) atomicMax(best, found);
+    least = __fsub_rd(from_ordered(max(found, known)), heads.reach[lane]);
   }
-  const int64_t first = group.row * op.q_heads + group.first_head;
   uint32_t alive = 0;
   for (int h = 0; h < group.heads; ++h) {
     const float s = products[h][lane], least_of_head = __shfl_sync(kWarp, least, h);
-    const bool lives = there && !(s < least_of_head);  // NaN lives
+    const bool lives = token.there && !(s < least_of_head);  // NaN lives
     const uint32_t mask = __ballot_sync(kWarp, lives);
     if (lane == h) alive = mask;
-    if (lives) scratch.scores[(first + h) * scratch.capacity + place] = s;
+    if (lives) scratch.scores[(first + h) * scratch.capacity + token.place] = s;
   }
   if (lane < group.heads) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+  __syncwarp();  // the products have been read
 }
 
 template <typename T, typename Layout>
@@ -204,79 +225,133 @@ __global__ void __launch_bounds__(32 * kScoreWarps, Layout::kRounds == 8 ? 2 : 3
     s_q.template load<T>(op.q, group.row, group.first_head, group.heads, op.head_dim, [](float x) { return x; });
     if (threadIdx.x < group.heads) {
       const int head = group.first_head + threadIdx.x;
-      s_heads.best[threadIdx.x] = ordered(kNothing);
       s_heads.slope[threadIdx.x] = op.scoring.slope(head);
       // Rounded up: what lives in vain falls to the exact test in solve.
       s_heads.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
     }
     __syncthreads();
+    Token next(list, share.item + warp);
     for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
-      score_tile<T, Layout>(op, scratch, group, list, tile, s_q, s_heads, s_products[warp]);
+      const Token token = next;
+      if (tile + kScoreWarps < end) next = Token(list, tile + kScoreWarps);  // a tile ahead, off the critical path
+      score_tile<T, Layout>(op, scratch, group, list, tile, token, s_q, s_heads, s_products[warp]);
     }
   }
 }
 
-/// Keeps, in their order, the entries of scores and places for which keep(score) holds, with map(score); returns how
-/// many. All threads call.
-template <typename Keep, typename Map>
-__device__ int pack(float* scores, int32_t* places, int count, Keep keep, Map map) {
+/// Replaces a list of scores and places by map(score) and place of those entries for which that is not kNothing, in
+/// their order; returns how many. The score of entry i is at from(i, place), which is i or behind it: nothing is
+/// overwritten before it has been read. All threads call.
+template <typename From, typename Map>
+__device__ int pack(float* scores, int32_t* places, int count, From from, Map map) {
   int kept = 0;
-  for (int first = 0; first < count; first += kThreads) {
-    const int i = first + threadIdx.x;
-    const bool inside = i < count;
-    const int32_t place = inside ? places[i] : 0;
-    const float score = inside ? scores[i] : 0;
-    const bool keeps = inside && keep(score);
-    int more;
-    const int to = kept + exclusive_scan<kThreads>(keeps, more);
-    if (keeps) {
-      scores[to] = map(score);
-      places[to] = place;
+  for (int first = 0; first < count; first += kThreads * kRun) {
+    int32_t place[kRun];
+    float value[kRun];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int entry = first + static_cast<int>(threadIdx.x) * kRun + i;
+      value[i] = kNothing;
+      if (entry < count) {
+        place[i] = places[entry];
+        value[i] = map(scores[from(entry, place[i])]);
+      }
+      own += value[i] != kNothing;
     }
+    int more;
+    int to = kept + exclusive_scan<kThreads>(own, more);
     kept += more;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (value[i] == kNothing) continue;
+      scores[to] = value[i];
+      places[to++] = place[i];
+    }
   }
   __syncthreads();
   return kept;
 }
 
-/// Finds the threshold and packs the weights of the tokens above it, in the list's order; returns how many, and tau.
-/// On entry scores and places hold every token within beta of `best`. All threads call.
-template <typename Real>
-__device__ int solve_threshold(const Entmax<Real>& entmax, float best, float* scores, int32_t* places, int count,
-                               float& tau) {
-  const auto below = [=](float score) { return static_cast<Real>(score) - best; };
-  if (entmax.is_softmax()) {
-    double mass = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) mass += exp(below(scores[i]));
-    mass = sum<kThreads>(mass);
-    tau = static_cast<float>(best + log(mass));
-    const auto weight = [=](float score) { return static_cast<float>(exp(below(score)) / static_cast<Real>(mass)); };
-    return pack(scores, places, count, [=](float score) { return weight(score) > 0; }, weight);
+/// A head's scores within beta of the best one. Few stay in registers, many are read again each time.
+class Candidates {
+ public:
+  __device__ Candidates(const float* scores, int count) : scores_(scores), count_(count) { load(0); }
+
+  /// Calls body(score) for all of this thread's. All threads call.
+  template <typename Body>
+  __device__ void visit(Body body) {
+    for (int first = 0; first < count_; first += kThreads * kRun) {
+      if (count_ > kThreads * kRun) load(first);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) body(run_[i]);
+    }
   }
+
+ private:
+  __device__ void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int entry = first + static_cast<int>(threadIdx.x) * kRun + i;
+      run_[i] = entry < count_ ? scores_[entry] : kNothing;
+    }
+  }
+
+  const float* scores_;
+  int count_;
+  float run_[kRun];
+};
+
+/// A threshold, and the mass of the tokens above it.
+template <typename Real>
+struct Solution {
+  Real threshold, mass;  // threshold relative to (alpha-1) best
+};
+
+/// Newton's steps from the left (entmax.h). All threads call.
+template <typename Real>
+__device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, Candidates& candidates) {
   constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
   constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
-  Real threshold = -1, mass = 1;
+  Solution<Real> solution{-1, 1};
   for (int step = 0; step < kMostSteps; ++step) {
-    double masses = 0, slopes = 0;
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const Real excess = entmax.gap * below(scores[i]) - threshold;
-      if (!(excess > 0)) continue;
+    Excess<double> own;
+    candidates.visit([&](float score) {
+      const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
+      if (!(y > 0)) return;
       Excess<Real> one;
-      one.add(excess, entmax.beta);
-      masses += one.mass;
-      slopes += one.slope;
-    }
-    mass = static_cast<Real>(sum<kThreads>(masses));
-    const Real move = entmax.step({mass, static_cast<Real>(sum<kThreads>(slopes))});
-    if (!(move > kStill * fabs(threshold))) break;
-    threshold += move;
+      one.add(y, entmax.beta);
+      own = own + Excess<double>{one.mass, one.slope};
+    });
+    const Excess<Real> all = sum<kThreads>(Excess<Real>{static_cast<Real>(own.mass), static_cast<Real>(own.slope)});
+    solution.mass = all.mass;
+    const Real move = entmax.step(all);
+    if (!(move > kStill * fabs(solution.threshold))) break;
+    solution.threshold += move;
   }
-  tau = static_cast<float>(threshold + static_cast<double>(entmax.gap) * best);
-  const auto weight = [=](float score) {
-    const Real excess = entmax.gap * below(score) - threshold;
-    return excess > 0 ? static_cast<float>(power(excess, entmax.beta) / mass) : 0.0f;
-  };
-  return pack(scores, places, count, [=](float score) { return weight(score) > 0; }, weight);
+  return solution;
+}
+
+/// Turns the scores within beta of `best` into the weights of those above the threshold; returns how many, and tau.
+/// All threads call.
+template <typename Real>
+__device__ int weigh(const Entmax<Real>& entmax, float best, float* scores, int32_t* places, int count, float& tau) {
+  Candidates candidates(scores, count);
+  const auto in_place = [](int entry, int32_t) { return entry; };
+  const auto unless_zero = [](Real weight) { return weight > 0 ? static_cast<float>(weight) : kNothing; };
+  if (entmax.is_softmax()) {
+    double own = 0;
+    candidates.visit([&](float score) { own += exp(score - best); });
+    const auto mass = static_cast<float>(sum<kThreads>(own));
+    tau = best + logf(mass);
+    return pack(scores, places, count, in_place, [=](float score) { return unless_zero(expf(score - best) / mass); });
+  }
+  const Solution<Real> solution = solve_threshold(entmax, best, candidates);
+  tau = static_cast<float>(solution.threshold + static_cast<double>(entmax.gap) * best);
+  return pack(scores, places, count, in_place, [=](float score) {
+    const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
+    return unless_zero(y > 0 ? power(y, entmax.beta) / solution.mass : 0);
+  });
 }
 
 /// sums[d] = sum_i weights[i] v_d of the tokens at places[i], i < count <= kChunk, in an order of its own. All threads
@@ -327,13 +402,12 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
   const uint32_t* alive = scratch.alive + at * scratch.tiles();
 
   int count = 0;
-  constexpr int kTiles = 4;  // of a thread at once
-  for (int first = 0; first < list.tiles(); first += kThreads * kTiles) {
-    uint32_t masks[kTiles];
+  for (int first = 0; first < list.tiles(); first += kThreads * kRun) {
+    uint32_t masks[kRun];
     int own = 0;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kTiles + i;
+    for (int i = 0; i < kRun; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
       masks[i] = tile < list.tiles() ? alive[tile] : 0;
       own += __popc(masks[i]);
     }
@@ -341,56 +415,35 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
     int to = count + exclusive_scan<kThreads>(own, more);
     count += more;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kTiles + i;
+    for (int i = 0; i < kRun; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
       for (uint32_t mask = masks[i]; mask; mask &= mask - 1) places[to++] = tile * kTileRows + __ffs(mask) - 1;
     }
   }
   __syncthreads();
 
   const Entmax<double> entmax(op.alpha.of(head));
-  float best = kNothing;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const float s = scores[places[i]];
-    best = s != s || s > best ? s : best;
-  }
-  best = largest<kThreads>(best);
-  // Each entry comes from its own place or one behind it: none is overwritten before it has been read.
-  int kept = 0;
-  for (int first = 0; first < count; first += kThreads) {
-    const int i = first + threadIdx.x;
-    const int32_t place = i < count ? places[i] : 0;
-    const float score = i < count ? scores[place] : kNothing;
-    const bool keeps = i<count&& static_cast<double>(score) - best> - entmax.beta;
-    int more;
-    const int to = kept + exclusive_scan<kThreads>(keeps, more);
-    if (keeps) {
-      scores[to] = score;
-      places[to] = place;
-    }
-    kept += more;
-  }
-  __syncthreads();
-
+  const float best = from_ordered(scratch.best[at]);
+  count = pack(
+      scores, places, count, [](int, int32_t place) { return place; },
+      [=](float score) { return static_cast<double>(score) - best > -entmax.beta ? score : kNothing; });
   float tau = 0;
   int support = 0;
-  if (kept == 0) {
-    if (list.tokens > 0) tau = kUndefined;  // some score is no number
-  } else if (entmax.beta <= 15 || entmax.is_softmax()) {
-    support = solve_threshold<float>(Entmax<float>(entmax), best, scores, places, kept, tau);
+  if (entmax.beta <= 15 || entmax.is_softmax()) {
+    support = weigh<float>(Entmax<float>(entmax), best, scores, places, count, tau);
   } else {
-    support = solve_threshold<double>(entmax, best, scores, places, kept, tau);  // powers that magnify rounding
+    support = weigh<double>(entmax, best, scores, places, count, tau);  // powers that magnify rounding
   }
+  const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
   if (threadIdx.x == 0) {
-    op.tau[at] = tau;
+    op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? tau : 0;
     op.support[at] = support;
-    scratch.finished[at] = 0;
     if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
   }
   if (support > kChunk) return;
   gather<T>(op, list, kv_head, vectors, scores, places, support, s_out);
   for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
-    op.out.at<T>(row, head)[d] = from_float<T>(support == 0 && list.tokens > 0 ? kUndefined : s_out[d]);
+    op.out.at<T>(row, head)[d] = from_float<T>(undefined ? kUndefined : s_out[d]);
   }
 }
 
@@ -437,6 +490,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool key_vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const int blocks = 3 * multiprocessors();
+  scratch.clear(name, int64_t{op.batch} * op.q_heads, stream);
   dispatch(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {

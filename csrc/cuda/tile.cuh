@@ -25,8 +25,8 @@ struct Layout {
 /// Results of one warp. Rows of 40 keep a fragment's stores in different banks.
 using Products = float[kTileHeads][kTileRows + 8];
 
-/// The queries of a tile in shared memory, zeros where there is no head or dimension: 16-bit ones as a tensor core
-/// takes them, [k-slice][lane][8], fp32 ones as [head][dimension].
+/// The queries of a tile in shared memory, zeros behind head_dim: 16-bit ones as a tensor core takes them,
+/// [k-slice][lane][8], fp32 ones as [head][dimension]. What stands for heads that are not there goes into no result.
 template <typename T, typename Layout>
 struct Queries {
   static constexpr int kDims = 32 * Layout::kRounds;
@@ -41,10 +41,9 @@ struct Queries {
   /// Takes in map(q) for heads first_head ... first_head + heads - 1 of a row. All threads call; no barrier.
   template <typename From, typename Map>
   __device__ void load(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Map map) {
-    for (int i = threadIdx.x; i < kTileHeads * kDims; i += blockDim.x) {
+    for (int i = threadIdx.x; i < heads * kDims; i += blockDim.x) {
       const int h = i / kDims, d = i % kDims;
-      const bool there = h < heads && d < head_dim;
-      values[index(h, d)] = from_float<T>(there ? map(to_float(q.at<From>(row, first_head + h)[d])) : 0);
+      values[index(h, d)] = from_float<T>(d < head_dim ? map(to_float(q.at<From>(row, first_head + h)[d])) : 0);
     }
   }
 
@@ -76,11 +75,14 @@ template <bool kVectors, typename T>
 __device__ uint4 load_word(const T* row, int d, int head_dim) {
   constexpr int kCount = 16 / sizeof(T);
   if (d >= head_dim) return {0, 0, 0, 0};
-  if constexpr (kVectors) return __ldg(reinterpret_cast<const uint4*>(row + d));
-  alignas(16) T values[kCount];
+  if constexpr (kVectors) {
+    return __ldg(reinterpret_cast<const uint4*>(row + d));
+  } else {
+    alignas(16) T values[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = d + i < head_dim ? row[d + i] : from_float<T>(0);
-  return *reinterpret_cast<const uint4*>(values);
+    for (int i = 0; i < kCount; ++i) values[i] = d + i < head_dim ? row[d + i] : from_float<T>(0);
+    return *reinterpret_cast<const uint4*>(values);
+  }
 }
 
 template <typename T>
