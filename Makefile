@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc tests/emulation -type f)
 
 .PHONY: demo test bench clean
 

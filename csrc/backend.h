@@ -1,5 +1,5 @@
 // A front door is compiled once per backend: into _C it brings the schema and the CPU kernel, into _cuda (USE_CUDA)
-// the CUDA kernel.
+// the CUDA kernel. EMULATE_CUDA puts the CUDA kernels, run by the CPU, in the CPU kernels' place (tests/emulation).
 #pragma once
 
 #include "check.h"
@@ -7,7 +7,9 @@
 #ifdef USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#endif
 
+#if defined(USE_CUDA) || defined(EMULATE_CUDA)
 #include "cuda/kernels.h"
 #else
 #include "cpu/kernels.h"
@@ -15,13 +17,15 @@
 
 namespace entmaxkv {
 
-#ifdef USE_CUDA
+#if defined(USE_CUDA) || defined(EMULATE_CUDA)
 /// Calls launch(stream) with the current stream of the device of `where`.
 template <typename Launch>
 void on_stream_of(const Tensor& where, Launch launch) {
-  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   void* stream = nullptr;
+#ifdef USE_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
+#endif
   launch(static_cast<cudaStream_t>(stream));
 }
 
@@ -39,8 +43,6 @@ void run(void (*kernel)(const Op&, void*, cudaStream_t), const Op& op, const Ten
 }
 
 namespace backend = cuda;
-#define ENTMAXKV_OP(name, schema) \
-  STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CUDA, m) { m.impl(#name, TORCH_BOX(&name)); }
 #else
 template <typename Op>
 void run(void (*kernel)(const Op&), const Op& op, const Tensor&) {
@@ -48,6 +50,12 @@ void run(void (*kernel)(const Op&), const Op& op, const Tensor&) {
 }
 
 namespace backend = cpu;
+#endif
+
+#ifdef USE_CUDA
+#define ENTMAXKV_OP(name, schema) \
+  STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CUDA, m) { m.impl(#name, TORCH_BOX(&name)); }
+#else
 #define ENTMAXKV_OP(name, schema)                                     \
   STABLE_TORCH_LIBRARY_FRAGMENT(entmaxkv, m) { m.def(#name schema); } \
   STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }

@@ -153,6 +153,15 @@ def test_empty_rows_give_zeros(device):
         assert (x[:2] == 0).all()
 
 
+@pytest.mark.parametrize("group", [15, 16, 17, 33])
+def test_large_groups(device, group):
+    cache, q = make_cache([700, 3], kv_heads=1, device=device), make_query(2, group, 64, device=device)
+    check_decode(cache, q, cache.dense(q))
+    one = make_query(2, 1, 64, device=device)
+    many = cache.dense(one.expand(-1, group, -1))
+    assert_same_bits([x[:, -1:] for x in many[1:3]], cache.dense(one)[1:3])
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 def test_nan_key_is_not_passed_over(device, alpha):
     cache, q = make_cache([3000, 3000], page_size=16, device=device), make_query(2, 4, 64, device=device)

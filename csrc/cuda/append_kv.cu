@@ -67,7 +67,7 @@ __global__ void advance(AppendKv op) {
 
 void append_kv(const AppendKv& op, cudaStream_t stream) {
   if (op.batch == 0 || op.tokens == 0) return;
-  dispatch(op.dtype, [&](auto element) {
+  dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     if (op.tokens <= op.page_size) {
       const int threads = std::min(1024, ceil_div(op.kv_heads * op.head_dim, 32) * 32);

@@ -39,7 +39,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 /// Calls body with a value of the C++ type that `dtype` names.
 template <typename Body>
-void dispatch(Dtype dtype, Body body) {
+void dispatch_element(Dtype dtype, Body body) {
   switch (dtype) {
     case Dtype::kFloat16:
       return body(__half{});
@@ -60,8 +60,11 @@ inline void check(const char* op, cudaError_t error) {
 template <typename... Params>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream,
             std::common_type_t<Params>... params) {
-  kernel<<<grid, threads, 0, stream>>>(params...);
-  check(op, cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.stream = stream;
+  check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
 /// Multiprocessors of the current device.

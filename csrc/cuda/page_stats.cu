@@ -25,8 +25,8 @@ void page_stats(const PageStats& op, cudaStream_t stream) {
   if (op.batch == 0 || op.max_pages == 0) return;
   const dim3 grid(op.max_pages, op.kv_heads, op.batch);
   const int threads = ceil_div(op.head_dim, 32) * 32;
-  dispatch(op.dtype,
-           [&](auto element) { launch("page_stats", summarise<decltype(element)>, grid, threads, stream, op); });
+  dispatch_element(
+      op.dtype, [&](auto element) { launch("page_stats", summarise<decltype(element)>, grid, threads, stream, op); });
 }
 
 }  // namespace entmaxkv::cuda

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
 void score_gaussian(const ScoreGaussian& op, cudaStream_t stream) {
   if (op.batch == 0 || op.max_pages == 0) return;
   const bool vectors = in_vectors(op.k_mean, op.dtype, op.head_dim) && in_vectors(op.k_std, op.dtype, op.head_dim);
-  dispatch(op.dtype, [&](auto element) {
+  dispatch_element(op.dtype, [&](auto element) {
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
       launch("score_gaussian", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), 32 * kWarps,
              stream, op);

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScorePages op) {
 void score_pages(const ScorePages& op, cudaStream_t stream) {
   if (op.batch == 0 || op.max_pages == 0) return;
   const bool vectors = in_vectors(op.k_min, op.dtype, op.head_dim) && in_vectors(op.k_max, op.dtype, op.head_dim);
-  dispatch(op.dtype, [&](auto element) {
+  dispatch_element(op.dtype, [&](auto element) {
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
       launch("score_pages", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), 32 * kWarps, stream,
              op);

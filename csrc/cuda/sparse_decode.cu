@@ -491,7 +491,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const int blocks = 3 * multiprocessors();
   scratch.clear(name, int64_t{op.batch} * op.q_heads, stream);
-  dispatch(op.dtype, [&](auto element) {
+  dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
       launch(name, score<T, decltype(layout)>, dim3(blocks), 32 * kScoreWarps, stream, op, scratch);

@@ -124,11 +124,12 @@ struct Fragment {
   }
 };
 
-/// sum += A B of 16 heads, 16 dimensions and 8 rows. A tensor core cuts what it adds to; so it adds to nothing, and
-/// the sum is taken in fp32.
+/// D = A B of 16 heads, 16 dimensions and 8 rows on a tensor core. All lanes call.
 template <typename T>
-__device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  float d[4];
+__device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+#ifndef __CUDACC__
+  emulation::multiply_fragments<T>(d, a, b0, b1);  // tests/emulation
+#else
   if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
@@ -138,6 +139,14 @@ __device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.0f));
   }
+#endif
+}
+
+/// sum += A B. A tensor core cuts what it adds to; so it adds to nothing, and the sum is taken in fp32.
+template <typename T>
+__device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  float d[4];
+  multiply_fragments<T>(d, a, b0, b1);
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] += d[i];
 }

@@ -1,0 +1,204 @@
+// What the kernels of csrc/cuda need of CUDA, for a C++ compiler: they then run on the CPU, one block after the other,
+// each thread of a block on a stack of its own (emulation.cpp). That finds wrong results, deadlocks and warp functions
+// that not all lanes call; it does not find races.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __global__
+#define __host__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks follow each other
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct EmulatedIndex {
+  int x, y, z;
+};
+extern EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+enum class Call { kNone, kSync, kShuffle, kShuffleUp, kShuffleXor, kBallot, kReduce, kMma };
+
+/// Runs a grid to its end.
+void run(dim3 grid, int threads, const std::function<void()>& kernel);
+
+/// Deposits a value and waits for all lanes of the warp; returns the 32 values, valid until the next call.
+const uint64_t* exchange(Call call, uint64_t value);
+
+template <typename T>
+T exchange(Call call, T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t own = 0;
+  std::memcpy(&own, &value, sizeof(T));
+  std::memcpy(&value, exchange(call, own) + lane, sizeof(T));
+  return value;
+}
+
+inline int lane() { return threadIdx.x % 32; }
+
+}  // namespace emulation
+
+// Host.
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaDevAttrMultiProcessorCount = 0;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+};
+
+template <typename... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... params) {
+  emulation::run(config->gridDim, static_cast<int>(config->blockDim.x), [&] { kernel(params...); });
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 3;  // few blocks, so that they take several turns
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+// Device.
+
+using std::exp;
+using std::fabs;
+using std::log;
+using std::max;
+using std::min;
+
+void __syncthreads();
+inline void __syncwarp() { emulation::exchange(emulation::Call::kSync, 0); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulation::exchange(emulation::Call::kShuffle, value, source % 32);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::exchange(emulation::Call::kShuffleXor, value, emulation::lane() ^ mask);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int source = emulation::lane() - distance;
+  return emulation::exchange(emulation::Call::kShuffleUp, value, source < 0 ? emulation::lane() : source);
+}
+
+inline unsigned __ballot_sync(unsigned, bool holds) {
+  const uint64_t* values = emulation::exchange(emulation::Call::kBallot, holds);
+  unsigned mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(values[lane]) << lane;
+  return mask;
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const uint64_t* values = emulation::exchange(emulation::Call::kReduce, value);
+  return static_cast<unsigned>(*std::max_element(values, values + 32));
+}
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+
+template <typename T>
+T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = std::max(before, value);
+  return before;
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline float __fsub_rd(float a, float b) {
+  const double exact = static_cast<double>(a) - b;
+  const auto rounded = static_cast<float>(exact);
+  return rounded > exact ? std::nextafter(rounded, -HUGE_VALF) : rounded;
+}
+
+namespace emulation {
+
+/// mma.sync.m16n8k16 with fp32 accumulation from 0: fragments of A [16, 16], B [16, 8] and D [16, 8] as PTX lays them
+/// out.
+template <typename T>
+void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  float left[16][16], right[16][8];
+  const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  for (int word = 0; word < 6; ++word) {
+    const uint64_t* values = exchange(Call::kMma, words[word]);
+    for (int i = 0; i < 64; ++i) {
+      const int group = i / 8, column = i % 8, row = word % 2 * 8 + group;
+      T element;
+      const auto bits = static_cast<uint16_t>(values[i / 2] >> 16 * (i % 2));
+      std::memcpy(&element, &bits, sizeof(element));
+      if (word < 4) {
+        left[row][word / 2 * 8 + column] = emulated_value(element);
+      } else {
+        right[word % 2 * 8 + column][group] = emulated_value(element);
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    d[i] = 0;
+    for (int k = 0; k < 16; ++k) d[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
+  }
+}
+
+}  // namespace emulation

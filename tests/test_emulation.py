@@ -1,0 +1,101 @@
+"""The CUDA kernels where there is no GPU: compiled as C++, run by the CPU (tests/emulation), put to the ops' tests."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_bits, draw
+from torch.utils import cpp_extension
+
+import entmaxkv
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+PACKAGE = Path(entmaxkv.__file__).parent
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="threads are switched in x86-64 assembly")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Builds a copy of the package whose library holds the emulated kernels; the environment that imports it."""
+    root = tmp_path_factory.mktemp("emulation")
+    package = root / "entmaxkv"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    doors = [path for path in CSRC.glob("*.cpp") if path.name != "parallel_torch.cpp"]
+    sources = [*doors, *CSRC.glob("cuda/*.cu"), HERE / "emulation" / "emulation.cpp"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing", "-w", "-DEMULATE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-I{path}" for path in (HERE / "emulation", *cpp_extension.include_paths())]
+    rules = [f"rule compile\n  command = c++ {' '.join(flags)} -x c++ -c $in -o $out"]
+    rules += [f"rule link\n  command = c++ -shared -o $out $in -L{cpp_extension.TORCH_LIB_PATH} -ltorch_cpu"]
+    rules += [f"build {source.name}.o: compile {source}" for source in sources]
+    rules += [f"build entmaxkv/_C.abi3.so: link {' '.join(f'{source.name}.o' for source in sources)}"]
+    (root / "build.ninja").write_text("\n".join(rules) + "\n")
+    built = subprocess.run([sys.executable, "-m", "ninja"], cwd=root, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-5000:]
+    return os.environ | {"PYTHONPATH": str(root)}
+
+
+def run(environment: dict[str, str], *command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=environment["PYTHONPATH"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+
+def test_the_copy_is_what_runs(environment):
+    run(environment, "-c", f"import entmaxkv; assert entmaxkv.__file__.startswith({environment['PYTHONPATH']!r})")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "append_kv",
+        "page_stats",
+        "score_pages",
+        "score_gaussian",
+        "select_pages",
+        "select_gaussian",
+        "sparse_decode",
+        "dense_decode",
+    ],
+)
+def test_op(environment, op):
+    test = str(HERE / f"test_{op}.py")
+    run(environment, "-m", "pytest", "-q", "-x", "-m", "not cuda", "-p", "no:cacheprovider", test)
+
+
+SELECT = """
+import torch, entmaxkv
+calls = torch.load("calls.pt")
+torch.save([torch.ops.entmaxkv.select_pages(*call) for call in calls], "selections.pt")
+"""
+
+
+def test_select_pages_chooses_what_the_cpu_chooses(environment):
+    """From the same scores, bit for bit, whatever ties and special numbers are among them."""
+    calls = []
+    for pages in (1, 2, 1023, 1024, 1025, 5000):
+        scores = draw(2, 8, pages)
+        scores[1] = (scores[1] * 4).round()
+        scores[:, 3] = torch.nan
+        scores[:, 5] = -torch.inf
+        scores[:, 6] = scores[:, 6].abs() * 1e-42
+        seq_lens = torch.tensor([pages * 16, pages * 16 - 5], dtype=torch.int32)
+        budgets = (1, 16, 33, pages * 8, pages * 16 - 1, pages * 16, 10**9)
+        calls += [(scores, seq_lens, 2, 16, budget) for budget in budgets]
+    root = Path(environment["PYTHONPATH"])
+    torch.save(calls, root / "calls.pt")
+    run(environment, "-c", SELECT)
+    for call, got in zip(calls, torch.load(root / "selections.pt"), strict=True):
+        assert_same_bits(got, torch.ops.entmaxkv.select_pages(*call))
