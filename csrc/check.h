@@ -243,7 +243,7 @@ inline PageTable page_table_of(Arguments& args, const Tensor& page_table) {
   return {static_cast<const int32_t*>(page_table.data_ptr()), page_table.stride(0)};
 }
 
-/// On the host: every row's length fits its page table. On a device it is trusted to.
+/// On the host: every row's length fits its page table. On a device it is cut to that.
 template <typename LengthOf>
 void check_lengths(const Arguments& args, LengthOf length_of, const char* when = "") {
   if constexpr (kOnHost) {

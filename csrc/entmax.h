@@ -67,7 +67,7 @@ struct Entmax {
   /// (sum [x-t]_+^beta)^(1/beta) = 1: a norm of excesses that are linear in t, hence convex in t, so that no
   /// step passes the solution; and nearly linear, so that few steps are needed (one, if all x are equal).
   ENTMAXKV_HOST_DEVICE Real step(const Excess<Real>& excess) const {
-    return (excess.mass - std::pow(excess.mass, 1 - gap)) / excess.slope;
+    return -excess.mass * std::expm1(-gap * std::log(excess.mass)) / excess.slope;
   }
 
  private:

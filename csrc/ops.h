@@ -106,11 +106,13 @@ struct ScoreGaussian : Sizes {
   float* std;   // [batch, q_heads, max_pages]
 };
 
-/// Pages chosen for each KV head: logical indices, ascending, padded with -1.
+/// Pages chosen for each KV head: logical indices, ascending, padded with -1. Or nothing chosen: every page.
 struct Selection {
-  int32_t* selected;  // [batch, kv_heads, max_selected]
-  int32_t* counts;    // [batch, kv_heads]
-  int max_selected;
+  int32_t* selected = nullptr;  // [batch, kv_heads, max_selected]
+  int32_t* counts = nullptr;    // [batch, kv_heads]
+  int max_selected = 0;
+
+  constexpr explicit operator bool() const { return counts != nullptr; }
 
   constexpr int32_t* row(int64_t batch_head) const { return selected + batch_head * max_selected; }
 };
@@ -142,7 +144,7 @@ struct SparseDecode : Sizes {
   Rows k_pages, v_pages;  // [pages, kv_heads, page_size, head_dim]
   PageTable page_table;
   const int32_t* seq_lens;  // [batch]
-  Selection selection;      // selected == null: dense
+  Selection selection;      // nothing chosen: dense
   Alpha alpha;
   Scoring scoring;
   Rows out;          // [batch, q_heads, head_dim]

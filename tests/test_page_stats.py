@@ -59,6 +59,19 @@ def test_equal_keys_have_no_spread(device):
     assert (cache.k_std[cache.used(0)] == 0).all()
 
 
+@pytest.mark.parametrize("slot", [0, 3])
+def test_bounds_pass_over_nan(device, slot):
+    """Wherever in the page it stands; the moments do not hide it."""
+    k = draw(8, 2, 64)
+    k[slot, 1, 5] = torch.nan
+    cache = renew(make_cache([8], k=[k], page_size=8, device=device))
+    others = k[[i for i in range(8) if i != slot]].to(device)
+    page = cache.used(0)[0]
+    assert cache.k_min[page, 1, 5] == others[:, 1, 5].min() and cache.k_max[page, 1, 5] == others[:, 1, 5].max()
+    assert cache.k_mean[page, 1, 5].isnan()
+    assert cache.k_min[page].isfinite().all() and cache.k_mean[page, 0].isfinite().all()
+
+
 def test_leaves_other_pages_alone(device):
     cache = renew(make_cache([0, 20, 5], page_size=8, device=device))
     others = torch.ones(len(cache.k_pages), dtype=torch.bool, device=device)

@@ -61,7 +61,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 8), (2, 3)], ids=lambda heads: f"{heads[0]}x{heads[1]}")
+@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 8), (2, 3), (1, 17)], ids=lambda heads: f"{heads[0]}x{heads[1]}")
 def test_budgets_and_groups(device, budget, heads):
     kv_heads, group = heads
     seq_lens = [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE, 5 * PAGE + 1, 39 * PAGE + 3]

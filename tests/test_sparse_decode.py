@@ -35,9 +35,12 @@ def test_long_rows(device, alpha):
     check_decode(cache, q, cache.sparse(q, *select(cache, keep), alpha), alpha=alpha, keep=keep)
 
 
+@pytest.mark.parametrize("max_pages", [None, 400], ids=["tight", "roomy"])
 @pytest.mark.parametrize("alpha", [1.0, 4 / 3, 1.5, 2.0])
-def test_all_pages_are_dense_to_the_bit(device, alpha):
-    cache = make_cache([0, 1, 16, 17, 2000], page_size=16, dtype=torch.bfloat16, device=device)
+def test_all_pages_are_dense_to_the_bit(device, alpha, max_pages):
+    """Also where the page table has room for far more tokens than the selection."""
+    seq_lens = [0, 1, 16, 17, 2000]
+    cache = make_cache(seq_lens, page_size=16, dtype=torch.bfloat16, device=device, max_pages=max_pages)
     q = make_query(5, 8, 64, torch.bfloat16, device)
     for extra in (0, 3):
         assert_same_bits(cache.sparse(q, *select(cache, pick(cache, 2.0), extra), alpha), cache.dense(q, alpha))
@@ -75,6 +78,13 @@ def test_no_pages_give_zeros(device):
     check_decode(cache, q, got, keep=keep)
     for x in got:
         assert (x[1] == 0).all()
+
+
+def test_room_for_no_page_gives_zeros(device):
+    cache, q = make_cache([33, 0], page_size=16, device=device), make_query(2, 4, 64, device=device)
+    none = torch.empty(2, 2, 0, dtype=torch.int32, device=device)
+    for x in cache.sparse(q, none, torch.zeros(2, 2, dtype=torch.int32, device=device)):
+        assert (x == 0).all()
 
 
 def test_reads_only_selected_pages(device):

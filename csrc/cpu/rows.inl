@@ -156,8 +156,8 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
   const float share = 1.0f / static_cast<float>(count);
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    Vector low = load(rows[0] + d), high = low, sum = low, drift = {}, squares = {}, odd_squares = {};
-    for (int i = 1; i < count; ++i) {
+    Vector low = Vector{} + HUGE_VALF, high = -low, sum = {}, drift = {}, squares = {}, odd_squares = {};
+    for (int i = 0; i < count; ++i) {
       const Vector key = load(rows[i] + d);
       low = key < low ? key : low;
       high = key > high ? key : high;
@@ -177,8 +177,8 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     for (int lane = 0; lane < kLanes; ++lane) std[d + lane] = std::sqrt(variance[lane] > 0 ? variance[lane] : 0);
   }
   for (; d < head_dim; ++d) {
-    float low = to_float(rows[0][d]), high = low, sum = low, drift = 0, squares = 0, odd_squares = 0;
-    for (int i = 1; i < count; ++i) {
+    float low = HUGE_VALF, high = -low, sum = 0, drift = 0, squares = 0, odd_squares = 0;
+    for (int i = 0; i < count; ++i) {
       const float key = to_float(rows[i][d]);
       low = key < low ? key : low;
       high = key > high ? key : high;

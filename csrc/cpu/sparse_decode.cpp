@@ -80,11 +80,11 @@ class Decoder {
 
  private:
   int page_count(int64_t row_head) const {
-    if (op_.selection.selected) return op_.selection.counts[row_head];
+    if (op_.selection) return op_.selection.counts[row_head];
     return pages_in_use(op_.seq_lens[row_head / op_.kv_heads], op_.page_size);
   }
 
-  int page(int64_t row_head, int nth) const { return op_.selection.selected ? op_.selection.row(row_head)[nth] : nth; }
+  int page(int64_t row_head, int nth) const { return op_.selection ? op_.selection.row(row_head)[nth] : nth; }
 
   /// Calls body(token, physical page, slot) for the tokens of a span, in ascending order.
   template <typename Body>

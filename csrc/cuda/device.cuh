@@ -14,7 +14,7 @@
 
 namespace entmaxkv::cuda {
 
-constexpr unsigned kWarp = 0xffffffffu;  // all lanes
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kNothing = -__builtin_huge_valf();
 constexpr float kUndefined = __builtin_nanf("");
 
@@ -96,7 +96,7 @@ __device__ inline float from_ordered(uint32_t key) {
 
 template <typename Value>
 __device__ Value shuffle_xor(Value value, int distance) {
-  return __shfl_xor_sync(kWarp, value, distance);
+  return __shfl_xor_sync(kAllLanes, value, distance);
 }
 
 template <typename Real>
@@ -122,10 +122,13 @@ __device__ Value sum(Value value) {
   return reduce<kThreads>(value, [](Value a, Value b) { return a + b; });
 }
 
-/// The largest value, NaN if any is.
+/// The larger of two values, NaN if either is.
+__device__ inline float larger(float a, float b) { return a != a || a > b ? a : b; }
+
+/// The largest of all threads' values, NaN if any is.
 template <int kThreads>
 __device__ float largest(float value) {
-  return reduce<kThreads>(value, [](float a, float b) { return a != a || a > b ? a : b; });
+  return reduce<kThreads>(value, [](float a, float b) { return larger(a, b); });
 }
 
 /// The sum over all threads before this one, and in `total` over all. All threads call.
@@ -135,7 +138,7 @@ __device__ int exclusive_scan(int value, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int upto = value;
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kWarp, upto, distance);
+    const int other = __shfl_up_sync(kAllLanes, upto, distance);
     if (lane >= distance) upto += other;
   }
   __syncthreads();  // the sums of an earlier call have been read

@@ -14,7 +14,7 @@ __global__ void summarise(PageStats op) {
   const int page = blockIdx.x;
   const int64_t row = blockIdx.z;
   const int d = threadIdx.x;
-  const int tokens = min(op.page_size, op.seq_lens[row] - page * op.page_size);
+  const int tokens = min(op.page_size, length_of(op, row) - page * op.page_size);
   if (tokens <= 0 || d >= op.head_dim) return;
   summarise_page<T>(op.k_pages, op.statistics, op.page_table.row(row)[page], blockIdx.y, tokens, d);
 }

@@ -11,8 +11,8 @@ template <typename T>
 __device__ void summarise_page(const Rows& k_pages, const PageStatistics& statistics, int64_t page, int kv_head,
                                int tokens, int d) {
   if (!statistics.k_min && !statistics.k_mean) return;
-  float low = to_float(k_pages.at<T>(page, kv_head, 0)[d]), high = low, sum = low;
-  for (int slot = 1; slot < tokens; ++slot) {
+  float low = -kNothing, high = kNothing, sum = 0;
+  for (int slot = 0; slot < tokens; ++slot) {
     const float key = to_float(k_pages.at<T>(page, kv_head, slot)[d]);
     low = fminf(low, key);
     high = fmaxf(high, key);

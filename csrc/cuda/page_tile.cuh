@@ -10,8 +10,9 @@ struct PageTile {
   int64_t row;
   int kv_head, first_head, heads;
   int seq_len;
-  int page;  // of this lane
-  int used;  // pages of the row
+  int page;          // of this lane
+  int used;          // pages of the row
+  int64_t physical;  // this lane's page; the row's last one, for a page that is not in use
 
   template <typename Op>
   static dim3 grid(const Op& op, int warps) {
@@ -27,6 +28,7 @@ struct PageTile {
     heads = min(kTileHeads, op.group - part * kTileHeads);
     seq_len = length_of(op, row);
     used = ceil_div(seq_len, op.page_size);
+    physical = used > 0 ? op.page_table.row(row)[min(page, used - 1)] : 0;
   }
 
   __device__ bool in_use() const { return page < used; }
@@ -34,10 +36,10 @@ struct PageTile {
   /// Whether any page of the warp is in use.
   __device__ bool any_in_use() const { return page - static_cast<int>(threadIdx.x % 32) < used; }
 
-  /// This lane's row of a page statistic; of the row's last page, for a page that is not in use.
+  /// This lane's row of a page statistic.
   template <typename T>
-  __device__ const T* statistic(const Rows& statistics, const PageTable& page_table) const {
-    return statistics.at<T>(page_table.row(row)[min(page, used - 1)], kv_head);
+  __device__ const T* statistic(const Rows& statistics) const {
+    return statistics.at<T>(physical, kv_head);
   }
 };
 

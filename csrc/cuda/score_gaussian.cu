@@ -18,8 +18,10 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
   __shared__ Queries<float, Layout> s_squares;
   __shared__ Products s_products[kWarps];
   const PageTile tile(op);
-  s_q.template load<T>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [](float q) { return q; });
-  s_squares.template load<T>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [](float q) { return q * q; });
+  for_each_query<T, Layout>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [&](int h, int d, float q) {
+    s_q.set(h, d, q);
+    s_squares.set(h, d, q * q);
+  });
   __syncthreads();
   Products& products = s_products[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
@@ -37,15 +39,14 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
     }
   };
   if (tile.any_in_use()) {
-    multiply<T, Layout, false>(tile.statistic<T>(op.k_mean, op.page_table), op.head_dim, s_q, tile.heads, products);
+    multiply<T, Layout, false>(tile.statistic<T>(op.k_mean), op.head_dim, s_q, tile.heads, products);
     __syncwarp();
   }
   write(op.mean, kNothing,
         [=](float product, float slope) { return scale * product + slope * (oldest + (tokens - 1) / 2); });
   if (tile.any_in_use()) {
     __syncwarp();  // the means have been read
-    multiply_plainly<T, Layout, true, false>(tile.statistic<T>(op.k_std, op.page_table), op.head_dim, s_squares,
-                                             tile.heads, products);
+    multiply_plainly<T, Layout, true, false>(tile.statistic<T>(op.k_std), op.head_dim, s_squares, tile.heads, products);
     __syncwarp();
   }
   write(op.std, 0.0f, [=](float product, float slope) {

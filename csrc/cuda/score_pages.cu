@@ -17,15 +17,15 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScorePages op) {
   __shared__ Products s_products[kWarps];
   const PageTile tile(op);
   const float sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
-  s_above.template load<T>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim,
-                           [=](float q) { return sign * q < 0 ? 0.0f : sign * q; });
-  s_below.template load<T>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim,
-                           [=](float q) { return sign * q < 0 ? sign * q : 0.0f; });
+  for_each_query<T, Layout>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [&](int h, int d, float q) {
+    s_above.set(h, d, sign * q < 0 ? 0 : sign * q);
+    s_below.set(h, d, sign * q < 0 ? sign * q : 0);
+  });
   __syncthreads();
   Products& products = s_products[threadIdx.x / 32];
   if (tile.any_in_use()) {
-    multiply<T, Layout, false>(tile.statistic<T>(op.k_max, op.page_table), op.head_dim, s_above, tile.heads, products);
-    multiply<T, Layout, true>(tile.statistic<T>(op.k_min, op.page_table), op.head_dim, s_below, tile.heads, products);
+    multiply<T, Layout, false>(tile.statistic<T>(op.k_max), op.head_dim, s_above, tile.heads, products);
+    multiply<T, Layout, true>(tile.statistic<T>(op.k_min), op.head_dim, s_below, tile.heads, products);
     __syncwarp();
   }
   if (tile.page >= op.max_pages) return;

@@ -73,19 +73,18 @@ __device__ float rate(const SelectPages& op, int64_t list, int used, int last, f
   return reduce<kThreads>(worst, [](float a, float b) { return fminf(a, b); });
 }
 
-/// The pages that the threshold may be: how many they are, and the how manieth of them it is.
-struct Candidates {
-  int bin;
+/// The bin that holds the wanted page: how many pages are in it, and the how manieth of them is wanted.
+struct Bin {
+  int index;
   int count;
   int wanted;
 };
 
-/// Keeps of the candidates those in the bin of the wanted one; bin_of(page) is negative for a page that is none. All
-/// threads call.
+/// Counts pages 0 ... pages - 1 by bin_of(page), which is negative for a page that does not count. All threads call.
 template <typename BinOf>
-__device__ Candidates narrow(int pages, int wanted, BinOf bin_of) {
+__device__ Bin find_bin(int pages, int wanted, BinOf bin_of) {
   __shared__ int s_counts[kBins];
-  __shared__ Candidates s_found;
+  __shared__ Bin s_found;
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s_counts[bin] = 0;
   __syncthreads();
   for (int page = threadIdx.x; page < pages; page += kThreads) {
@@ -113,8 +112,8 @@ __device__ Order find_threshold(const float* merits, int pages, int wanted, floa
   __shared__ Order s_threshold;
   const float steps = worst < 0 ? fminf((kBins - 1) / -worst, 3e38f) : 0;
   const auto step_of = [=](float merit) { return static_cast<int>(fminf(-merit * steps, kBins - 1)); };
-  Candidates found = narrow(pages, wanted, [=](int page) { return step_of(merits[page]); });
-  const int step = found.bin;
+  Bin found = find_bin(pages, wanted, [=](int page) { return step_of(merits[page]); });
+  const int step = found.index;
   Order prefix = 0;
   int shift = 64;  // the candidates share the bits from here on
   const auto is_candidate = [&](Order order, float merit) {
@@ -122,12 +121,12 @@ __device__ Order find_threshold(const float* merits, int pages, int wanted, floa
   };
   while (found.count > kThreads) {
     const int next = max(0, shift - kBits);
-    found = narrow(pages, found.wanted, [&](int page) {
+    found = find_bin(pages, found.wanted, [&](int page) {
       const Order order = order_of(merits[page], page);
       return is_candidate(order, merits[page]) ? static_cast<int>(order >> next & (kBins - 1)) : -1;
     });
     shift = next;
-    prefix |= static_cast<Order>(found.bin) << shift;
+    prefix |= static_cast<Order>(found.index) << shift;
   }
   if (threadIdx.x == 0) s_count = 0;
   __syncthreads();

@@ -9,6 +9,7 @@
 //      threshold, and keeps the tokens with p > 0. Up to kChunk of them it multiplies with their values at once.
 //   3. spread: more are cut into chunks, which are divided evenly over a fixed grid; the last block to finish a chunk
 //      of a head adds its chunks up, in their order.
+// Lists of at most kShort tokens need no bits and no third step: solve takes all their scores and chunks.
 // What is alive depends on timing, but a token that has weight always is, and no sum depends on the others, on the
 // grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
@@ -22,23 +23,32 @@ constexpr int kScoreWarps = 4;
 constexpr int kThreads = 512;  // of the blocks that solve and spread
 constexpr int kRun = 4;        // successive tokens of a list that a solving thread takes at once
 constexpr int kChunk = 512;    // tokens whose values are added up together
+constexpr int kShort = 8 * kChunk;
+constexpr double kFloatBeta = 15;  // beyond, powers magnify the rounding of fp32 too much
+static_assert(kThreads >= kMaxHeadDim);
+
+/// Blocks of step 1 that a multiprocessor has registers for.
+template <typename Layout>
+constexpr int kScoreBlocks = Layout::kRounds == 8 ? 2 : 3;
 
 /// Results between the launches, per (row, query head).
 struct Scratch {
-  int capacity;       // tokens of the longest list, in whole tiles
-  float* scores;      // [batch, q_heads, capacity] where alive; from step 2 on the weights, packed
-  int32_t* places;    // [batch, q_heads, capacity] in the list, of the tokens with weight
+  int capacity;     // tokens of the longest list, in whole tiles
+  float* scores;    // [batch, q_heads, capacity] where alive; from step 2 on the weights, packed
+  int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens with weight
+  // Where lists may be longer than kShort:
   uint32_t* alive;    // [batch, q_heads, capacity / 32]
   float* partial;     // [batch, q_heads, capacity / kChunk, head_dim] sums of chunks
   uint32_t* best;     // [batch, q_heads] best score, ordered; zeros before step 1
   int32_t* finished;  // [batch, q_heads] chunks; zeros before step 1
 
+  __host__ __device__ bool is_short() const { return capacity <= kShort; }
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
   __host__ __device__ int chunks() const { return ceil_div(capacity, kChunk); }
 
   /// Lays the arrays out from `memory` on, and says how many bytes they take.
   int64_t place(const SparseDecode& op, void* memory) {
-    const int64_t pages = op.selection.selected ? op.selection.max_selected : op.max_pages;
+    const int64_t pages = op.selection ? op.selection.max_selected : op.max_pages;
     const int64_t heads = int64_t{op.batch} * op.q_heads;
     capacity = static_cast<int>((pages * op.page_size + kTileRows - 1) / kTileRows * kTileRows);
     int64_t bytes = 0;
@@ -48,15 +58,13 @@ struct Scratch {
     };
     take(scores, capacity);
     take(places, capacity);
-    take(alive, tiles());
-    take(partial, int64_t{chunks()} * op.head_dim);
-    take(best, 1);
-    take(finished, 1);
+    if (!is_short()) {
+      take(alive, tiles());
+      take(partial, int64_t{chunks()} * op.head_dim);
+      take(best, 1);
+      take(finished, 1);
+    }
     return bytes;
-  }
-
-  void clear(const char* op, int64_t heads, cudaStream_t stream) const {
-    check(op, cudaMemsetAsync(best, 0, heads * (sizeof(*best) + sizeof(*finished)), stream));
   }
 };
 
@@ -72,7 +80,7 @@ struct TokenList {
       : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), seq_len(length_of(op, row)) {
     page_bits = __ffs(page_size) - 1;
     int pages = ceil_div(seq_len, page_size);
-    if (op.selection.selected) {
+    if (op.selection) {
       const int64_t list = row * op.kv_heads + kv_head;
       selected = op.selection.row(list);
       pages = max(0, min(op.selection.counts[list], op.selection.max_selected));
@@ -84,15 +92,10 @@ struct TokenList {
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
   __device__ int logical(int nth) const { return selected ? selected[nth] : nth; }
 
-  /// Position in the sequence of the token at a place of the list.
-  __device__ int position(int place) const {
-    return logical(place >> page_bits) * page_size + (place & (page_size - 1));
-  }
-
-  /// Where a pool holds the token at a place of the list.
+  /// The value of the token at a place of the list.
   template <typename T>
-  __device__ const T* row_of(const Rows& pool, int kv_head, int place) const {
-    return pool.at<T>(table[logical(place >> page_bits)], kv_head, place & (page_size - 1));
+  __device__ const T* value(const Rows& v_pages, int kv_head, int place) const {
+    return v_pages.at<T>(table[logical(place >> page_bits)], kv_head, place & (page_size - 1));
   }
 };
 
@@ -153,7 +156,8 @@ struct Heads {
 /// A token of a tile, one for each lane; beyond the end of the list its last one.
 struct Token {
   int place;
-  int position;
+  int position;  // in the sequence
+  int slot;      // in the page
   int64_t page;  // physical
   bool there;
 
@@ -161,8 +165,15 @@ struct Token {
     const int lane = threadIdx.x % 32;
     there = tile * kTileRows + lane < list.tokens;
     place = there ? tile * kTileRows + lane : list.tokens - 1;
-    position = list.position(place);
-    page = list.table[position >> list.page_bits];
+    const int logical = list.logical(place >> list.page_bits);
+    slot = place & (list.page_size - 1);
+    position = logical * list.page_size + slot;
+    page = list.table[logical];
+  }
+
+  template <typename T>
+  __device__ const T* key(const Rows& k_pages, int kv_head) const {
+    return k_pages.at<T>(page, kv_head, slot);
   }
 };
 
@@ -172,11 +183,10 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const
                            const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
                            const Heads& heads, Products& products) {
   const int lane = threadIdx.x % 32;
+  const bool prunes = !scratch.is_short() && lane < group.heads;  // for the head that is this lane's number
   const int64_t first = group.row * op.q_heads + group.first_head;
-  uint32_t* const best = scratch.best + first + lane;  // of the head that is this lane's number
-  const uint32_t known = lane < group.heads ? __ldcg(best) : 0;
-  const T* key = op.k_pages.at<T>(token.page, group.kv_head, token.place & (list.page_size - 1));
-  multiply<T, Layout, false>(key, op.head_dim, q, group.heads, products);
+  const uint32_t known = prunes ? __ldcg(scratch.best + first + lane) : 0;
+  multiply<T, Layout, false>(token.key<T>(op.k_pages, group.kv_head), op.head_dim, q, group.heads, products);
   __syncwarp();
 
   const auto distance = static_cast<float>(token.position - (list.seq_len - 1));
@@ -184,29 +194,28 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const
   for (int h = 0; h < group.heads; ++h) {
     const float s = op.scoring.scale * products[h][lane] + heads.slope[h] * distance;
     products[h][lane] = s;
-    const uint32_t tile_best = __reduce_max_sync(kWarp, ordered(s));
+    const uint32_t tile_best = __reduce_max_sync(kAllLanes, ordered(s));
     if (lane == h) found = tile_best;
   }
-  float least = 0;
-  if (lane < group.heads) {
-    if (found > known) atomicMax(best, found);
+  float least = kNothing;
+  if (prunes) {
+    if (found > known) atomicMax(scratch.best + first + lane, found);
     least = __fsub_rd(from_ordered(max(found, known)), heads.reach[lane]);
   }
   uint32_t alive = 0;
   for (int h = 0; h < group.heads; ++h) {
-    const float s = products[h][lane], least_of_head = __shfl_sync(kWarp, least, h);
+    const float s = products[h][lane], least_of_head = __shfl_sync(kAllLanes, least, h);
     const bool lives = token.there && !(s < least_of_head);  // NaN lives
-    const uint32_t mask = __ballot_sync(kWarp, lives);
+    const uint32_t mask = __ballot_sync(kAllLanes, lives);
     if (lane == h) alive = mask;
     if (lives) scratch.scores[(first + h) * scratch.capacity + token.place] = s;
   }
-  if (lane < group.heads) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+  if (prunes) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
   __syncwarp();  // the products have been read
 }
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * kScoreWarps, Layout::kRounds == 8 ? 2 : 3)
-    score(SparseDecode op, Scratch scratch) {
+__global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(SparseDecode op, Scratch scratch) {
   __shared__ Queries<T, Layout> s_q;
   __shared__ Heads s_heads;
   __shared__ Products s_products[kScoreWarps];
@@ -222,7 +231,8 @@ __global__ void __launch_bounds__(32 * kScoreWarps, Layout::kRounds == 8 ? 2 : 3
     end = min(list.tiles(), share.item + share.items);
     if (end == 0) continue;
     __syncthreads();  // every warp is done with the last group's queries
-    s_q.template load<T>(op.q, group.row, group.first_head, group.heads, op.head_dim, [](float x) { return x; });
+    for_each_query<T, Layout>(op.q, group.row, group.first_head, group.heads, op.head_dim,
+                              [&](int h, int d, float x) { s_q.set(h, d, x); });
     if (threadIdx.x < group.heads) {
       const int head = group.first_head + threadIdx.x;
       s_heads.slope[threadIdx.x] = op.scoring.slope(head);
@@ -239,34 +249,38 @@ __global__ void __launch_bounds__(32 * kScoreWarps, Layout::kRounds == 8 ? 2 : 3
   }
 }
 
-/// Replaces a list of scores and places by map(score) and place of those entries for which that is not kNothing, in
-/// their order; returns how many. The score of entry i is at from(i, place), which is i or behind it: nothing is
-/// overwritten before it has been read. All threads call.
-template <typename From, typename Map>
-__device__ int pack(float* scores, int32_t* places, int count, From from, Map map) {
+struct Entry {
+  float score;
+  int32_t place;
+};
+
+/// Fills scores and places with map(score) and place of those entries 0 ... count - 1 for which that is not kNothing,
+/// in their order; returns how many. read(i) may take entry i from scores and places themselves, at i or behind it:
+/// nothing is overwritten before it has been read. All threads call.
+template <typename Read, typename Map>
+__device__ int pack(float* scores, int32_t* places, int count, Read read, Map map) {
   int kept = 0;
   for (int first = 0; first < count; first += kThreads * kRun) {
-    int32_t place[kRun];
-    float value[kRun];
+    Entry entries[kRun];
     int own = 0;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const int entry = first + static_cast<int>(threadIdx.x) * kRun + i;
-      value[i] = kNothing;
-      if (entry < count) {
-        place[i] = places[entry];
-        value[i] = map(scores[from(entry, place[i])]);
+      const int from = first + static_cast<int>(threadIdx.x) * kRun + i;
+      entries[i] = {kNothing, 0};
+      if (from < count) {
+        entries[i] = read(from);
+        entries[i].score = map(entries[i].score);
       }
-      own += value[i] != kNothing;
+      own += entries[i].score != kNothing;
     }
     int more;
     int to = kept + exclusive_scan<kThreads>(own, more);
     kept += more;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (value[i] == kNothing) continue;
-      scores[to] = value[i];
-      places[to++] = place[i];
+      if (entries[i].score == kNothing) continue;
+      scores[to] = entries[i].score;
+      places[to++] = entries[i].place;
     }
   }
   __syncthreads();
@@ -323,9 +337,9 @@ __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best
       one.add(y, entmax.beta);
       own = own + Excess<double>{one.mass, one.slope};
     });
-    const Excess<Real> all = sum<kThreads>(Excess<Real>{static_cast<Real>(own.mass), static_cast<Real>(own.slope)});
-    solution.mass = all.mass;
-    const Real move = entmax.step(all);
+    own = sum<kThreads>(own);
+    solution.mass = static_cast<Real>(own.mass);
+    const Real move = entmax.step({solution.mass, static_cast<Real>(own.slope)});
     if (!(move > kStill * fabs(solution.threshold))) break;
     solution.threshold += move;
   }
@@ -335,30 +349,56 @@ __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best
 /// Turns the scores within beta of `best` into the weights of those above the threshold; returns how many, and tau.
 /// All threads call.
 template <typename Real>
-__device__ int weigh(const Entmax<Real>& entmax, float best, float* scores, int32_t* places, int count, float& tau) {
+__device__ int weigh(const Entmax<double>& exact, float best, float* scores, int32_t* places, int count, float& tau) {
+  const Entmax<Real> entmax(exact);
   Candidates candidates(scores, count);
-  const auto in_place = [](int entry, int32_t) { return entry; };
-  const auto unless_zero = [](Real weight) { return weight > 0 ? static_cast<float>(weight) : kNothing; };
+  const auto read = [=](int i) { return Entry{scores[i], places[i]}; };
+  const auto unless_zero = [](float weight) { return weight > 0 ? weight : kNothing; };
   if (entmax.is_softmax()) {
     double own = 0;
-    candidates.visit([&](float score) { own += exp(score - best); });
+    candidates.visit([&](float score) { own += expf(score - best); });
     const auto mass = static_cast<float>(sum<kThreads>(own));
     tau = best + logf(mass);
-    return pack(scores, places, count, in_place, [=](float score) { return unless_zero(expf(score - best) / mass); });
+    return pack(scores, places, count, read, [=](float score) { return unless_zero(expf(score - best) / mass); });
   }
   const Solution<Real> solution = solve_threshold(entmax, best, candidates);
-  tau = static_cast<float>(solution.threshold + static_cast<double>(entmax.gap) * best);
-  return pack(scores, places, count, in_place, [=](float score) {
+  tau = static_cast<float>(solution.threshold + exact.gap * best);
+  return pack(scores, places, count, read, [=](float score) {
     const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-    return unless_zero(y > 0 ? power(y, entmax.beta) / solution.mass : 0);
+    return unless_zero(static_cast<float>(y > 0 ? power(y, entmax.beta) / solution.mass : 0));
   });
 }
 
-/// sums[d] = sum_i weights[i] v_d of the tokens at places[i], i < count <= kChunk, in an order of its own. All threads
+/// Lists the places of the tokens that are alive, in their order; returns how many. All threads call.
+__device__ int list_alive(const uint32_t* alive, int tiles, int32_t* places) {
+  int count = 0;
+  for (int first = 0; first < tiles; first += kThreads * kRun) {
+    uint32_t masks[kRun];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
+      masks[i] = tile < tiles ? alive[tile] : 0;
+      own += __popc(masks[i]);
+    }
+    int more;
+    int to = count + exclusive_scan<kThreads>(own, more);
+    count += more;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
+      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) places[to++] = tile * kTileRows + __ffs(mask) - 1;
+    }
+  }
+  __syncthreads();
+  return count;
+}
+
+/// sum_i weights[i] v_d of the tokens at places[i], i < count <= kChunk, for dimension d = threadIdx.x. All threads
 /// call.
 template <typename T>
-__device__ void gather(const SparseDecode& op, const TokenList& list, int kv_head, bool vectors, const float* weights,
-                       const int32_t* places, int count, float* sums) {
+__device__ float gather(const SparseDecode& op, const TokenList& list, int kv_head, bool vectors, const float* weights,
+                        const int32_t* places, int count) {
   constexpr int kDims = 8;  // of a thread
   constexpr int kCount = 16 / sizeof(T);
   __shared__ float s_sums[kThreads * kDims];
@@ -368,7 +408,7 @@ __device__ void gather(const SparseDecode& op, const TokenList& list, int kv_hea
   if (offset < tokens_at_once) {
 #pragma unroll 4
     for (int i = offset; i < count; i += tokens_at_once) {
-      const T* value = list.row_of<T>(op.v_pages, kv_head, places[i]);
+      const T* value = list.value<T>(op.v_pages, kv_head, places[i]);
 #pragma unroll
       for (int word = 0; word < kDims / kCount; ++word) {
         float values[kCount];
@@ -383,56 +423,43 @@ __device__ void gather(const SparseDecode& op, const TokenList& list, int kv_hea
 #pragma unroll
   for (int e = 0; e < kDims; ++e) s_sums[threadIdx.x * kDims + e] = sum[e];
   __syncthreads();
-  for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
-    float total = 0;
-    for (int i = 0; i < min(tokens_at_once, count); ++i) total += s_sums[i * columns * kDims + d];
-    sums[d] = total;
+  float total = 0;
+  if (threadIdx.x < op.head_dim) {
+    for (int i = 0; i < min(tokens_at_once, count); ++i) total += s_sums[i * columns * kDims + threadIdx.x];
   }
+  return total;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
-  __shared__ float s_out[kMaxHeadDim];
   const int64_t row = blockIdx.y;
   const int head = blockIdx.x, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
   float* scores = scratch.scores + at * scratch.capacity;
   int32_t* places = scratch.places + at * scratch.capacity;
-  const uint32_t* alive = scratch.alive + at * scratch.tiles();
-
-  int count = 0;
-  for (int first = 0; first < list.tiles(); first += kThreads * kRun) {
-    uint32_t masks[kRun];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
-      masks[i] = tile < list.tiles() ? alive[tile] : 0;
-      own += __popc(masks[i]);
-    }
-    int more;
-    int to = count + exclusive_scan<kThreads>(own, more);
-    count += more;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
-      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) places[to++] = tile * kTileRows + __ffs(mask) - 1;
-    }
-  }
-  __syncthreads();
 
   const Entmax<double> entmax(op.alpha.of(head));
-  const float best = from_ordered(scratch.best[at]);
-  count = pack(
-      scores, places, count, [](int, int32_t place) { return place; },
-      [=](float score) { return static_cast<double>(score) - best > -entmax.beta ? score : kNothing; });
+  float best = kNothing;
+  const auto unless_far = [&](float score) {
+    return static_cast<double>(score) - best > -entmax.beta ? score : kNothing;
+  };
+  int count;
+  if (scratch.is_short()) {
+    for (int i = threadIdx.x; i < list.tokens; i += kThreads) best = larger(best, scores[i]);
+    best = largest<kThreads>(best);
+    count = pack(scores, places, list.tokens, [=](int i) { return Entry{scores[i], i}; }, unless_far);
+  } else {
+    best = from_ordered(scratch.best[at]);
+    count = list_alive(scratch.alive + at * scratch.tiles(), list.tiles(), places);
+    count = pack(scores, places, count, [=](int i) { return Entry{scores[places[i]], places[i]}; }, unless_far);
+  }
   float tau = 0;
   int support = 0;
-  if (entmax.beta <= 15 || entmax.is_softmax()) {
-    support = weigh<float>(Entmax<float>(entmax), best, scores, places, count, tau);
+  if (entmax.beta <= kFloatBeta || entmax.is_softmax()) {
+    support = weigh<float>(entmax, best, scores, places, count, tau);
   } else {
-    support = weigh<double>(entmax, best, scores, places, count, tau);  // powers that magnify rounding
+    support = weigh<double>(entmax, best, scores, places, count, tau);
   }
   const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
   if (threadIdx.x == 0) {
@@ -440,16 +467,18 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
     op.support[at] = support;
     if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
   }
-  if (support > kChunk) return;
-  gather<T>(op, list, kv_head, vectors, scores, places, support, s_out);
-  for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
-    op.out.at<T>(row, head)[d] = from_float<T>(undefined ? kUndefined : s_out[d]);
+  if (support > kChunk && !scratch.is_short()) return;
+  float total = undefined ? kUndefined : 0;
+  for (int first = 0; first < support; first += kChunk) {
+    total += gather<T>(op, list, kv_head, vectors, scores + first, places + first, min(kChunk, support - first));
   }
+  if (threadIdx.x < op.head_dim) op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(total);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch scratch, bool vectors) {
   __shared__ bool s_last;
+  const int d = threadIdx.x;
   const auto chunks_of = [&](int at) { return op.support[at] > kChunk ? ceil_div(op.support[at], kChunk) : 0; };
   Share share = Share::of_block<kThreads>(op.batch * op.q_heads, chunks_of);
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
@@ -461,19 +490,19 @@ __global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch s
     float* partial = scratch.partial + at * scratch.chunks() * op.head_dim;
     for (int chunk = share.item; chunk < end; ++chunk) {
       const int64_t from = at * scratch.capacity + chunk * kChunk;
-      gather<T>(op, list, kv_head, vectors, scratch.scores + from, scratch.places + from,
-                min(kChunk, op.support[at] - chunk * kChunk), partial + int64_t{chunk} * op.head_dim);
+      const float own = gather<T>(op, list, kv_head, vectors, scratch.scores + from, scratch.places + from,
+                                  min(kChunk, op.support[at] - chunk * kChunk));
+      if (d < op.head_dim) partial[int64_t{chunk} * op.head_dim + d] = own;
       __threadfence();  // this thread's sums, before the count that announces them
       __syncthreads();
       if (threadIdx.x == 0) s_last = atomicAdd(&scratch.finished[at], 1) == chunks - 1;
       __syncthreads();
       if (!s_last) continue;
       __threadfence();  // the count, before the sums of other blocks
-      for (int d = threadIdx.x; d < op.head_dim; d += kThreads) {
-        float total = 0;
-        for (int each = 0; each < chunks; ++each) total += __ldcg(&partial[int64_t{each} * op.head_dim + d]);
-        op.out.at<T>(row, head)[d] = from_float<T>(total);
-      }
+      if (d >= op.head_dim) continue;
+      float total = 0;
+      for (int each = 0; each < chunks; ++each) total += __ldcg(&partial[int64_t{each} * op.head_dim + d]);
+      op.out.at<T>(row, head)[d] = from_float<T>(total);
     }
   }
 }
@@ -486,18 +515,23 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   if (op.batch == 0) return;
   Scratch scratch;
   scratch.place(op, workspace);
-  const char* name = op.selection.selected ? "sparse_decode" : "dense_decode";
+  const char* name = op.selection ? "sparse_decode" : "dense_decode";
   const bool key_vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
-  const int blocks = 3 * multiprocessors();
-  scratch.clear(name, int64_t{op.batch} * op.q_heads, stream);
+  const int processors = multiprocessors();
+  if (!scratch.is_short()) {
+    check(name, cudaMemsetAsync(scratch.best, 0, int64_t{op.batch} * op.q_heads * 8, stream));  // finished, too
+  }
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
+      const int blocks = kScoreBlocks<decltype(layout)> * processors;
       launch(name, score<T, decltype(layout)>, dim3(blocks), 32 * kScoreWarps, stream, op, scratch);
     });
     launch(name, solve<T>, dim3(op.q_heads, op.batch), kThreads, stream, op, scratch, value_vectors);
-    launch(name, spread<T>, dim3(blocks), kThreads, stream, op, scratch, value_vectors);
+    if (!scratch.is_short()) {
+      launch(name, spread<T>, dim3(2 * processors), kThreads, stream, op, scratch, value_vectors);
+    }
   });
 }
 

@@ -1,7 +1,7 @@
 // Dot products of a warp's tile of 32 rows (keys, or statistics of pages) with the query heads of a group.
-// Rows are read once, in 16-byte loads of which a lane has 16 in flight. 16-bit rows meet the heads in tensor cores,
-// heads as M and rows as N; fp32 rows, and squares, are multiplied in fp32.
-//   A lane holds rows g, g + 8, g + 16 and g + 24, g = lane / 4, and of each 32 dimensions 8. A dot product does not
+// Rows are read once, in 16-byte loads of which a lane has up to 16 in flight. 16-bit rows meet the heads in tensor
+// cores, heads as M and rows as N; fp32 rows, and squares, are multiplied in fp32.
+//   A lane takes rows g, g + 8, g + 16 and g + 24, g = lane / 4, and of each 32 dimensions 8. A dot product does not
 //   care for the order of its dimensions: the 8 that lie together in memory are the lane's part of two k-slices, and
 //   go to the tensor core from the registers that they were loaded into.
 #pragma once
@@ -38,20 +38,24 @@ struct Queries {
     return (slice * 32 + lane) * 8 + d % 4 / 2 * 4 + h / 8 * 2 + d % 2;
   }
 
-  /// Takes in map(q) for heads first_head ... first_head + heads - 1 of a row. All threads call; no barrier.
-  template <typename From, typename Map>
-  __device__ void load(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Map map) {
-    for (int i = threadIdx.x; i < heads * kDims; i += blockDim.x) {
-      const int h = i / kDims, d = i % kDims;
-      values[index(h, d)] = from_float<T>(d < head_dim ? map(to_float(q.at<From>(row, first_head + h)[d])) : 0);
-    }
-  }
+  __device__ void set(int h, int d, float value) { values[index(h, d)] = from_float<T>(value); }
 
   /// This lane's part of a k-slice.
   __device__ uint4 fragment(int slice) const {
     return reinterpret_cast<const uint4*>(values)[slice * 32 + threadIdx.x % 32];
   }
 };
+
+/// Calls body(h, d, q_d) for heads first_head ... first_head + heads - 1 of a row and all dimensions of the layout,
+/// zeros behind head_dim. All threads call, each has its share.
+template <typename T, typename Layout, typename Body>
+__device__ void for_each_query(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Body body) {
+  constexpr int kDims = 32 * Layout::kRounds;
+  for (int i = threadIdx.x; i < heads * kDims; i += blockDim.x) {
+    const int h = i / kDims, d = i % kDims;
+    body(h, d, d < head_dim ? to_float(q.at<T>(row, first_head + h)[d]) : 0.0f);
+  }
+}
 
 /// Whether rows can be read 16 bytes at a time.
 inline bool in_vectors(const Rows& rows, Dtype dtype, int head_dim) {
@@ -112,7 +116,7 @@ struct Fragment {
     for (int i = 0; i < kBatch; ++i) {
       const auto address = reinterpret_cast<unsigned long long>(row);
       const int of = 8 * (first + i) + threadIdx.x % 32 / 4;
-      const T* from = reinterpret_cast<const T*>(__shfl_sync(kWarp, address, of));
+      const T* from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, of));
 #pragma unroll
       for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
@@ -183,8 +187,8 @@ __device__ void multiply_plainly(const T* row, int head_dim, const Queries<float
       }
 #pragma unroll
       for (int i = 0; i < Held::kBatch; ++i) {
-        sum[i] += __shfl_xor_sync(kWarp, sum[i], 1);
-        sum[i] += __shfl_xor_sync(kWarp, sum[i], 2);
+        sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
+        sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
         float& product = products[h][8 * (first + i) + group];
         if (part == h % 4) product = kAdd ? product + sum[i] : sum[i];
       }

@@ -131,7 +131,7 @@ class Cache {
     op.v_pages = rows_of(v_pages_);
     op.page_table = table();
     op.seq_lens = seq_lens_.data();
-    op.selection = budget ? selection : Selection{nullptr, nullptr, 0};
+    op.selection = budget ? selection : Selection{};
     op.alpha = {alpha, nullptr};
     op.scoring = scoring;
     op.out = rows_of(out);
