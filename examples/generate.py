@@ -215,8 +215,9 @@ def main() -> None:
         same = f"{equal(text, texts['dense'])}/{args.tokens}"
         table.add_row(name, f"{speeds[name]:.0f}", *row(found[name]), same)
     steps = len(range(0, args.tokens - 1, STRIDE))
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
     table.caption = (
-        f"{args.dtype} on {args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads. "
+        f"{args.dtype} on {where}, torch {torch.__version__}. "
         f"tok/s: whole model, {args.tokens - 1} steps. keys read: per token and head. KV bytes: share of the cache "
         "that is read (no values of weight zero), page statistics included: short contexts can exceed 100 %. "
         "δ: attention mass on pages left out. recall: share of the dense support that is read. "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CUDA
 from torch import nn
 
 import entmaxkv
@@ -103,6 +104,21 @@ def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
     assert first.seq_lens.tolist() == second.seq_lens.tolist() == [41]
     for a, b in zip(*([c.k_pages[:2], c.v_pages[:2], c.k_min[:2], c.k_max[:2]] for c in (first, second)), strict=True):
         close(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", [None, entmaxkv.TopPages(budget=256), entmaxkv.Gaussian()], ids=str)
+@pytest.mark.parametrize("device", [CUDA])
+def test_text_on_a_gpu_is_that_of_the_cpu(model, device, select):
+    """Greedy continuation in fp32, the prompt through the ops too (AdaSplash has an arithmetic of its own)."""
+    rows, _ = ids(TEXT[:600])
+    texts = []
+    for where in ("cpu", device):
+        moved = copy.deepcopy(model).to(where)
+        cache = hf.EntmaxCache(model.config, max_tokens=700, select=select)
+        moved(input_ids=rows[:, :1].to(where), past_key_values=cache)  # a first chunk that AdaSplash does not take
+        texts.append(moved.generate(rows.to(where), past_key_values=cache, max_new_tokens=64, do_sample=False).cpu())
+    assert torch.equal(*texts)
 
 
 @torch.no_grad()
