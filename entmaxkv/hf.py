@@ -32,6 +32,9 @@ NAME = "entmaxkv"
 # Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
 # page table, repeated for each row, stays small.
 PREFILL_ROWS = 1024
+# And few enough that the kernel's workspace stays below a gigabyte: on a GPU 8 bytes for each query head and slot of a
+# row's page table.
+PREFILL_SLOTS = 2**27
 ADASPLASH_HEAD_DIMS = (16, 32, 64, 128, 256)
 ADASPLASH_MIN_TOKENS = 64
 # Refinements of the threshold after AdaSplash's histogram.
@@ -364,13 +367,12 @@ def _dense(
     visible = visible.masked_fill(positions >= lengths[:, None], 0).flatten()
     rows = query.transpose(1, 2).reshape(batch * tokens, q_heads, head_dim).to(cache.k_pages.dtype)
     owners = torch.arange(batch, device=query.device).repeat_interleave(tokens)
+    size = max(1, min(PREFILL_ROWS, PREFILL_SLOTS // (q_heads * cache.max_tokens)))
     outs = [
         entmaxkv.ops.dense_decode(
             row, cache.k_pages, cache.v_pages, cache.page_table[owner], seq_lens, alpha=alpha, scale=scale
         )[0]
-        for row, owner, seq_lens in zip(
-            rows.split(PREFILL_ROWS), owners.split(PREFILL_ROWS), visible.split(PREFILL_ROWS), strict=True
-        )
+        for row, owner, seq_lens in zip(rows.split(size), owners.split(size), visible.split(size), strict=True)
     ]
     return torch.cat(outs).view(batch, tokens, q_heads, head_dim).transpose(1, 2)
 
