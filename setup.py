@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 HOST_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+SOURCES = [path for path in CSRC.rglob("*") if path.is_file()]
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 
 
@@ -56,6 +58,7 @@ def cpu_library() -> cpp_extension.CppExtension:
     return cpp_extension.CppExtension(
         "entmaxkv._C",
         sorted(str(source) for source in sources if source.name != "parallel_std.cpp"),
+        depends=[str(source) for source in SOURCES],
         extra_compile_args=[*HOST_FLAGS, *STABLE_ABI],
         py_limited_api=True,
     )
@@ -85,6 +88,7 @@ def cuda_library(cuda: Path) -> cpp_extension.CppExtension:
     return cpp_extension.CppExtension(
         "entmaxkv._cuda",
         [str(source) for source in (*doors, *kernels)],
+        depends=[str(source) for source in SOURCES],
         include_dirs=[str(cuda / "include")],
         library_dirs=[str(cuda / "lib64"), *map(str, libraries)],
         libraries=["cudart_static", "dl", "rt", "pthread"],
@@ -117,19 +121,22 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = shared
 
     def build_cuda(self, ext) -> None:
-        """Builds all or nothing, and keeps what ptxas says of every kernel in build/cuda.log.
+        """Compiles all kernels or none, and keeps what ptxas says of them in build/cuda.log.
 
-        Where torch has no CUDA, it does not tell ninja which headers a .cu file includes.
+        An old object would not be in that log, and might miss a change: where torch has no CUDA, it does not tell ninja
+        which headers a .cu file includes.
         """
         objects = list(Path(self.build_temp).rglob("*.o"))
-        sources = [path for path in CSRC.rglob("*") if path.is_file()]
-        if objects and max(map(modified, sources)) > min(map(modified, objects)):
+        if objects and max(map(modified, SOURCES)) > min(map(modified, objects)):
             shutil.rmtree(self.build_temp)
-        log, screen = ROOT / "build" / "cuda.log", os.dup(1)
+        screen = os.dup(1)
         with tempfile.TemporaryFile("w+") as output:
             os.dup2(output.fileno(), 1)  # ninja writes there, past sys.stdout
             try:
                 super().build_extension(ext)
+            except BaseException:
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+                raise
             finally:
                 os.dup2(screen, 1)
                 os.close(screen)
@@ -137,6 +144,8 @@ class BuildExtension(cpp_extension.BuildExtension):
                 text = output.read()
                 print(text, end="")
         if "ptxas info" in text:
+            log = ROOT / "build" / "cuda.log"
+            log.parent.mkdir(exist_ok=True)
             log.write_text(text)
 
 
@@ -144,6 +153,7 @@ def modified(path: Path) -> float:
     return path.stat().st_mtime
 
 
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, if nobody activated it
 cuda = find_cuda()
 setup(
     ext_modules=[cpu_library(), *([cuda_library(cuda)] if cuda else [])],

@@ -14,7 +14,7 @@ def draw(report: dict, to: Path) -> None:
     keys = "clustered" if any(row["keys"] == "clustered" for row in report["rows"]) else report["rows"][0]["keys"]
     rows = [row for row in report["rows"] if row["keys"] == keys]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(4.5 * len(dtypes), 3.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(max(7, 4.5 * len(dtypes)), 3.8), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             line = [row for row in rows if (row["dtype"], row["method"]) == (dtype, method)]
@@ -28,7 +28,7 @@ def draw(report: dict, to: Path) -> None:
     shape, where = report["shape"], report["machine"]
     figure.suptitle(
         f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch {shape['batch']}, "
-        f"{keys} keys; {where.get('gpu') or where['cpu'] + ', ' + str(where['threads']) + ' threads'}",
+        f"{keys} keys\n{where.get('gpu') or where['cpu'] + ', ' + str(where['threads']) + ' threads'}",
         fontsize=9,
     )
     figure.tight_layout()

@@ -32,9 +32,9 @@ NAME = "entmaxkv"
 # Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
 # page table, repeated for each row, stays small.
 PREFILL_ROWS = 1024
-# And few enough that the kernel's workspace stays below a gigabyte: on a GPU 8 bytes for each query head and slot of a
-# row's page table.
-PREFILL_SLOTS = 2**27
+# And few enough that the kernel's workspace stays below a gigabyte: on a GPU about 9 bytes for each query head and slot
+# of a row's page table.
+PREFILL_SLOTS = 100_000_000
 ADASPLASH_HEAD_DIMS = (16, 32, 64, 128, 256)
 ADASPLASH_MIN_TOKENS = 64
 # Refinements of the threshold after AdaSplash's histogram.

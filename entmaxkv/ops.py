@@ -12,8 +12,8 @@ float32 or None. `alpha` is a number in [1, 2] for all heads; `head_alpha` [q_he
 No op has a gradient: backward through one raises NotImplementedError. A key of NaN makes the heads that read it NaN.
 
 Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
-CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there they are trusted,
-and tokens beyond a full cache are dropped.
+CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there ids and head_alpha
+are trusted, lengths are cut to what the page table has room for, and tokens beyond a full cache are dropped.
 """
 
 from pathlib import Path

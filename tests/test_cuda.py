@@ -1,8 +1,10 @@
 """What only a GPU shows: streams, graphs, and sizes at which offsets, splits and wide supports matter."""
 
+import gc
+
 import pytest
 import torch
-from conftest import CUDA, Cache, assert_same_bits, check_decode, draw, make_cache, make_query
+from conftest import CUDA, Cache, assert_same_bits, check_decode, draw, hard_selections, make_cache, make_query
 from torch import Tensor
 
 import entmaxkv
@@ -16,6 +18,9 @@ SELECTORS = {
     "gaussian": entmaxkv.Gaussian(),
 }
 selectors = pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
+large = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 60e9, reason="less than 60 GB of free GPU memory"
+)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -51,6 +56,7 @@ def clone(cache: entmaxkv.PagedKVCache) -> entmaxkv.PagedKVCache:
     return copy
 
 
+@large
 @pytest.mark.parametrize("alpha", [1.0, 4 / 3, 1.5, 2.0])
 @dtypes
 def test_a_million_tokens(dtype, alpha):
@@ -65,6 +71,7 @@ def test_a_million_tokens(dtype, alpha):
     assert_same_bits(cache.dense(q, alpha), got)
 
 
+@large
 @dtypes
 def test_a_large_batch(dtype):
     seq_lens = [32768 - 500 * row for row in range(64)]
@@ -78,22 +85,15 @@ def test_a_large_batch(dtype):
 
 @pytest.mark.parametrize("pages", [1, 2, 1023, 1024, 1025, 2049, 65536])
 def test_select_pages_chooses_what_the_cpu_chooses(pages):
-    scores = draw(2, 8, pages)
-    scores[1] = (scores[1] * 4).round()  # ties
-    scores[:, 3] = torch.nan
-    scores[:, 5] = -torch.inf
-    scores[:, 6] = scores[:, 6].abs() * 1e-42
-    seq_lens = torch.tensor([pages * 16, pages * 16 - 5], dtype=torch.int32)
-    for budget in (1, 16, 33, pages * 8, pages * 16 - 1, pages * 16, 10**9):
-        want = OPS.select_pages(scores, seq_lens, 2, 16, budget)
-        got = OPS.select_pages(scores.cuda(), seq_lens.cuda(), 2, 16, budget)
+    for scores, seq_lens, *sizes in hard_selections(pages):
+        want = OPS.select_pages(scores, seq_lens, *sizes)
+        got = OPS.select_pages(scores.cuda(), seq_lens.cuda(), *sizes)
         assert_same_bits([x.cpu() for x in got], want)
 
 
 @selectors
 def test_no_step_waits(select):
     cache, _ = random_cache([1000, 20, 0], 2, 64, torch.bfloat16)
-    cache = clone(cache)
     q, k, v = (draw(3, *heads, 64, dtype=torch.bfloat16, device="cuda") for heads in ((8,), (1, 2), (1, 2)))
     cache.seq_lens.clamp_(max=500)
     torch.cuda.synchronize()
@@ -149,17 +149,22 @@ def test_compile_with_graphs():
         k_pages, v_pages, k_min, k_max, _, _, page_table, seq_lens = tensors
         return OPS.decode(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, 256) * 2
 
+    for x in cache.tensors:
+        torch._dynamo.mark_static_address(x)  # a graph may change them in place
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for q, k, v in zip(*draws, strict=True):
         got = compiled(q, k, v, *cache.tensors).clone()
         assert_same_bits([got], [step(q, k, v, *eager.tensors)])
     assert cache.lengths == [1008, 308]
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
 
 
 @selectors
 def test_memory_does_not_grow(select):
     cache = entmaxkv.PagedKVCache(1, 4096, 2, 64, dtype=torch.bfloat16, device="cuda")
     q, k, v = (draw(1, *heads, 64, dtype=torch.bfloat16, device="cuda") for heads in ((8,), (1, 2), (1, 2)))
+    gc.collect()
     for step in range(10_000):
         if step == 10:
             before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -167,7 +172,7 @@ def test_memory_does_not_grow(select):
         entmaxkv.decode(q, cache, select=select)
         if step % 4000 == 3999:
             cache.seq_lens.zero_()
-    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert torch.cuda.memory_allocated() <= before[0] and torch.cuda.memory_reserved() <= before[1]
 
 
 @selectors

@@ -13,7 +13,7 @@ namespace entmaxkv::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr double kFloatBeta = 4;  // beyond, the powers of wide spreads may leave fp32's range
+constexpr double kFloatRangeBeta = 4;  // beyond, the powers of wide spreads may leave fp32's range
 
 /// A head wants the pages whose expected best z, from (alpha-1) centre on, is above `least`.
 struct Threshold {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SelectGaussian op, Threshol
     for (int page = threadIdx.x; page * op.page_size < seq_len; page += kThreads) best = fmaxf(best, mean[page]);
     best = largest<kThreads>(best);
     double tau;
-    if (entmax.beta <= kFloatBeta) {
+    if (entmax.beta <= kFloatRangeBeta) {
       tau = solve_mixture<float>(Entmax<float>(entmax), mean, std, best, seq_len, op.page_size);
     } else {
       tau = solve_mixture<double>(entmax, mean, std, best, seq_len, op.page_size);

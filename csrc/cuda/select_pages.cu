@@ -17,6 +17,7 @@ constexpr int kThreads = 1024;
 constexpr int kBits = 11;
 constexpr int kBins = 1 << kBits;
 constexpr int kHeads = 8;  // that are looked at together
+static_assert(kBins == 2 * kThreads && kThreads / 32 == 32);
 
 /// Where a page stands: smaller is better, no two are equal.
 using Order = unsigned long long;

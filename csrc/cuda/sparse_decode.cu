@@ -147,8 +147,8 @@ struct HeadGroup {
   }
 };
 
-/// What a block knows of the heads that it scores.
-struct Heads {
+/// What makes scores of the products of the heads of a group.
+struct HeadScoring {
   float slope[kTileHeads];
   float reach[kTileHeads];  // how far below the best score a token is alive
 };
@@ -156,9 +156,9 @@ struct Heads {
 /// A token of a tile, one for each lane; beyond the end of the list its last one.
 struct Token {
   int place;
-  int position;  // in the sequence
-  int slot;      // in the page
-  int64_t page;  // physical
+  int position;      // in the sequence
+  int slot;          // in the page
+  int64_t physical;  // page
   bool there;
 
   __device__ Token(const TokenList& list, int tile) {
@@ -168,12 +168,12 @@ struct Token {
     const int logical = list.logical(place >> list.page_bits);
     slot = place & (list.page_size - 1);
     position = logical * list.page_size + slot;
-    page = list.table[logical];
+    physical = list.table[logical];
   }
 
   template <typename T>
   __device__ const T* key(const Rows& k_pages, int kv_head) const {
-    return k_pages.at<T>(page, kv_head, slot);
+    return k_pages.at<T>(physical, kv_head, slot);
   }
 };
 
@@ -181,7 +181,7 @@ struct Token {
 template <typename T, typename Layout>
 __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const HeadGroup& group,
                            const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
-                           const Heads& heads, Products& products) {
+                           const HeadScoring& scoring, Products& products) {
   const int lane = threadIdx.x % 32;
   const bool prunes = !scratch.is_short() && lane < group.heads;  // for the head that is this lane's number
   const int64_t first = group.row * op.q_heads + group.first_head;
@@ -192,7 +192,7 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const
   const auto distance = static_cast<float>(token.position - (list.seq_len - 1));
   uint32_t found = 0;
   for (int h = 0; h < group.heads; ++h) {
-    const float s = op.scoring.scale * products[h][lane] + heads.slope[h] * distance;
+    const float s = op.scoring.scale * products[h][lane] + scoring.slope[h] * distance;
     products[h][lane] = s;
     const uint32_t tile_best = __reduce_max_sync(kAllLanes, ordered(s));
     if (lane == h) found = tile_best;
@@ -200,7 +200,7 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const
   float least = kNothing;
   if (prunes) {
     if (found > known) atomicMax(scratch.best + first + lane, found);
-    least = __fsub_rd(from_ordered(max(found, known)), heads.reach[lane]);
+    least = __fsub_rd(from_ordered(max(found, known)), scoring.reach[lane]);
   }
   uint32_t alive = 0;
   for (int h = 0; h < group.heads; ++h) {
@@ -217,7 +217,7 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(SparseDecode op, Scratch scratch) {
   __shared__ Queries<T, Layout> s_q;
-  __shared__ Heads s_heads;
+  __shared__ HeadScoring s_scoring;
   __shared__ Products s_products[kScoreWarps];
   const int warp = threadIdx.x / 32;
   const auto tiles = [&](int index) {
@@ -235,16 +235,16 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
                               [&](int h, int d, float x) { s_q.set(h, d, x); });
     if (threadIdx.x < group.heads) {
       const int head = group.first_head + threadIdx.x;
-      s_heads.slope[threadIdx.x] = op.scoring.slope(head);
+      s_scoring.slope[threadIdx.x] = op.scoring.slope(head);
       // Rounded up: what lives in vain falls to the exact test in solve.
-      s_heads.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
+      s_scoring.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
     }
     __syncthreads();
     Token next(list, share.item + warp);
     for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
       const Token token = next;
       if (tile + kScoreWarps < end) next = Token(list, tile + kScoreWarps);  // a tile ahead, off the critical path
-      score_tile<T, Layout>(op, scratch, group, list, tile, token, s_q, s_heads, s_products[warp]);
+      score_tile<T, Layout>(op, scratch, group, list, tile, token, s_q, s_scoring, s_products[warp]);
     }
   }
 }

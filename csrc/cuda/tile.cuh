@@ -131,7 +131,7 @@ struct Fragment {
 /// D = A B of 16 heads, 16 dimensions and 8 rows on a tensor core. All lanes call.
 template <typename T>
 __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-#ifndef __CUDACC__
+#ifdef EMULATE_CUDA
   emulation::multiply_fragments<T>(d, a, b0, b1);  // tests/emulation
 #else
   if constexpr (std::is_same_v<T, __half>) {

@@ -1,6 +1,6 @@
 // What the kernels of csrc/cuda need of CUDA, for a C++ compiler: they then run on the CPU, one block after the other,
 // each thread of a block on a stack of its own (emulation.cpp). That finds wrong results, deadlocks and warp functions
-// that not all lanes call; it does not find races.
+// that not all lanes call; it does not find races, nor reads of shared memory that nobody has set.
 #pragma once
 
 #include <algorithm>
@@ -168,9 +168,9 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline float __fsub_rd(float a, float b) {
-  const double exact = static_cast<double>(a) - b;
-  const auto rounded = static_cast<float>(exact);
-  return rounded > exact ? std::nextafter(rounded, -HUGE_VALF) : rounded;
+  const double difference = static_cast<double>(a) - b;
+  const auto rounded = static_cast<float>(difference);
+  return rounded > difference ? std::nextafter(rounded, -HUGE_VALF) : rounded;
 }
 
 namespace emulation {
