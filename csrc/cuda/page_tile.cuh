@@ -6,9 +6,8 @@
 namespace entmaxkv::cuda {
 
 /// 32 successive logical pages of one row, a lane for each, and the query heads that one warp scores them for.
-struct PageTile {
+struct PageTile : HeadGroup {
   int64_t row;
-  int kv_head, first_head, heads;
   int seq_len;
   int page;          // of this lane
   int used;          // pages of the row
@@ -16,16 +15,12 @@ struct PageTile {
 
   template <typename Op>
   static dim3 grid(const Op& op, int warps) {
-    return dim3(ceil_div(op.max_pages, kTileRows * warps), op.kv_heads * ceil_div(op.group, kTileHeads), op.batch);
+    return dim3(ceil_div(op.max_pages, kTileRows * warps), HeadGroup::per_row(op), op.batch);
   }
 
   template <typename Op>
-  __device__ explicit PageTile(const Op& op) : row(blockIdx.z), page(blockIdx.x * blockDim.x + threadIdx.x) {
-    const int parts = ceil_div(op.group, kTileHeads);
-    const int part = blockIdx.y % parts;
-    kv_head = blockIdx.y / parts;
-    first_head = kv_head * op.group + part * kTileHeads;
-    heads = min(kTileHeads, op.group - part * kTileHeads);
+  __device__ explicit PageTile(const Op& op)
+      : HeadGroup(op, blockIdx.y), row(blockIdx.z), page(blockIdx.x * blockDim.x + threadIdx.x) {
     seq_len = length_of(op, row);
     used = ceil_div(seq_len, op.page_size);
     physical = used > 0 ? op.page_table.row(row)[min(page, used - 1)] : 0;

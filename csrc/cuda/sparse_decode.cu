@@ -14,17 +14,15 @@
 // grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
 #include "tile.cuh"
+#include "weights.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
 constexpr int kScoreWarps = 4;
-constexpr int kThreads = 512;  // of the blocks that solve and spread
-constexpr int kRun = 4;        // successive tokens of a list that a solving thread takes at once
-constexpr int kChunk = 512;    // tokens whose values are added up together
+constexpr int kChunk = 512;  // tokens whose values are added up together
 constexpr int kShort = 8 * kChunk;
-constexpr double kFloatBeta = 15;  // beyond, powers magnify the rounding of fp32 too much
 static_assert(kThreads >= kMaxHeadDim);
 
 /// Blocks of step 1 that a multiprocessor has registers for.
@@ -130,23 +128,6 @@ struct Share {
   }
 };
 
-/// Query heads that read the keys of one (row, KV head) together.
-struct HeadGroup {
-  int64_t row;
-  int kv_head, first_head, heads;
-
-  __host__ __device__ static int per_kv_head(const SparseDecode& op) { return ceil_div(op.group, kTileHeads); }
-  __host__ __device__ static int count(const SparseDecode& op) { return op.batch * op.kv_heads * per_kv_head(op); }
-
-  __device__ HeadGroup(const SparseDecode& op, int index) {
-    const int part = index % per_kv_head(op);
-    kv_head = index / per_kv_head(op) % op.kv_heads;
-    row = index / per_kv_head(op) / op.kv_heads;
-    first_head = kv_head * op.group + part * kTileHeads;
-    heads = min(kTileHeads, op.group - part * kTileHeads);
-  }
-};
-
 /// What makes scores of the products of the heads of a group.
 struct HeadScoring {
   float slope[kTileHeads];
@@ -179,12 +160,12 @@ struct Token {
 
 /// Scores a tile. All lanes call.
 template <typename T, typename Layout>
-__device__ void score_tile(const SparseDecode& op, const Scratch& scratch, const HeadGroup& group,
+__device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
                            const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
                            const HeadScoring& scoring, Products& products) {
   const int lane = threadIdx.x % 32;
   const bool prunes = !scratch.is_short() && lane < group.heads;  // for the head that is this lane's number
-  const int64_t first = group.row * op.q_heads + group.first_head;
+  const int64_t first = row * op.q_heads + group.first_head;
   const uint32_t known = prunes ? __ldcg(scratch.best + first + lane) : 0;
   multiply<T, Layout, false>(token.key<T>(op.k_pages, group.kv_head), op.head_dim, q, group.heads, products);
   __syncwarp();
@@ -221,17 +202,18 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
   __shared__ Products s_products[kScoreWarps];
   const int warp = threadIdx.x / 32;
   const auto tiles = [&](int index) {
-    const HeadGroup group(op, index);
-    return TokenList(op, group.row, group.kv_head).tiles();
+    const int groups = HeadGroup::per_row(op);
+    return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
   };
-  Share share = Share::of_block<32 * kScoreWarps>(HeadGroup::count(op), tiles);
+  Share share = Share::of_block<32 * kScoreWarps>(op.batch * HeadGroup::per_row(op), tiles);
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
-    const HeadGroup group(op, share.list);
-    const TokenList list(op, group.row, group.kv_head);
+    const int64_t row = share.list / HeadGroup::per_row(op);
+    const HeadGroup group(op, share.list % HeadGroup::per_row(op));
+    const TokenList list(op, row, group.kv_head);
     end = min(list.tiles(), share.item + share.items);
     if (end == 0) continue;
     __syncthreads();  // every warp is done with the last group's queries
-    for_each_query<T, Layout>(op.q, group.row, group.first_head, group.heads, op.head_dim,
+    for_each_query<T, Layout>(op.q, row, group.first_head, group.heads, op.head_dim,
                               [&](int h, int d, float x) { s_q.set(h, d, x); });
     if (threadIdx.x < group.heads) {
       const int head = group.first_head + threadIdx.x;
@@ -244,129 +226,9 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
     for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
       const Token token = next;
       if (tile + kScoreWarps < end) next = Token(list, tile + kScoreWarps);  // a tile ahead, off the critical path
-      score_tile<T, Layout>(op, scratch, group, list, tile, token, s_q, s_scoring, s_products[warp]);
+      score_tile<T, Layout>(op, scratch, row, group, list, tile, token, s_q, s_scoring, s_products[warp]);
     }
   }
-}
-
-struct Entry {
-  float score;
-  int32_t place;
-};
-
-/// Fills scores and places with map(score) and place of those entries 0 ... count - 1 for which that is not kNothing,
-/// in their order; returns how many. read(i) may take entry i from scores and places themselves, at i or behind it:
-/// nothing is overwritten before it has been read. All threads call.
-template <typename Read, typename Map>
-__device__ int pack(float* scores, int32_t* places, int count, Read read, Map map) {
-  int kept = 0;
-  for (int first = 0; first < count; first += kThreads * kRun) {
-    Entry entries[kRun];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int from = first + static_cast<int>(threadIdx.x) * kRun + i;
-      entries[i] = {kNothing, 0};
-      if (from < count) {
-        entries[i] = read(from);
-        entries[i].score = map(entries[i].score);
-      }
-      own += entries[i].score != kNothing;
-    }
-    int more;
-    int to = kept + exclusive_scan<kThreads>(own, more);
-    kept += more;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (entries[i].score == kNothing) continue;
-      scores[to] = entries[i].score;
-      places[to++] = entries[i].place;
-    }
-  }
-  __syncthreads();
-  return kept;
-}
-
-/// A head's scores within beta of the best one. Few stay in registers, many are read again each time.
-class Candidates {
- public:
-  __device__ Candidates(const float* scores, int count) : scores_(scores), count_(count) { load(0); }
-
-  /// Calls body(score) for all of this thread's. All threads call.
-  template <typename Body>
-  __device__ void visit(Body body) {
-    for (int first = 0; first < count_; first += kThreads * kRun) {
-      if (count_ > kThreads * kRun) load(first);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) body(run_[i]);
-    }
-  }
-
- private:
-  __device__ void load(int first) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int entry = first + static_cast<int>(threadIdx.x) * kRun + i;
-      run_[i] = entry < count_ ? scores_[entry] : kNothing;
-    }
-  }
-
-  const float* scores_;
-  int count_;
-  float run_[kRun];
-};
-
-/// A threshold, and the mass of the tokens above it.
-template <typename Real>
-struct Solution {
-  Real threshold, mass;  // threshold relative to (alpha-1) best
-};
-
-/// Newton's steps from the left (entmax.h). All threads call.
-template <typename Real>
-__device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, Candidates& candidates) {
-  constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
-  constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
-  Solution<Real> solution{-1, 1};
-  for (int step = 0; step < kMostSteps; ++step) {
-    Excess<double> own;
-    candidates.visit([&](float score) {
-      const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-      if (!(y > 0)) return;
-      Excess<Real> one;
-      one.add(y, entmax.beta);
-      own = own + Excess<double>{one.mass, one.slope};
-    });
-    own = sum<kThreads>(own);
-    solution.mass = static_cast<Real>(own.mass);
-    const Real move = entmax.step({solution.mass, static_cast<Real>(own.slope)});
-    if (!(move > kStill * fabs(solution.threshold))) break;
-    solution.threshold += move;
-  }
-  return solution;
-}
-
-/// Turns the scores within beta of `best` into the weights of those above the threshold; returns how many, and tau.
-/// All threads call.
-template <typename Real>
-__device__ int weigh(const Entmax<double>& exact, float best, float* scores, int32_t* places, int count, float& tau) {
-  const Entmax<Real> entmax(exact);
-  Candidates candidates(scores, count);
-  const auto read = [=](int i) { return Entry{scores[i], places[i]}; };
-  const auto unless_zero = [](float weight) { return weight > 0 ? weight : kNothing; };
-  if (entmax.is_softmax()) {
-    double own = 0;
-    candidates.visit([&](float score) { own += expf(score - best); });
-    const auto mass = static_cast<float>(sum<kThreads>(own));
-    tau = best + logf(mass);
-    return pack(scores, places, count, read, [=](float score) { return unless_zero(expf(score - best) / mass); });
-  }
-  const Solution<Real> solution = solve_threshold(entmax, best, candidates);
-  tau = static_cast<float>(solution.threshold + exact.gap * best);
-  return pack(scores, places, count, read, [=](float score) {
-    const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-    return unless_zero(static_cast<float>(y > 0 ? power(y, entmax.beta) / solution.mass : 0));
-  });
 }
 
 /// Lists the places of the tokens that are alive, in their order; returns how many. All threads call.
@@ -455,12 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
     count = pack(scores, places, count, [=](int i) { return Entry{scores[places[i]], places[i]}; }, unless_far);
   }
   float tau = 0;
-  int support = 0;
-  if (entmax.beta <= kFloatBeta || entmax.is_softmax()) {
-    support = weigh<float>(entmax, best, scores, places, count, tau);
-  } else {
-    support = weigh<double>(entmax, best, scores, places, count, tau);
-  }
+  const int support = weigh(entmax, best, scores, places, count, tau);
   const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
   if (threadIdx.x == 0) {
     op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? tau : 0;

@@ -15,6 +15,20 @@ namespace entmaxkv::cuda {
 constexpr int kTileRows = 32;
 constexpr int kTileHeads = 16;  // query heads that share one reading of the rows
 
+/// Query heads that read the rows of a KV head together: a group, or a part of a large one.
+struct HeadGroup {
+  int kv_head, first_head, heads;
+
+  __host__ __device__ static int per_kv_head(const Sizes& sizes) { return ceil_div(sizes.group, kTileHeads); }
+  __host__ __device__ static int per_row(const Sizes& sizes) { return sizes.kv_heads * per_kv_head(sizes); }
+
+  __device__ HeadGroup(const Sizes& sizes, int index) : kv_head(index / per_kv_head(sizes)) {
+    const int part = index % per_kv_head(sizes);
+    first_head = kv_head * sizes.group + part * kTileHeads;
+    heads = min(kTileHeads, sizes.group - part * kTileHeads);
+  }
+};
+
 /// How rows are held: in kRounds of 32 dimensions, read 16 bytes at a time or one element.
 template <int kRoundsOf32, bool kInVectors>
 struct Layout {
@@ -22,7 +36,7 @@ struct Layout {
   static constexpr bool kVectors = kInVectors;
 };
 
-/// Results of one warp. Rows of 40 keep a fragment's stores in different banks.
+/// Results of one warp. Rows of 40 keep a fragment's stores for four heads in different banks.
 using Products = float[kTileHeads][kTileRows + 8];
 
 /// The queries of a tile in shared memory, zeros behind head_dim: 16-bit ones as a tensor core takes them,
@@ -65,7 +79,7 @@ inline bool in_vectors(const Rows& rows, Dtype dtype, int head_dim) {
   return all % 16 == 0;
 }
 
-/// Calls body with the smallest Layout for head_dim. Odd sizes and alignments share one, which is slower.
+/// Calls body with the smallest Layout for head_dim. Odd sizes and alignments share one.
 template <typename Body>
 void dispatch_layout(int head_dim, bool vectors, Body body) {
   if (!vectors) return body(Layout<8, false>{});
