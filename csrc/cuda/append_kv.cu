@@ -42,6 +42,7 @@ __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, i
 
 template <typename T>
 __global__ void append_row(AppendKv op) {
+  take_turn();
   const int64_t row = blockIdx.x;
   const Span span(op, row);
   for (int i = threadIdx.x; i < op.kv_heads * op.head_dim; i += blockDim.x) {
@@ -53,12 +54,14 @@ __global__ void append_row(AppendKv op) {
 
 template <typename T>
 __global__ void append_pages(AppendKv op) {
+  take_turn();
   const int64_t row = blockIdx.z;
   const Span span(op, row);
   if (threadIdx.x < op.head_dim) append_page<T>(op, row, span, blockIdx.x, blockIdx.y, threadIdx.x);
 }
 
 __global__ void advance(AppendKv op) {
+  take_turn();
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row < op.batch) op.seq_lens[row] = Span(op, row).end;
 }
@@ -71,12 +74,12 @@ void append_kv(const AppendKv& op, cudaStream_t stream) {
     using T = decltype(element);
     if (op.tokens <= op.page_size) {
       const int threads = std::min(1024, ceil_div(op.kv_heads * op.head_dim, 32) * 32);
-      launch("append_kv", append_row<T>, dim3(op.batch), threads, stream, op);
+      launch("append_kv", append_row<T>, {dim3(op.batch), threads}, stream, op);
     } else {
       const int pages = (op.tokens - 1) / op.page_size + 2;  // that one row can touch
       const int threads = ceil_div(op.head_dim, 32) * 32;
-      launch("append_kv", append_pages<T>, dim3(pages, op.kv_heads, op.batch), threads, stream, op);
-      launch("append_kv", advance, dim3(ceil_div(op.batch, 128)), 128, stream, op);
+      launch("append_kv", append_pages<T>, {dim3(pages, op.kv_heads, op.batch), threads}, stream, op);
+      launch("append_kv", advance, {dim3(ceil_div(op.batch, 128)), 128}, stream, op);
     }
   });
 }

@@ -57,22 +57,52 @@ inline void check(const char* op, cudaError_t error) {
   }
 }
 
+/// A property of the current device.
+inline int device_property(cudaDeviceAttr property) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, property, device);
+  return value;
+}
+
+inline int multiprocessors() { return device_property(cudaDevAttrMultiProcessorCount); }
+
+/// From compute capability 9.0 on there are thread block clusters and dependent launches.
+inline bool is_hopper_or_later() { return device_property(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+/// The blocks of a launch.
+struct Grid {
+  dim3 blocks;
+  int threads;
+  int cluster = 1;  // blocks, along x, that share their memory: more than one from Hopper on
+};
+
+/// Launches a kernel that begins with take_turn(): from Hopper on, its blocks come to the multiprocessors while the
+/// kernel before it still runs.
 template <typename... Params>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stream,
+void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
             std::common_type_t<Params>... params) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = grid.cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = threads;
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
   config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = !is_hopper_or_later() ? 0 : grid.cluster == 1 ? 1 : 2;
   check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
-/// Multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+/// First in every kernel, by every thread: lets the next kernel come, and waits until those before this one are done.
+__device__ inline void take_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -104,16 +134,23 @@ __device__ Excess<Real> shuffle_xor(const Excess<Real>& excess, int distance) {
   return {shuffle_xor(excess.mass, distance), shuffle_xor(excess.slope, distance)};
 }
 
-/// The block's combination of all threads' values, in a fixed order, for every thread. All threads call.
+/// The combination of the values of kThreads threads, a block or the first warp, in a fixed order, for each of them.
+/// They all call.
 template <int kThreads, typename Value, typename Combine>
 __device__ Value reduce(Value value, Combine combine) {
-  __shared__ Value s_values[kThreads / 32];
+  constexpr int kWarps = kThreads / 32;
+  static_assert(32 % kWarps == 0);
+  __shared__ Value s_values[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
+  if (kWarps == 1) return value;
   __syncthreads();  // the values of an earlier call have been read
-  if (threadIdx.x % 32 == 0) s_values[threadIdx.x / 32] = value;
+  if (lane == 0) s_values[warp] = value;
   __syncthreads();
-  value = s_values[0];
-  for (int warp = 1; warp < kThreads / 32; ++warp) value = combine(value, s_values[warp]);
+  value = s_values[lane % kWarps];
+#pragma unroll
+  for (int distance = kWarps / 2; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
   return value;
 }
 
@@ -131,26 +168,62 @@ __device__ float largest(float value) {
   return reduce<kThreads>(value, [](float a, float b) { return larger(a, b); });
 }
 
+/// The sum over the lanes up to this one. All lanes call.
+__device__ inline int sum_upto(int value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, value, distance);
+    if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
+  }
+  return value;
+}
+
 /// The sum over all threads before this one, and in `total` over all. All threads call.
 template <int kThreads>
 __device__ int exclusive_scan(int value, int& total) {
-  __shared__ int s_sums[kThreads / 32];
+  constexpr int kWarps = kThreads / 32;
+  __shared__ int s_sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int upto = value;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, upto, distance);
-    if (lane >= distance) upto += other;
-  }
+  const int upto = sum_upto(value);
   __syncthreads();  // the sums of an earlier call have been read
   if (lane == 31) s_sums[warp] = upto;
   __syncthreads();
-  int before = upto - value;
-  total = 0;
-  for (int other = 0; other < kThreads / 32; ++other) {
-    if (other < warp) before += s_sums[other];
-    total += s_sums[other];
-  }
-  return before;
+  const int of_warp = lane < kWarps ? s_sums[lane] : 0;
+  const int upto_warp = sum_upto(of_warp);
+  total = __shfl_sync(kAllLanes, upto_warp, 31);
+  return __shfl_sync(kAllLanes, upto_warp - of_warp, warp) + upto - value;
 }
+
+/// Where the wanted ones of a block's items go, one behind the other: item i of thread t is the (i kThreads + t)-th.
+template <int kThreads, int kItems>
+struct Places {
+  int place[kItems];  // of those that are wanted
+  int count;          // of all threads
+
+  /// All threads call.
+  __device__ explicit Places(const bool (&wanted)[kItems]) {
+    constexpr int kWarps = kThreads / 32;
+    static_assert(kItems * kWarps <= kThreads);
+    __shared__ int s_before[kItems * kWarps];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t masks[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) masks[i] = __ballot_sync(kAllLanes, wanted[i]);
+    __syncthreads();  // the places of an earlier call have been read
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (lane == 0) s_before[i * kWarps + warp] = __popc(masks[i]);
+    }
+    __syncthreads();
+    const bool counts = threadIdx.x < kItems * kWarps;
+    const int before = exclusive_scan<kThreads>(counts ? s_before[threadIdx.x] : 0, count);
+    if (counts) s_before[threadIdx.x] = before;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      place[i] = s_before[i * kWarps + warp] + __popc(masks[i] & ((1u << lane) - 1));
+    }
+  }
+};
 
 }  // namespace entmaxkv::cuda

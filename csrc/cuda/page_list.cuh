@@ -5,32 +5,27 @@
 
 namespace entmaxkv::cuda {
 
-/// Writes the pages 0 ... used - 1 for which wanted(page) holds as the selection of one (row, KV head): ascending, then
-/// -1, and their count. A block of kThreads; all threads call.
+/// Writes those of the pages begin ... end - 1 for which wanted(page) holds, ascending; returns how many. A block of
+/// kThreads; all threads call.
 template <int kThreads, typename Wanted>
-__device__ void collect_pages(const Selection& selection, int64_t list, int used, Wanted wanted) {
-  constexpr int kRun = 4;  // successive pages of a thread
-  int32_t* pages = selection.row(list);
+__device__ int collect_pages(int32_t* to, int begin, int end, Wanted wanted) {
+  constexpr int kRun = 4;  // pages, kThreads apart, that a thread looks at together
   int count = 0;
-  for (int first = 0; first < used; first += kThreads * kRun) {
-    const int page = first + static_cast<int>(threadIdx.x) * kRun;
+  for (int first = begin; first < end; first += kThreads * kRun) {
     bool wants[kRun];
-    int own = 0;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      wants[i] = page + i < used && wanted(page + i);
-      own += wants[i];
+      const int page = first + i * kThreads + static_cast<int>(threadIdx.x);
+      wants[i] = page < end && wanted(page);
     }
-    int more;
-    int to = count + exclusive_scan<kThreads>(own, more);
-    count += more;
+    const Places<kThreads, kRun> places(wants);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (wants[i]) pages[to++] = page + i;
+      if (wants[i]) to[count + places.place[i]] = first + i * kThreads + static_cast<int>(threadIdx.x);
     }
+    count += places.count;
   }
-  for (int to = count + threadIdx.x; to < selection.max_selected; to += kThreads) pages[to] = -1;
-  if (threadIdx.x == 0) selection.counts[list] = count;
+  return count;
 }
 
 }  // namespace entmaxkv::cuda

@@ -11,6 +11,7 @@ namespace {
 
 template <typename T>
 __global__ void summarise(PageStats op) {
+  take_turn();
   const int page = blockIdx.x;
   const int64_t row = blockIdx.z;
   const int d = threadIdx.x;
@@ -26,7 +27,7 @@ void page_stats(const PageStats& op, cudaStream_t stream) {
   const dim3 grid(op.max_pages, op.kv_heads, op.batch);
   const int threads = ceil_div(op.head_dim, 32) * 32;
   dispatch_element(
-      op.dtype, [&](auto element) { launch("page_stats", summarise<decltype(element)>, grid, threads, stream, op); });
+      op.dtype, [&](auto element) { launch("page_stats", summarise<decltype(element)>, {grid, threads}, stream, op); });
 }
 
 }  // namespace entmaxkv::cuda

@@ -11,19 +11,21 @@ struct PageTile : HeadGroup {
   int seq_len;
   int page;          // of this lane
   int used;          // pages of the row
-  int64_t physical;  // this lane's page; the row's last one, for a page that is not in use
+  int64_t physical;  // this lane's page; the tile's first one, for a page that is not in use
 
   template <typename Op>
-  static dim3 grid(const Op& op, int warps) {
-    return dim3(ceil_div(op.max_pages, kTileRows * warps), HeadGroup::per_row(op), op.batch);
+  static Grid grid(const Op& op, int warps) {
+    return {dim3(ceil_div(op.max_pages, kTileRows * warps), HeadGroup::per_row(op), op.batch), 32 * warps};
   }
 
   template <typename Op>
   __device__ explicit PageTile(const Op& op)
       : HeadGroup(op, blockIdx.y), row(blockIdx.z), page(blockIdx.x * blockDim.x + threadIdx.x) {
+    const int own = op.page_table.row(row)[min(page, op.max_pages - 1)];  // does not wait for the length
     seq_len = length_of(op, row);
     used = ceil_div(seq_len, op.page_size);
-    physical = used > 0 ? op.page_table.row(row)[min(page, used - 1)] : 0;
+    const int first = __shfl_sync(kAllLanes, own, 0);
+    physical = in_use() ? own : first;
   }
 
   __device__ bool in_use() const { return page < used; }

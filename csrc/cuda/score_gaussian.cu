@@ -14,6 +14,7 @@ constexpr int kWarps = 4;
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
+  take_turn();
   __shared__ Queries<T, Layout> s_q;
   __shared__ Queries<float, Layout> s_squares;
   __shared__ Products s_products[kWarps];
@@ -61,8 +62,7 @@ void score_gaussian(const ScoreGaussian& op, cudaStream_t stream) {
   const bool vectors = in_vectors(op.k_mean, op.dtype, op.head_dim) && in_vectors(op.k_std, op.dtype, op.head_dim);
   dispatch_element(op.dtype, [&](auto element) {
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      launch("score_gaussian", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), 32 * kWarps,
-             stream, op);
+      launch("score_gaussian", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), stream, op);
     });
   });
 }

@@ -13,6 +13,7 @@ constexpr int kWarps = 4;
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * kWarps) score(ScorePages op) {
+  take_turn();
   __shared__ Queries<T, Layout> s_above, s_below;  // q+ and q-
   __shared__ Products s_products[kWarps];
   const PageTile tile(op);
@@ -46,8 +47,7 @@ void score_pages(const ScorePages& op, cudaStream_t stream) {
   const bool vectors = in_vectors(op.k_min, op.dtype, op.head_dim) && in_vectors(op.k_max, op.dtype, op.head_dim);
   dispatch_element(op.dtype, [&](auto element) {
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      launch("score_pages", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), 32 * kWarps, stream,
-             op);
+      launch("score_pages", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), stream, op);
     });
   });
 }

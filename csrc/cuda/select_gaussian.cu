@@ -45,6 +45,7 @@ __device__ Real solve_mixture(const Entmax<Real>& entmax, const float* mean, con
 }
 
 __global__ void __launch_bounds__(kThreads, 1) solve(SelectGaussian op, Threshold* thresholds) {
+  take_turn();
   const int head = blockIdx.x;
   const int64_t row = blockIdx.y;
   const int64_t at = row * op.q_heads + head;
@@ -70,11 +71,13 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SelectGaussian op, Threshol
 }
 
 __global__ void __launch_bounds__(kThreads, 1) collect(SelectGaussian op, const Threshold* thresholds) {
+  take_turn();
   const int64_t row = blockIdx.y;
   const int64_t list = row * op.kv_heads + blockIdx.x;
   const int used = ceil_div(length_of(op, row), op.page_size);
   const auto page_best = static_cast<float>(op.page_best);
-  collect_pages<kThreads>(op.selection, list, used, [&](int page) {
+  int32_t* selected = op.selection.row(list);
+  const int count = collect_pages<kThreads>(selected, 0, used, [&](int page) {
     bool wanted = page == used - 1;
     for (int h = 0; h < op.group; ++h) {
       const int64_t head = list * op.group + h;
@@ -85,6 +88,8 @@ __global__ void __launch_bounds__(kThreads, 1) collect(SelectGaussian op, const 
     }
     return wanted;
   });
+  for (int to = count + threadIdx.x; to < op.selection.max_selected; to += kThreads) selected[to] = -1;
+  if (threadIdx.x == 0) op.selection.counts[list] = count;
 }
 
 }  // namespace
@@ -96,8 +101,8 @@ int64_t workspace_bytes(const SelectGaussian& op) {
 void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   auto* thresholds = static_cast<Threshold*>(workspace);
-  launch("select_gaussian", solve, dim3(op.q_heads, op.batch), kThreads, stream, op, thresholds);
-  launch("select_gaussian", collect, dim3(op.kv_heads, op.batch), kThreads, stream, op, thresholds);
+  launch("select_gaussian", solve, {dim3(op.q_heads, op.batch), kThreads}, stream, op, thresholds);
+  launch("select_gaussian", collect, {dim3(op.kv_heads, op.batch), kThreads}, stream, op, thresholds);
 }
 
 }  // namespace entmaxkv::cuda

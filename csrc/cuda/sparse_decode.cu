@@ -97,14 +97,21 @@ struct TokenList {
   }
 };
 
-/// This block's even share of the items of several lists, a run of successive ones.
+/// This block's share of the items of several lists, a run of successive ones.
 struct Share {
   int list, item;  // the first
   int items;
 
-  /// All threads call.
+  /// Up to `size` items of one list, of which each has `blocks` blocks.
+  template <typename Count>
+  __device__ static Share fixed(int blocks, int size, Count count) {
+    const int list = blockIdx.x / blocks, item = blockIdx.x % blocks * size;
+    return {list, item, min(size, count(list) - item)};
+  }
+
+  /// As many as any other block, all lists together. All threads call.
   template <int kBlock, typename Count>
-  __device__ static Share of_block(int lists, Count count) {
+  __device__ static Share even(int lists, Count count) {
     __shared__ Share s_share;
     const int each = ceil_div(lists, kBlock);
     const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
@@ -158,60 +165,76 @@ struct Token {
   }
 };
 
+/// Writes the scores of a tile that are alive, and which they are. `scores` holds this lane's token's at [head][lane].
+/// All lanes call.
+__device__ void keep_alive(const Scratch& scratch, int64_t first, int heads, int tile, const Token& token,
+                           const HeadScoring& scoring, const Products& scores) {
+  const int lane = threadIdx.x % 32;
+  const bool has_head = lane < heads;  // and that is this lane's number
+  uint32_t best = 0;
+  for (int h = 0; h < heads; ++h) {
+    const uint32_t best_of_head = __reduce_max_sync(kAllLanes, ordered(scores[h][lane]));
+    if (lane == h) best = best_of_head;
+  }
+  float least = kNothing;
+  if (has_head) {
+    const uint32_t known = __ldcg(scratch.best + first + lane);
+    if (best > known) atomicMax(scratch.best + first + lane, best);
+    least = __fsub_rd(from_ordered(max(best, known)), scoring.reach[lane]);
+  }
+  uint32_t alive = 0;
+  for (int h = 0; h < heads; ++h) {
+    const float s = scores[h][lane], least_of_head = __shfl_sync(kAllLanes, least, h);
+    const bool lives = token.there && !(s < least_of_head);  // NaN lives
+    const uint32_t mask = __ballot_sync(kAllLanes, lives);
+    if (lane == h) alive = mask;
+    if (lives) scratch.scores[(first + h) * scratch.capacity + token.place] = s;
+  }
+  if (has_head) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+}
+
 /// Scores a tile. All lanes call.
 template <typename T, typename Layout>
 __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
                            const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
                            const HeadScoring& scoring, Products& products) {
   const int lane = threadIdx.x % 32;
-  const bool prunes = !scratch.is_short() && lane < group.heads;  // for the head that is this lane's number
   const int64_t first = row * op.q_heads + group.first_head;
-  const uint32_t known = prunes ? __ldcg(scratch.best + first + lane) : 0;
   multiply<T, Layout, false>(token.key<T>(op.k_pages, group.kv_head), op.head_dim, q, group.heads, products);
   __syncwarp();
-
   const auto distance = static_cast<float>(token.position - (list.seq_len - 1));
-  uint32_t found = 0;
   for (int h = 0; h < group.heads; ++h) {
     const float s = op.scoring.scale * products[h][lane] + scoring.slope[h] * distance;
-    products[h][lane] = s;
-    const uint32_t tile_best = __reduce_max_sync(kAllLanes, ordered(s));
-    if (lane == h) found = tile_best;
+    if (!scratch.is_short()) {
+      products[h][lane] = s;
+    } else if (token.there) {
+      scratch.scores[(first + h) * scratch.capacity + token.place] = s;
+    }
   }
-  float least = kNothing;
-  if (prunes) {
-    if (found > known) atomicMax(scratch.best + first + lane, found);
-    least = __fsub_rd(from_ordered(max(found, known)), scoring.reach[lane]);
-  }
-  uint32_t alive = 0;
-  for (int h = 0; h < group.heads; ++h) {
-    const float s = products[h][lane], least_of_head = __shfl_sync(kAllLanes, least, h);
-    const bool lives = token.there && !(s < least_of_head);  // NaN lives
-    const uint32_t mask = __ballot_sync(kAllLanes, lives);
-    if (lane == h) alive = mask;
-    if (lives) scratch.scores[(first + h) * scratch.capacity + token.place] = s;
-  }
-  if (prunes) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+  if (!scratch.is_short()) keep_alive(scratch, first, group.heads, tile, token, scoring, products);
   __syncwarp();  // the products have been read
 }
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(SparseDecode op, Scratch scratch) {
+  take_turn();
   __shared__ Queries<T, Layout> s_q;
   __shared__ HeadScoring s_scoring;
   __shared__ Products s_products[kScoreWarps];
   const int warp = threadIdx.x / 32;
-  const auto tiles = [&](int index) {
+  const auto tiles_of = [&](int index) {
     const int groups = HeadGroup::per_row(op);
     return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
   };
-  Share share = Share::of_block<32 * kScoreWarps>(op.batch * HeadGroup::per_row(op), tiles);
+  Share share = scratch.is_short() ? Share::fixed(ceil_div(scratch.tiles(), kScoreWarps), kScoreWarps, tiles_of)
+                                   : Share::even<32 * kScoreWarps>(op.batch * HeadGroup::per_row(op), tiles_of);
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
     const int64_t row = share.list / HeadGroup::per_row(op);
     const HeadGroup group(op, share.list % HeadGroup::per_row(op));
     const TokenList list(op, row, group.kv_head);
     end = min(list.tiles(), share.item + share.items);
     if (end == 0) continue;
+    Token next(list, min(share.item + warp, end - 1));
     __syncthreads();  // every warp is done with the last group's queries
     for_each_query<T, Layout>(op.q, row, group.first_head, group.heads, op.head_dim,
                               [&](int h, int d, float x) { s_q.set(h, d, x); });
@@ -222,7 +245,6 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
       s_scoring.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
     }
     __syncthreads();
-    Token next(list, share.item + warp);
     for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
       const Token token = next;
       if (tile + kScoreWarps < end) next = Token(list, tile + kScoreWarps);  // a tile ahead, off the critical path
@@ -263,25 +285,32 @@ __device__ float gather(const SparseDecode& op, const TokenList& list, int kv_he
                         const int32_t* places, int count) {
   constexpr int kDims = 8;  // of a thread
   constexpr int kCount = 16 / sizeof(T);
+  __shared__ float s_weights[kChunk];
+  __shared__ const T* s_values[kChunk];
   __shared__ float s_sums[kThreads * kDims];
+  __syncthreads();  // the tokens of an earlier call have been read
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    s_weights[i] = weights[i];
+    s_values[i] = list.value<T>(op.v_pages, kv_head, places[i]);
+  }
+  __syncthreads();
   const int columns = ceil_div(op.head_dim, kDims), tokens_at_once = kThreads / columns;
   const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
   float sum[kDims] = {};
   if (offset < tokens_at_once) {
 #pragma unroll 4
     for (int i = offset; i < count; i += tokens_at_once) {
-      const T* value = list.value<T>(op.v_pages, kv_head, places[i]);
+      const T* value = s_values[i];
 #pragma unroll
       for (int word = 0; word < kDims / kCount; ++word) {
         float values[kCount];
         const int d = column * kDims + word * kCount;
         unpack<T>(vectors ? load_word<true>(value, d, op.head_dim) : load_word<false>(value, d, op.head_dim), values);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) sum[word * kCount + e] += weights[i] * values[e];
+        for (int e = 0; e < kCount; ++e) sum[word * kCount + e] += s_weights[i] * values[e];
       }
     }
   }
-  __syncthreads();  // the sums of an earlier call have been read
 #pragma unroll
   for (int e = 0; e < kDims; ++e) s_sums[threadIdx.x * kDims + e] = sum[e];
   __syncthreads();
@@ -294,6 +323,7 @@ __device__ float gather(const SparseDecode& op, const TokenList& list, int kv_he
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
+  take_turn();
   const int64_t row = blockIdx.y;
   const int head = blockIdx.x, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
@@ -302,19 +332,21 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
   int32_t* places = scratch.places + at * scratch.capacity;
 
   const Entmax<double> entmax(op.alpha.of(head));
-  float best = kNothing;
-  const auto unless_far = [&](float score) {
+  const auto unless_far = [&](float score, float best) {
     return static_cast<double>(score) - best > -entmax.beta ? score : kNothing;
   };
+  float best = kNothing;
   int count;
   if (scratch.is_short()) {
-    for (int i = threadIdx.x; i < list.tokens; i += kThreads) best = larger(best, scores[i]);
+    Candidates{scores, list.tokens}.visit<kThreads, kRun>([&](const float (&run)[kRun]) {
+      for (const float score : run) best = larger(best, score);
+    });
     best = largest<kThreads>(best);
-    count = pack(scores, places, list.tokens, [=](int i) { return Entry{scores[i], i}; }, unless_far);
+    count = pack(scores, places, list.tokens, [&](int i) { return Entry{unless_far(scores[i], best), i}; });
   } else {
     best = from_ordered(scratch.best[at]);
     count = list_alive(scratch.alive + at * scratch.tiles(), list.tiles(), places);
-    count = pack(scores, places, count, [=](int i) { return Entry{scores[places[i]], places[i]}; }, unless_far);
+    count = pack(scores, places, count, [&](int i) { return Entry{unless_far(scores[places[i]], best), places[i]}; });
   }
   float tau = 0;
   const int support = weigh(entmax, best, scores, places, count, tau);
@@ -334,10 +366,11 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch scratch, bool vectors) {
+  take_turn();
   __shared__ bool s_last;
   const int d = threadIdx.x;
   const auto chunks_of = [&](int at) { return op.support[at] > kChunk ? ceil_div(op.support[at], kChunk) : 0; };
-  Share share = Share::of_block<kThreads>(op.batch * op.q_heads, chunks_of);
+  Share share = Share::even<kThreads>(op.batch * op.q_heads, chunks_of);
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
     const int64_t at = share.list, row = at / op.q_heads;
     const int head = at % op.q_heads, kv_head = head / op.group;
@@ -382,12 +415,14 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
-      const int blocks = kScoreBlocks<decltype(layout)> * processors;
-      launch(name, score<T, decltype(layout)>, dim3(blocks), 32 * kScoreWarps, stream, op, scratch);
+      const int lists = op.batch * HeadGroup::per_row(op);
+      const int blocks = scratch.is_short() ? lists * ceil_div(scratch.tiles(), kScoreWarps)
+                                            : kScoreBlocks<decltype(layout)> * processors;
+      launch(name, score<T, decltype(layout)>, {dim3(blocks), 32 * kScoreWarps}, stream, op, scratch);
     });
-    launch(name, solve<T>, dim3(op.q_heads, op.batch), kThreads, stream, op, scratch, value_vectors);
+    launch(name, solve<T>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch, value_vectors);
     if (!scratch.is_short()) {
-      launch(name, spread<T>, dim3(2 * processors), kThreads, stream, op, scratch, value_vectors);
+      launch(name, spread<T>, {dim3(2 * processors), kThreads}, stream, op, scratch, value_vectors);
     }
   });
 }

@@ -65,9 +65,19 @@ struct Queries {
 template <typename T, typename Layout, typename Body>
 __device__ void for_each_query(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Body body) {
   constexpr int kDims = 32 * Layout::kRounds;
-  for (int i = threadIdx.x; i < heads * kDims; i += blockDim.x) {
-    const int h = i / kDims, d = i % kDims;
-    body(h, d, d < head_dim ? to_float(q.at<T>(row, first_head + h)[d]) : 0.0f);
+  constexpr int kRun = 8;  // loads in flight
+  for (int first = threadIdx.x; first < heads * kDims; first += kRun * blockDim.x) {
+    float values[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int at = first + i * blockDim.x, h = at / kDims, d = at % kDims;
+      values[i] = h < heads && d < head_dim ? to_float(q.at<T>(row, first_head + h)[d]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int at = first + i * blockDim.x;
+      if (at < heads * kDims) body(at / kDims, at % kDims, values[i]);
+    }
   }
 }
 

@@ -7,73 +7,57 @@
 namespace entmaxkv::cuda {
 
 constexpr int kThreads = 512;  // of the block
-constexpr int kRun = 4;        // successive entries that a thread takes at once
+constexpr int kRun = 4;        // entries, kThreads apart, that a thread takes at once
 
 struct Entry {
   float score;
   int32_t place;
 };
 
-/// Fills scores and places with map(score) and place of those entries 0 ... count - 1 for which that is not kNothing,
-/// in their order; returns how many. read(i) may take entry i from scores and places themselves, at i or behind it:
-/// nothing is overwritten before it has been read. All threads call.
-template <typename Read, typename Map>
-__device__ int pack(float* scores, int32_t* places, int count, Read read, Map map) {
+/// Fills scores and places with those entries read(i), i < count, whose score is not kNothing, in their order;
+/// returns how many. read may take entry i from scores and places themselves, at i or behind it: nothing is overwritten
+/// before it has been read. All threads call.
+template <typename Read>
+__device__ int pack(float* scores, int32_t* places, int count, Read read) {
   int kept = 0;
   for (int first = 0; first < count; first += kThreads * kRun) {
     Entry entries[kRun];
-    int own = 0;
+    bool wanted[kRun];
+#pragma unroll
+    for (int nth = 0; nth < kRun; ++nth) {
+      const int i = first + nth * kThreads + static_cast<int>(threadIdx.x);
+      entries[nth] = {kNothing, 0};
+      if (i < count) entries[nth] = read(i);
+      wanted[nth] = entries[nth].score != kNothing;
+    }
+    const Places<kThreads, kRun> to(wanted);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const int from = first + static_cast<int>(threadIdx.x) * kRun + i;
-      entries[i] = {kNothing, 0};
-      if (from < count) {
-        entries[i] = read(from);
-        entries[i].score = map(entries[i].score);
-      }
-      own += entries[i].score != kNothing;
+      if (!wanted[i]) continue;
+      scores[kept + to.place[i]] = entries[i].score;
+      places[kept + to.place[i]] = entries[i].place;
     }
-    int more;
-    int to = kept + exclusive_scan<kThreads>(own, more);
-    kept += more;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (entries[i].score == kNothing) continue;
-      scores[to] = entries[i].score;
-      places[to++] = entries[i].place;
-    }
+    kept += to.count;
   }
   __syncthreads();
   return kept;
 }
 
-/// A head's scores within beta of the best one. Few stay in registers, many are read again each time.
-class Candidates {
- public:
-  __device__ Candidates(const float* scores, int count) : scores_(scores), count_(count) { load(0); }
+/// A head's scores.
+struct Candidates {
+  const float* scores;
+  int count;
 
-  /// Calls body(score) for all of this thread's. All threads call.
-  template <typename Body>
-  __device__ void visit(Body body) {
-    for (int first = 0; first < count_; first += kThreads * kRun) {
-      if (count_ > kThreads * kRun) load(first);
+  /// Calls body(run) for all that fall to this one of kTeam threads, kItems at once, kNothing where there are no more.
+  template <int kTeam, int kItems, typename Body>
+  __device__ void visit(Body body) const {
+    for (int first = threadIdx.x; first < count; first += kTeam * kItems) {
+      float run[kItems];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) body(run_[i]);
+      for (int i = 0; i < kItems; ++i) run[i] = first + i * kTeam < count ? scores[first + i * kTeam] : kNothing;
+      body(run);
     }
   }
-
- private:
-  __device__ void load(int first) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int entry = first + static_cast<int>(threadIdx.x) * kRun + i;
-      run_[i] = entry < count_ ? scores_[entry] : kNothing;
-    }
-  }
-
-  const float* scores_;
-  int count_;
-  float run_[kRun];
 };
 
 /// A threshold, and the mass of the tokens above it.
@@ -82,22 +66,28 @@ struct Solution {
   Real threshold, mass;  // threshold relative to (alpha-1) best
 };
 
-/// Newton's steps from the left (entmax.h). All threads call.
-template <typename Real>
-__device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, Candidates& candidates) {
+/// Newton's steps from the left (entmax.h), by kTeam threads: the block, or its first warp. They all call.
+template <int kTeam, int kItems, bool kSquare, typename Real>
+__device__ Solution<Real> solve_by(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
   constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
   constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
   Solution<Real> solution{-1, 1};
   for (int step = 0; step < kMostSteps; ++step) {
     Excess<double> own;
-    candidates.visit([&](float score) {
-      const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-      if (!(y > 0)) return;
-      Excess<Real> one;
-      one.add(y, entmax.beta);
-      own = own + Excess<double>{one.mass, one.slope};
+    candidates.visit<kTeam, kItems>([&](const float (&run)[kItems]) {
+      Excess<Real> few;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const Real y = entmax.gap * (static_cast<Real>(run[i]) - best) - solution.threshold;
+        if constexpr (kSquare) {
+          few.add(max(y, Real(0)), Real(2));  // no branch
+        } else if (y > 0) {
+          few.add(y, entmax.beta);
+        }
+      }
+      own = own + Excess<double>{few.mass, few.slope};
     });
-    own = sum<kThreads>(own);
+    own = sum<kTeam>(own);
     solution.mass = static_cast<Real>(own.mass);
     const Real move = entmax.step({solution.mass, static_cast<Real>(own.slope)});
     if (!(move > kStill * fabs(solution.threshold))) break;
@@ -106,25 +96,46 @@ __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best
   return solution;
 }
 
+template <bool kSquare, typename Real>
+__device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+  constexpr int kFew = 16;  // of a lane
+  if (candidates.count > 32 * kFew) return solve_by<kThreads, kRun, kSquare>(entmax, best, candidates);
+  __shared__ Solution<Real> s_solution;
+  if (threadIdx.x < 32) {
+    const Solution<Real> solution = solve_by<32, kFew, kSquare>(entmax, best, candidates);
+    if (threadIdx.x == 0) s_solution = solution;
+  }
+  __syncthreads();
+  return s_solution;
+}
+
 template <typename Real>
 __device__ int weigh_in(const Entmax<double>& exact, float best, float* scores, int32_t* places, int count,
                         float& tau) {
   const Entmax<Real> entmax(exact);
-  Candidates candidates(scores, count);
-  const auto read = [=](int i) { return Entry{scores[i], places[i]}; };
-  const auto unless_zero = [](float weight) { return weight > 0 ? weight : kNothing; };
+  const Candidates candidates{scores, count};
+  const auto pack_by = [&](auto weight_of) {
+    return pack(scores, places, count, [&](int i) {
+      const float weight = weight_of(scores[i]);
+      return Entry{weight > 0 ? weight : kNothing, places[i]};
+    });
+  };
   if (entmax.is_softmax()) {
     double own = 0;
-    candidates.visit([&](float score) { own += expf(score - best); });
+    candidates.visit<kThreads, kRun>([&](const float (&run)[kRun]) {
+      for (const float score : run) own += expf(score - best);
+    });
     const auto mass = static_cast<float>(sum<kThreads>(own));
     tau = best + logf(mass);
-    return pack(scores, places, count, read, [=](float score) { return unless_zero(expf(score - best) / mass); });
+    return pack_by([=](float score) { return expf(score - best) / mass; });
   }
-  const Solution<Real> solution = solve_threshold(entmax, best, candidates);
+  const bool square = entmax.beta == 2;  // alpha = 1.5
+  const Solution<Real> solution =
+      square ? solve_threshold<true>(entmax, best, candidates) : solve_threshold<false>(entmax, best, candidates);
   tau = static_cast<float>(solution.threshold + exact.gap * best);
-  return pack(scores, places, count, read, [=](float score) {
+  return pack_by([=](float score) {
     const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-    return unless_zero(static_cast<float>(y > 0 ? power(y, entmax.beta) / solution.mass : 0));
+    return static_cast<float>(y > 0 ? power(y, entmax.beta) / solution.mass : 0);
   });
 }
 

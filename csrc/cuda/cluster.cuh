@@ -1,0 +1,37 @@
+// Blocks that run at the same time and can read each other's shared memory: a thread block cluster, from compute
+// capability 9.0 on. Elsewhere each block is a cluster of its own.
+#pragma once
+
+#include "device.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#include <cooperative_groups.h>
+#define ENTMAXKV_CLUSTERS
+#endif
+
+namespace entmaxkv::cuda::cluster {
+
+#ifdef ENTMAXKV_CLUSTERS
+__device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+__device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+
+/// Waits for all threads of the cluster. They call it once more after the last read of another block's memory.
+__device__ inline void sync() { cooperative_groups::this_cluster().sync(); }
+
+/// A shared variable as the block of that rank has it. Far away: one thread should read it for all.
+template <typename T>
+__device__ const T& of(int rank, const T& shared) {
+  return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
+}
+#else
+__device__ inline int rank() { return 0; }
+__device__ inline int size() { return 1; }
+__device__ inline void sync() { __syncthreads(); }
+
+template <typename T>
+__device__ const T& of(int, const T& shared) {
+  return shared;
+}
+#endif
+
+}  // namespace entmaxkv::cuda::cluster
