@@ -15,8 +15,9 @@ namespace entmaxkv::cuda::cluster {
 __device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 
-/// Waits for all threads of the cluster. They call it once more after the last read of another block's memory.
-__device__ inline void sync() { cooperative_groups::this_cluster().sync(); }
+/// Waits until all threads of the cluster have arrived. A block must wait for the last read of its memory.
+__device__ inline void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+__device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
 /// A shared variable as the block of that rank has it. Far away: one thread should read it for all.
 template <typename T>
@@ -26,12 +27,18 @@ __device__ const T& of(int rank, const T& shared) {
 #else
 __device__ inline int rank() { return 0; }
 __device__ inline int size() { return 1; }
-__device__ inline void sync() { __syncthreads(); }
+__device__ inline void arrive() {}
+__device__ inline void wait() { __syncthreads(); }
 
 template <typename T>
 __device__ const T& of(int, const T& shared) {
   return shared;
 }
 #endif
+
+__device__ inline void sync() {
+  arrive();
+  wait();
+}
 
 }  // namespace entmaxkv::cuda::cluster

@@ -169,27 +169,28 @@ __device__ float largest(float value) {
 }
 
 /// The sum over the lanes up to this one. All lanes call.
-__device__ inline int sum_upto(int value) {
+template <typename Number>
+__device__ Number sum_upto(Number value) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, value, distance);
+    const Number other = __shfl_up_sync(kAllLanes, value, distance);
     if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
   }
   return value;
 }
 
 /// The sum over all threads before this one, and in `total` over all. All threads call.
-template <int kThreads>
-__device__ int exclusive_scan(int value, int& total) {
+template <int kThreads, typename Number>
+__device__ Number exclusive_scan(Number value, Number& total) {
   constexpr int kWarps = kThreads / 32;
-  __shared__ int s_sums[kWarps];
+  __shared__ Number s_sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int upto = sum_upto(value);
+  const Number upto = sum_upto(value);
   __syncthreads();  // the sums of an earlier call have been read
   if (lane == 31) s_sums[warp] = upto;
   __syncthreads();
-  const int of_warp = lane < kWarps ? s_sums[lane] : 0;
-  const int upto_warp = sum_upto(of_warp);
+  const Number of_warp = lane < kWarps ? s_sums[lane] : 0;
+  const Number upto_warp = sum_upto(of_warp);
   total = __shfl_sync(kAllLanes, upto_warp, 31);
   return __shfl_sync(kAllLanes, upto_warp - of_warp, warp) + upto - value;
 }

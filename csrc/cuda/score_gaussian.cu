@@ -19,6 +19,10 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
   __shared__ Queries<float, Layout> s_squares;
   __shared__ Products s_products[kWarps];
   const PageTile tile(op);
+  const T* k_mean = tile.statistic<T>(op.k_mean);
+  const T* k_std = tile.statistic<T>(op.k_std);
+  RowStream<T, Layout> rows;
+  if (tile.any_in_use()) rows.start(k_mean, op.head_dim);
   for_each_query<T, Layout>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [&](int h, int d, float q) {
     s_q.set(h, d, q);
     s_squares.set(h, d, q * q);
@@ -40,14 +44,14 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
     }
   };
   if (tile.any_in_use()) {
-    multiply<T, Layout, false>(tile.statistic<T>(op.k_mean), op.head_dim, s_q, tile.heads, products);
+    multiply<T, Layout, false>(rows, k_mean, k_std, op.head_dim, s_q, tile.heads, products);
     __syncwarp();
   }
   write(op.mean, kNothing,
         [=](float product, float slope) { return scale * product + slope * (oldest + (tokens - 1) / 2); });
   if (tile.any_in_use()) {
     __syncwarp();  // the means have been read
-    multiply_plainly<T, Layout, true, false>(tile.statistic<T>(op.k_std), op.head_dim, s_squares, tile.heads, products);
+    multiply_plainly<T, Layout, true, false>(rows, k_std, nullptr, op.head_dim, s_squares, tile.heads, products);
     __syncwarp();
   }
   write(op.std, 0.0f, [=](float product, float slope) {

@@ -12,11 +12,15 @@ namespace {
 constexpr int kWarps = 4;
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * kWarps) score(ScorePages op) {
+__global__ void __launch_bounds__(32 * kWarps, Layout::kRounds == 8 ? 2 : 4) score(ScorePages op) {
   take_turn();
   __shared__ Queries<T, Layout> s_above, s_below;  // q+ and q-
   __shared__ Products s_products[kWarps];
   const PageTile tile(op);
+  const T* k_max = tile.statistic<T>(op.k_max);
+  const T* k_min = tile.statistic<T>(op.k_min);
+  RowStream<T, Layout> rows;
+  if (tile.any_in_use()) rows.start(k_max, op.head_dim);
   const float sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
   for_each_query<T, Layout>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [&](int h, int d, float q) {
     s_above.set(h, d, sign * q < 0 ? 0 : sign * q);
@@ -25,8 +29,8 @@ __global__ void __launch_bounds__(32 * kWarps) score(ScorePages op) {
   __syncthreads();
   Products& products = s_products[threadIdx.x / 32];
   if (tile.any_in_use()) {
-    multiply<T, Layout, false>(tile.statistic<T>(op.k_max), op.head_dim, s_above, tile.heads, products);
-    multiply<T, Layout, true>(tile.statistic<T>(op.k_min), op.head_dim, s_below, tile.heads, products);
+    multiply<T, Layout, false>(rows, k_max, k_min, op.head_dim, s_above, tile.heads, products);
+    multiply<T, Layout, true>(rows, k_min, nullptr, op.head_dim, s_below, tile.heads, products);
     __syncwarp();
   }
   if (tile.page >= op.max_pages) return;

@@ -9,7 +9,8 @@
 //      threshold, and keeps the tokens with p > 0. Up to kChunk of them it multiplies with their values at once.
 //   3. spread: more are cut into chunks, which are divided evenly over a fixed grid; the last block to finish a chunk
 //      of a head adds its chunks up, in their order.
-// Lists of at most kShort tokens need no bits and no third step: solve takes all their scores and chunks.
+// Lists of at most kShort tokens need no bits and no third step: a warp scores a tile, and solve takes all their scores
+// and chunks.
 // What is alive depends on timing, but a token that has weight always is, and no sum depends on the others, on the
 // grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
@@ -23,7 +24,7 @@ namespace {
 constexpr int kScoreWarps = 4;
 constexpr int kChunk = 512;  // tokens whose values are added up together
 constexpr int kShort = 8 * kChunk;
-static_assert(kThreads >= kMaxHeadDim);
+static_assert(kThreads >= kMaxHeadDim && kThreads >= kChunk);
 
 /// Blocks of step 1 that a multiprocessor has registers for.
 template <typename Layout>
@@ -69,21 +70,26 @@ struct Scratch {
 /// The tokens that one KV head of one row attends to.
 struct TokenList {
   const int32_t* selected;  // null: all pages
+  int room;                 // of `selected`
   const int32_t* table;
+  int table_pages;
   int page_size, page_bits;
   int seq_len;
   int tokens;
 
-  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
-      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), seq_len(length_of(op, row)) {
+  /// The list, if its tokens have been counted.
+  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head, int tokens)
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(tokens) {
+    if (op.selection) selected = op.selection.row(row * op.kv_heads + kv_head);
+    room = op.selection.max_selected;
+    table_pages = op.max_pages;
     page_bits = __ffs(page_size) - 1;
-    int pages = ceil_div(seq_len, page_size);
-    if (op.selection) {
-      const int64_t list = row * op.kv_heads + kv_head;
-      selected = op.selection.row(list);
-      pages = max(0, min(op.selection.counts[list], op.selection.max_selected));
-    }
-    tokens = 0;
+    seq_len = length_of(op, row);
+  }
+
+  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head) : TokenList(op, row, kv_head, 0) {
+    int pages = (seq_len + page_size - 1) >> page_bits;
+    if (op.selection) pages = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], room));
     if (pages > 0) tokens = (pages - 1) * page_size + min(page_size, seq_len - logical(pages - 1) * page_size);
   }
 
@@ -97,21 +103,14 @@ struct TokenList {
   }
 };
 
-/// This block's share of the items of several lists, a run of successive ones.
+/// This block's even share of the items of several lists, a run of successive ones.
 struct Share {
   int list, item;  // the first
   int items;
 
-  /// Up to `size` items of one list, of which each has `blocks` blocks.
-  template <typename Count>
-  __device__ static Share fixed(int blocks, int size, Count count) {
-    const int list = blockIdx.x / blocks, item = blockIdx.x % blocks * size;
-    return {list, item, min(size, count(list) - item)};
-  }
-
-  /// As many as any other block, all lists together. All threads call.
+  /// All threads call.
   template <int kBlock, typename Count>
-  __device__ static Share even(int lists, Count count) {
+  __device__ static Share of_block(int lists, Count count) {
     __shared__ Share s_share;
     const int each = ceil_div(lists, kBlock);
     const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
@@ -141,27 +140,36 @@ struct HeadScoring {
   float reach[kTileHeads];  // how far below the best score a token is alive
 };
 
-/// A token of a tile, one for each lane; beyond the end of the list its last one.
+/// A token of a tile, one for each lane; beyond the end of the list the tile's first one.
 struct Token {
   int place;
-  int position;      // in the sequence
-  int slot;          // in the page
-  int64_t physical;  // page
-  bool there;
+  int logical, physical;  // page
 
+  /// All lanes call.
   __device__ Token(const TokenList& list, int tile) {
-    const int lane = threadIdx.x % 32;
-    there = tile * kTileRows + lane < list.tokens;
-    place = there ? tile * kTileRows + lane : list.tokens - 1;
-    const int logical = list.logical(place >> list.page_bits);
-    slot = place & (list.page_size - 1);
-    position = logical * list.page_size + slot;
-    physical = list.table[logical];
+    const int own = tile * kTileRows + static_cast<int>(threadIdx.x % 32);
+    // Looked up before it is known how many tokens there are, and bounded in case that it is none.
+    const int own_logical =
+        max(0, min(list.selected ? list.selected[min(own >> list.page_bits, list.room - 1)] : own >> list.page_bits,
+                   list.table_pages - 1));
+    const int own_physical = list.table[own_logical];
+    const int first_logical = __shfl_sync(kAllLanes, own_logical, 0);
+    const int first_physical = __shfl_sync(kAllLanes, own_physical, 0);
+    const bool there = own < list.tokens;
+    place = there ? own : tile * kTileRows;
+    logical = there ? own_logical : first_logical;
+    physical = there ? own_physical : first_physical;
   }
 
+  __device__ int slot(const TokenList& list) const { return place & (list.page_size - 1); }
+  __device__ int position(const TokenList& list) const { return logical * list.page_size + slot(list); }
+
+  /// Whether it is this lane's in the tile, not one that stands in.
+  __device__ bool belongs_to(int tile) const { return place == tile * kTileRows + static_cast<int>(threadIdx.x % 32); }
+
   template <typename T>
-  __device__ const T* key(const Rows& k_pages, int kv_head) const {
-    return k_pages.at<T>(physical, kv_head, slot);
+  __device__ const T* key(const Rows& k_pages, int kv_head, const TokenList& list) const {
+    return k_pages.at<T>(physical, kv_head, slot(list));
   }
 };
 
@@ -185,7 +193,7 @@ __device__ void keep_alive(const Scratch& scratch, int64_t first, int heads, int
   uint32_t alive = 0;
   for (int h = 0; h < heads; ++h) {
     const float s = scores[h][lane], least_of_head = __shfl_sync(kAllLanes, least, h);
-    const bool lives = token.there && !(s < least_of_head);  // NaN lives
+    const bool lives = token.belongs_to(tile) && !(s < least_of_head);  // NaN lives
     const uint32_t mask = __ballot_sync(kAllLanes, lives);
     if (lane == h) alive = mask;
     if (lives) scratch.scores[(first + h) * scratch.capacity + token.place] = s;
@@ -193,26 +201,64 @@ __device__ void keep_alive(const Scratch& scratch, int64_t first, int heads, int
   if (has_head) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
 }
 
-/// Scores a tile. All lanes call.
-template <typename T, typename Layout>
-__device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
-                           const TokenList& list, int tile, const Token& token, const Queries<T, Layout>& q,
-                           const HeadScoring& scoring, Products& products) {
+/// Makes scores of the products of a tile, and writes them. All lanes call.
+__device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64_t first, int heads,
+                           const TokenList& list, int tile, const Token& token, const HeadScoring& scoring,
+                           Products& products) {
   const int lane = threadIdx.x % 32;
-  const int64_t first = row * op.q_heads + group.first_head;
-  multiply<T, Layout, false>(token.key<T>(op.k_pages, group.kv_head), op.head_dim, q, group.heads, products);
-  __syncwarp();
-  const auto distance = static_cast<float>(token.position - (list.seq_len - 1));
-  for (int h = 0; h < group.heads; ++h) {
+  const auto distance = static_cast<float>(token.position(list) - (list.seq_len - 1));
+  for (int h = 0; h < heads; ++h) {
     const float s = op.scoring.scale * products[h][lane] + scoring.slope[h] * distance;
     if (!scratch.is_short()) {
       products[h][lane] = s;
-    } else if (token.there) {
+    } else if (token.belongs_to(tile)) {
       scratch.scores[(first + h) * scratch.capacity + token.place] = s;
     }
   }
-  if (!scratch.is_short()) keep_alive(scratch, first, group.heads, tile, token, scoring, products);
-  __syncwarp();  // the products have been read
+  if (!scratch.is_short()) keep_alive(scratch, first, heads, tile, token, scoring, products);
+}
+
+/// Prepares the queries of a group. All threads call.
+template <typename T, typename Layout>
+__device__ void load_group(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
+                           Queries<T, Layout>& q, HeadScoring& scoring) {
+  for_each_query<T, Layout>(op.q, row, group.first_head, group.heads, op.head_dim,
+                            [&](int h, int d, float x) { q.set(h, d, x); });
+  if (threadIdx.x < group.heads) {
+    const int head = group.first_head + threadIdx.x;
+    scoring.slope[threadIdx.x] = op.scoring.slope(head);
+    if (!scratch.is_short()) {  // rounded up: what lives in vain falls to the exact test in solve
+      scoring.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
+    }
+  }
+  __syncthreads();
+}
+
+/// Step 1 for short lists: a warp for every tile. Counts the tokens.
+template <typename T, typename Layout>
+__global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>)
+    score_short(SparseDecode op, Scratch scratch) {
+  take_turn();
+  __shared__ Queries<T, Layout> s_q;
+  __shared__ HeadScoring s_scoring;
+  __shared__ Products s_products[kScoreWarps];
+  const int warp = threadIdx.x / 32, tile = blockIdx.x * kScoreWarps + warp;
+  const int64_t row = blockIdx.z;
+  const HeadGroup group(op, blockIdx.y);
+  const TokenList list(op, row, group.kv_head);
+  if (blockIdx.x == 0 && threadIdx.x == 0) op.tokens[row * op.kv_heads + group.kv_head] = list.tokens;
+  if (scratch.capacity == 0) return;
+  const Token token(list, tile);
+  const T* key = token.key<T>(op.k_pages, group.kv_head, list);
+  const bool works = tile < list.tiles();
+  RowStream<T, Layout> rows;
+  if (works) rows.start(key, op.head_dim);
+  load_group(op, scratch, row, group, s_q, s_scoring);
+  if (!works) return;
+  multiply<T, Layout, false>(rows, key, nullptr, op.head_dim, s_q, group.heads, s_products[warp]);
+  __syncwarp();
+  score_tile(op, scratch, row * op.q_heads + group.first_head, group.heads, list, tile, token, s_scoring,
+             s_products[warp]);
 }
 
 template <typename T, typename Layout>
@@ -222,33 +268,33 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
   __shared__ HeadScoring s_scoring;
   __shared__ Products s_products[kScoreWarps];
   const int warp = threadIdx.x / 32;
-  const auto tiles_of = [&](int index) {
-    const int groups = HeadGroup::per_row(op);
+  Products& products = s_products[warp];
+  const int groups = HeadGroup::per_row(op);
+  Share share = Share::of_block<32 * kScoreWarps>(op.batch * groups, [&](int index) {
     return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
-  };
-  Share share = scratch.is_short() ? Share::fixed(ceil_div(scratch.tiles(), kScoreWarps), kScoreWarps, tiles_of)
-                                   : Share::even<32 * kScoreWarps>(op.batch * HeadGroup::per_row(op), tiles_of);
+  });
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
-    const int64_t row = share.list / HeadGroup::per_row(op);
-    const HeadGroup group(op, share.list % HeadGroup::per_row(op));
+    const int64_t row = share.list / groups;
+    const HeadGroup group(op, share.list % groups);
     const TokenList list(op, row, group.kv_head);
     end = min(list.tiles(), share.item + share.items);
     if (end == 0) continue;
-    Token next(list, min(share.item + warp, end - 1));
+    const int first_tile = share.item + warp, last_tile = end - 1;
+    Token token(list, min(first_tile, last_tile)), next(list, min(first_tile + kScoreWarps, last_tile));
+    RowStream<T, Layout> rows;
+    if (first_tile < end) rows.start(token.key<T>(op.k_pages, group.kv_head, list), op.head_dim);
     __syncthreads();  // every warp is done with the last group's queries
-    for_each_query<T, Layout>(op.q, row, group.first_head, group.heads, op.head_dim,
-                              [&](int h, int d, float x) { s_q.set(h, d, x); });
-    if (threadIdx.x < group.heads) {
-      const int head = group.first_head + threadIdx.x;
-      s_scoring.slope[threadIdx.x] = op.scoring.slope(head);
-      // Rounded up: what lives in vain falls to the exact test in solve.
-      s_scoring.reach[threadIdx.x] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
-    }
-    __syncthreads();
-    for (int tile = share.item + warp; tile < end; tile += kScoreWarps) {
-      const Token token = next;
-      if (tile + kScoreWarps < end) next = Token(list, tile + kScoreWarps);  // a tile ahead, off the critical path
-      score_tile<T, Layout>(op, scratch, row, group, list, tile, token, s_q, s_scoring, s_products[warp]);
+    load_group(op, scratch, row, group, s_q, s_scoring);
+    for (int tile = first_tile; tile < end; tile += kScoreWarps) {
+      const Token later(list, min(tile + 2 * kScoreWarps, last_tile));  // looked up before it is needed
+      const T* key = token.key<T>(op.k_pages, group.kv_head, list);
+      const T* next_key = tile + kScoreWarps < end ? next.key<T>(op.k_pages, group.kv_head, list) : nullptr;
+      multiply<T, Layout, false>(rows, key, next_key, op.head_dim, s_q, group.heads, products);
+      __syncwarp();
+      score_tile(op, scratch, row * op.q_heads + group.first_head, group.heads, list, tile, token, s_scoring, products);
+      __syncwarp();  // the products have been read
+      token = next;
+      next = later;
     }
   }
 }
@@ -278,99 +324,160 @@ __device__ int list_alive(const uint32_t* alive, int tiles, int32_t* places) {
   return count;
 }
 
-/// sum_i weights[i] v_d of the tokens at places[i], i < count <= kChunk, for dimension d = threadIdx.x. All threads
-/// call.
+/// Tokens whose values are added up together.
 template <typename T>
-__device__ float gather(const SparseDecode& op, const TokenList& list, int kv_head, bool vectors, const float* weights,
-                        const int32_t* places, int count) {
-  constexpr int kDims = 8;  // of a thread
-  constexpr int kCount = 16 / sizeof(T);
-  __shared__ float s_weights[kChunk];
-  __shared__ const T* s_values[kChunk];
-  __shared__ float s_sums[kThreads * kDims];
-  __syncthreads();  // the tokens of an earlier call have been read
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    s_weights[i] = weights[i];
-    s_values[i] = list.value<T>(op.v_pages, kv_head, places[i]);
+struct Chunk {
+  float weights[kChunk];
+  const T* values[kChunk];
+
+  /// All threads call.
+  __device__ void fill(const SparseDecode& op, const TokenList& list, int kv_head, const float* from_weights,
+                       const int32_t* places, int count) {
+    __syncthreads();  // the tokens of an earlier call have been read
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      weights[i] = from_weights[i];
+      values[i] = list.value<T>(op.v_pages, kv_head, places[i]);
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  const int columns = ceil_div(op.head_dim, kDims), tokens_at_once = kThreads / columns;
-  const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
-  float sum[kDims] = {};
-  if (offset < tokens_at_once) {
+
+  /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call.
+  __device__ float sum(int head_dim, bool vectors, int count) const {
+    constexpr int kDims = 8;  // of a thread
+    constexpr int kCount = 16 / sizeof(T);
+    __shared__ float s_sums[kThreads * kDims];
+    const int columns = ceil_div(head_dim, kDims), tokens_at_once = kThreads / columns;
+    const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
+    float own[kDims] = {};
+    if (offset < tokens_at_once) {
 #pragma unroll 4
-    for (int i = offset; i < count; i += tokens_at_once) {
-      const T* value = s_values[i];
+      for (int i = offset; i < count; i += tokens_at_once) {
 #pragma unroll
-      for (int word = 0; word < kDims / kCount; ++word) {
-        float values[kCount];
-        const int d = column * kDims + word * kCount;
-        unpack<T>(vectors ? load_word<true>(value, d, op.head_dim) : load_word<false>(value, d, op.head_dim), values);
+        for (int word = 0; word < kDims / kCount; ++word) {
+          float elements[kCount];
+          const int d = column * kDims + word * kCount;
+          unpack<T>(vectors ? load_word<true>(values[i], d, head_dim) : load_word<false>(values[i], d, head_dim),
+                    elements);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) sum[word * kCount + e] += s_weights[i] * values[e];
+          for (int e = 0; e < kCount; ++e) own[word * kCount + e] += weights[i] * elements[e];
+        }
       }
     }
-  }
 #pragma unroll
-  for (int e = 0; e < kDims; ++e) s_sums[threadIdx.x * kDims + e] = sum[e];
-  __syncthreads();
-  float total = 0;
-  if (threadIdx.x < op.head_dim) {
-    for (int i = 0; i < min(tokens_at_once, count); ++i) total += s_sums[i * columns * kDims + threadIdx.x];
+    for (int e = 0; e < kDims; ++e) s_sums[threadIdx.x * kDims + e] = own[e];
+    __syncthreads();
+    float total = 0;
+    if (threadIdx.x < head_dim) {
+      for (int i = 0; i < min(tokens_at_once, count); ++i) total += s_sums[i * columns * kDims + threadIdx.x];
+    }
+    return total;
   }
-  return total;
-}
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
+  __shared__ float s_scores[kChunk];
+  __shared__ int32_t s_places[kChunk];
+  __shared__ Chunk<T> s_chunk;
   const int64_t row = blockIdx.y;
   const int head = blockIdx.x, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
-  const TokenList list(op, row, kv_head);
+  int32_t& tokens = op.tokens[row * op.kv_heads + kv_head];
+  const TokenList list = scratch.is_short() ? TokenList(op, row, kv_head, tokens) : TokenList(op, row, kv_head);
   float* scores = scratch.scores + at * scratch.capacity;
   int32_t* places = scratch.places + at * scratch.capacity;
 
+  // Candidates: the tokens within beta of the best. Up to kChunk of them come to shared memory.
   const Entmax<double> entmax(op.alpha.of(head));
-  const auto unless_far = [&](float score, float best) {
-    return static_cast<double>(score) - best > -entmax.beta ? score : kNothing;
-  };
   float best = kNothing;
+  const auto is_near = [&](float score) { return static_cast<double>(score) - best > -entmax.beta; };
   int count;
   if (scratch.is_short()) {
-    Candidates{scores, list.tokens}.visit<kThreads, kRun>([&](const float (&run)[kRun]) {
-      for (const float score : run) best = larger(best, score);
-    });
+    constexpr int kRun = kShort / kThreads;
+    float run[kRun];
+    bool near[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int place = i * kThreads + static_cast<int>(threadIdx.x);
+      run[i] = place < list.tokens ? scores[place] : kNothing;
+      best = larger(best, run[i]);
+    }
     best = largest<kThreads>(best);
-    count = pack(scores, places, list.tokens, [&](int i) { return Entry{unless_far(scores[i], best), i}; });
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) near[i] = is_near(run[i]);
+    const Places<kThreads, kRun> to(near);
+    count = to.count;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (!near[i]) continue;
+      (count <= kChunk ? s_scores : scores)[to.place[i]] = run[i];
+      (count <= kChunk ? s_places : places)[to.place[i]] = i * kThreads + static_cast<int>(threadIdx.x);
+    }
   } else {
     best = from_ordered(scratch.best[at]);
     count = list_alive(scratch.alive + at * scratch.tiles(), list.tiles(), places);
-    count = pack(scores, places, count, [&](int i) { return Entry{unless_far(scores[places[i]], best), places[i]}; });
+    count = pack(scores, places, count, [&](int i) {
+      const float score = scores[places[i]];
+      return Entry{is_near(score) ? score : kNothing, places[i]};
+    });
+    if (threadIdx.x < min(count, kChunk)) {
+      s_scores[threadIdx.x] = scores[threadIdx.x];
+      s_places[threadIdx.x] = places[threadIdx.x];
+    }
   }
-  float tau = 0;
-  const int support = weigh(entmax, best, scores, places, count, tau);
+  __syncthreads();
+
+  float tau, total = 0;
+  int support;
+  if (count <= kChunk) {
+    const bool there = threadIdx.x < count;
+    const T* value = there ? list.value<T>(op.v_pages, kv_head, s_places[threadIdx.x]) : nullptr;  // on its way
+    const Weights weights = find_weights(entmax, best, {s_scores, count});
+    const float weight = there ? weights.of(s_scores[threadIdx.x]) : 0;
+    const bool counts[] = {weight > 0};
+    const Places<kThreads, 1> to(counts);
+    if (counts[0]) {
+      s_chunk.weights[to.place[0]] = weight;
+      s_chunk.values[to.place[0]] = value;
+    }
+    __syncthreads();
+    tau = weights.tau;
+    support = to.count;
+    total = s_chunk.sum(op.head_dim, vectors, support);
+  } else {
+    const Weights weights = find_weights(entmax, best, {scores, count});
+    tau = weights.tau;
+    support = pack(scores, places, count, [&](int i) {
+      const float weight = weights.of(scores[i]);
+      return Entry{weight > 0 ? weight : kNothing, places[i]};
+    });
+    const bool here = support <= kChunk || scratch.is_short();
+    for (int first = 0; here && first < support; first += kChunk) {
+      const int some = min(kChunk, support - first);
+      s_chunk.fill(op, list, kv_head, scores + first, places + first, some);
+      total += s_chunk.sum(op.head_dim, vectors, some);
+    }
+  }
   const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
   if (threadIdx.x == 0) {
     op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? tau : 0;
     op.support[at] = support;
-    if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
+    if (!scratch.is_short() && head % op.group == 0) tokens = list.tokens;
   }
   if (support > kChunk && !scratch.is_short()) return;
-  float total = undefined ? kUndefined : 0;
-  for (int first = 0; first < support; first += kChunk) {
-    total += gather<T>(op, list, kv_head, vectors, scores + first, places + first, min(kChunk, support - first));
-  }
+  if (undefined) total = kUndefined;
   if (threadIdx.x < op.head_dim) op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(total);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
+  __shared__ Chunk<T> s_chunk;
   __shared__ bool s_last;
   const int d = threadIdx.x;
   const auto chunks_of = [&](int at) { return op.support[at] > kChunk ? ceil_div(op.support[at], kChunk) : 0; };
-  Share share = Share::even<kThreads>(op.batch * op.q_heads, chunks_of);
+  Share share = Share::of_block<kThreads>(op.batch * op.q_heads, chunks_of);
   for (int end; share.items > 0; share = {share.list + 1, 0, share.items - (end - share.item)}) {
     const int64_t at = share.list, row = at / op.q_heads;
     const int head = at % op.q_heads, kv_head = head / op.group;
@@ -380,8 +487,9 @@ __global__ void __launch_bounds__(kThreads, 1) spread(SparseDecode op, Scratch s
     float* partial = scratch.partial + at * scratch.chunks() * op.head_dim;
     for (int chunk = share.item; chunk < end; ++chunk) {
       const int64_t from = at * scratch.capacity + chunk * kChunk;
-      const float own = gather<T>(op, list, kv_head, vectors, scratch.scores + from, scratch.places + from,
-                                  min(kChunk, op.support[at] - chunk * kChunk));
+      const int tokens = min(kChunk, op.support[at] - chunk * kChunk);
+      s_chunk.fill(op, list, kv_head, scratch.scores + from, scratch.places + from, tokens);
+      const float own = s_chunk.sum(op.head_dim, vectors, tokens);
       if (d < op.head_dim) partial[int64_t{chunk} * op.head_dim + d] = own;
       __threadfence();  // this thread's sums, before the count that announces them
       __syncthreads();
@@ -415,10 +523,15 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
-      const int lists = op.batch * HeadGroup::per_row(op);
-      const int blocks = scratch.is_short() ? lists * ceil_div(scratch.tiles(), kScoreWarps)
-                                            : kScoreBlocks<decltype(layout)> * processors;
-      launch(name, score<T, decltype(layout)>, {dim3(blocks), 32 * kScoreWarps}, stream, op, scratch);
+      using Layout = decltype(layout);
+      constexpr int kBlock = 32 * kScoreWarps;
+      if (scratch.is_short()) {
+        const int blocks = std::max(1, ceil_div(scratch.tiles(), kScoreWarps));
+        const dim3 grid(blocks, HeadGroup::per_row(op), op.batch);
+        launch(name, score_short<T, Layout>, {grid, kBlock}, stream, op, scratch);
+      } else {
+        launch(name, score<T, Layout>, {dim3(kScoreBlocks<Layout> * processors), kBlock}, stream, op, scratch);
+      }
     });
     launch(name, solve<T>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch, value_vectors);
     if (!scratch.is_short()) {

@@ -1,6 +1,6 @@
 // Dot products of a warp's tile of 32 rows (keys, or statistics of pages) with the query heads of a group.
-// Rows are read once, in 16-byte loads of which a lane has up to 16 in flight. 16-bit rows meet the heads in tensor
-// cores, heads as M and rows as N; fp32 rows, and squares, are multiplied in fp32.
+// Rows are read once, in 16-byte loads of which a lane has up to 16 in flight at any time. 16-bit rows meet the heads
+// in tensor cores, heads as M and rows as N; fp32 rows, and squares, are multiplied in fp32.
 //   A lane takes rows g, g + 8, g + 16 and g + 24, g = lane / 4, and of each 32 dimensions 8. A dot product does not
 //   care for the order of its dimensions: the 8 that lie together in memory are the lane's part of two k-slices, and
 //   go to the tensor core from the registers that they were loaded into.
@@ -65,7 +65,7 @@ struct Queries {
 template <typename T, typename Layout, typename Body>
 __device__ void for_each_query(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Body body) {
   constexpr int kDims = 32 * Layout::kRounds;
-  constexpr int kRun = 8;  // loads in flight
+  constexpr int kRun = 4;  // loads in flight
   for (int first = threadIdx.x; first < heads * kDims; first += kRun * blockDim.x) {
     float values[kRun];
 #pragma unroll
@@ -120,13 +120,14 @@ __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
   for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = to_float(from[i]);
 }
 
-/// What a lane holds of kBatch rows, rows 8 apart.
+/// The rows of successive tiles on their way through a lane's registers: as soon as rows have been multiplied, others
+/// are loaded in their place. The lanes know where the 32 rows of a tile are, lane i row i.
 template <typename T, typename Layout>
-struct Fragment {
+struct RowStream {
   static constexpr int kRounds = Layout::kRounds;
-  static constexpr int kWords = sizeof(T) / 2;  // of 16 bytes, for 8 dimensions
-  static constexpr int kBatch = kRounds * kWords <= 4 ? 4 : 16 / (kRounds * kWords);
-  uint4 words[kBatch][kRounds][kWords];
+  static constexpr int kWords = sizeof(T) / 2;                                       // of 16 bytes, for 8 dimensions
+  static constexpr int kHeld = kRounds * kWords <= 4 ? 4 : 16 / (kRounds * kWords);  // of the 4 rows of a tile
+  uint4 words[kHeld][kRounds][kWords];
 
   /// The first dimension of a word of this lane.
   static __device__ int dimension(int round, int word) {
@@ -134,19 +135,32 @@ struct Fragment {
     return 32 * round + 4 * kCount * word + kCount * static_cast<int>(threadIdx.x % 4);
   }
 
-  /// Loads rows 8 (first + i) + lane / 4; lane i of the warp knows where row i is. All lanes call.
-  __device__ void load(const T* row, int first, int head_dim) {
+  /// Loads what is held of the first tile. All lanes call.
+  __device__ void start(const T* row, int head_dim) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const auto address = reinterpret_cast<unsigned long long>(row);
-      const int of = 8 * (first + i) + threadIdx.x % 32 / 4;
-      const T* from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, of));
+    for (int i = 0; i < kHeld; ++i) load(row, i, head_dim);
+  }
+
+  /// Loads in place of the nth row of a tile, which has been multiplied, what comes kHeld rows behind it: in the same
+  /// tile, or in the next one, null if there is none. All lanes call.
+  __device__ void follow(const T* row, const T* next_row, int nth, int head_dim) {
+    if (nth + kHeld < 4) {
+      load(row, nth + kHeld, head_dim);
+    } else if (next_row) {
+      load(next_row, nth + kHeld - 4, head_dim);
+    }
+  }
+
+ private:
+  __device__ void load(const T* row, int nth, int head_dim) {
+    const auto address = reinterpret_cast<unsigned long long>(row);
+    const int of = 8 * nth + threadIdx.x % 32 / 4;
+    const T* from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, of));
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
-        for (int word = 0; word < kWords; ++word) {
-          words[i][round][word] = load_word<Layout::kVectors>(from, dimension(round, word), head_dim);
-        }
+      for (int word = 0; word < kWords; ++word) {
+        words[nth % kHeld][round][word] = load_word<Layout::kVectors>(from, dimension(round, word), head_dim);
       }
     }
   }
@@ -179,27 +193,25 @@ __device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32
   for (int i = 0; i < 4; ++i) sum[i] += d[i];
 }
 
-/// products[h][i] = or += row i . query h, in fp32: of 32-bit rows, or of the squares of any. All lanes call.
+/// products[h][i] = row i . query h, in fp32: of 32-bit rows, or of the squares of any. Like multiply.
 template <typename T, typename Layout, bool kSquares, bool kAdd>
-__device__ void multiply_plainly(const T* row, int head_dim, const Queries<float, Layout>& q, int heads,
-                                 Products& products) {
-  using Held = Fragment<T, Layout>;
-  constexpr int kCount = 16 / sizeof(T);
+__device__ void multiply_plainly(RowStream<T, Layout>& rows, const T* row, const T* next_row, int head_dim,
+                                 const Queries<float, Layout>& q, int heads, Products& products) {
+  using Stream = RowStream<T, Layout>;
+  constexpr int kHeld = Stream::kHeld, kCount = 16 / sizeof(T);
   const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
 #pragma unroll
-  for (int first = 0; first < kTileRows / 8; first += Held::kBatch) {
-    Held rows;
-    rows.load(row, first, head_dim);
+  for (int first = 0; first < 4; first += kHeld) {
 #pragma unroll 1
     for (int h = 0; h < heads; ++h) {
-      float sum[Held::kBatch] = {};
+      float sum[kHeld] = {};
 #pragma unroll
-      for (int round = 0; round < Held::kRounds; ++round) {
+      for (int round = 0; round < Stream::kRounds; ++round) {
 #pragma unroll
-        for (int word = 0; word < Held::kWords; ++word) {
-          const float* weights = q.values + q.index(h, Held::dimension(round, word));
+        for (int word = 0; word < Stream::kWords; ++word) {
+          const float* weights = q.values + q.index(h, Stream::dimension(round, word));
 #pragma unroll
-          for (int i = 0; i < Held::kBatch; ++i) {
+          for (int i = 0; i < kHeld; ++i) {
             float values[kCount];
             unpack<T>(rows.words[i][round][word], values);
 #pragma unroll
@@ -210,48 +222,43 @@ __device__ void multiply_plainly(const T* row, int head_dim, const Queries<float
         }
       }
 #pragma unroll
-      for (int i = 0; i < Held::kBatch; ++i) {
+      for (int i = 0; i < kHeld; ++i) {
         sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
         sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
         float& product = products[h][8 * (first + i) + group];
         if (part == h % 4) product = kAdd ? product + sum[i] : sum[i];
       }
     }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) rows.follow(row, next_row, first + i, head_dim);
   }
 }
 
-/// products[h][i] = or += row i . query h for the rows that the lanes know, lane i row i, null for none. All lanes
-/// call. Results are in place after __syncwarp.
+/// products[h][i] = or += row i . query h for the rows of a tile, which the stream has begun to load; it goes on to the
+/// next tile, if that is not null. All lanes call. Results are in place after __syncwarp.
 template <typename T, typename Layout, bool kAdd>
-__device__ void multiply(const T* row, int head_dim, const Queries<T, Layout>& q, int heads, Products& products) {
+__device__ void multiply(RowStream<T, Layout>& rows, const T* row, const T* next_row, int head_dim,
+                         const Queries<T, Layout>& q, int heads, Products& products) {
   if constexpr (sizeof(T) == 4) {
-    multiply_plainly<T, Layout, false, kAdd>(row, head_dim, q, heads, products);
+    multiply_plainly<T, Layout, false, kAdd>(rows, row, next_row, head_dim, q, heads, products);
   } else {
-    using Held = Fragment<T, Layout>;
+    using Stream = RowStream<T, Layout>;
     const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
 #pragma unroll
-    for (int first = 0; first < kTileRows / 8; first += Held::kBatch) {
-      Held rows;
-      rows.load(row, first, head_dim);
-      float sum[Held::kBatch][4] = {};
+    for (int i = 0; i < 4; ++i) {
+      float sum[4] = {};
 #pragma unroll
-      for (int round = 0; round < Held::kRounds; ++round) {
-        const uint4 low = q.fragment(2 * round), high = q.fragment(2 * round + 1);
-#pragma unroll
-        for (int i = 0; i < Held::kBatch; ++i) {
-          const uint4& word = rows.words[i][round][0];
-          add_product<T>(sum[i], low, word.x, word.y);
-          add_product<T>(sum[i], high, word.z, word.w);
-        }
+      for (int round = 0; round < Stream::kRounds; ++round) {
+        const uint4& word = rows.words[i % Stream::kHeld][round][0];
+        add_product<T>(sum, q.fragment(2 * round), word.x, word.y);
+        add_product<T>(sum, q.fragment(2 * round + 1), word.z, word.w);
       }
+      rows.follow(row, next_row, i, head_dim);
 #pragma unroll
-      for (int i = 0; i < Held::kBatch; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int h = group + j / 2 * 8;
-          float& product = products[h][8 * (first + i) + 2 * part + j % 2];
-          if (h < heads) product = kAdd ? product + sum[i][j] : sum[i][j];
-        }
+      for (int j = 0; j < 4; ++j) {
+        const int h = group + j / 2 * 8;
+        float& product = products[h][8 * i + 2 * part + j % 2];
+        if (h < heads) product = kAdd ? product + sum[j] : sum[j];
       }
     }
   }

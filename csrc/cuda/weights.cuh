@@ -1,5 +1,4 @@
-// From the scores of one head to its weights, by one block: pack what is within beta of the best score, solve the
-// threshold on it, pack the weights of what is above.
+// From the scores of one head to its weights, by one block.
 #pragma once
 
 #include "device.cuh"
@@ -9,16 +8,17 @@ namespace entmaxkv::cuda {
 constexpr int kThreads = 512;  // of the block
 constexpr int kRun = 4;        // entries, kThreads apart, that a thread takes at once
 
+/// A token of a list: its score or weight, and where it stands.
 struct Entry {
-  float score;
+  float value;
   int32_t place;
 };
 
-/// Fills scores and places with those entries read(i), i < count, whose score is not kNothing, in their order;
-/// returns how many. read may take entry i from scores and places themselves, at i or behind it: nothing is overwritten
-/// before it has been read. All threads call.
+/// Fills values and places with those entries read(i), i < count, whose value is not kNothing, in their order; returns
+/// how many. read may take entry i from values and places themselves, at i or behind it: nothing is overwritten before
+/// it has been read. All threads call.
 template <typename Read>
-__device__ int pack(float* scores, int32_t* places, int count, Read read) {
+__device__ int pack(float* values, int32_t* places, int count, Read read) {
   int kept = 0;
   for (int first = 0; first < count; first += kThreads * kRun) {
     Entry entries[kRun];
@@ -28,13 +28,13 @@ __device__ int pack(float* scores, int32_t* places, int count, Read read) {
       const int i = first + nth * kThreads + static_cast<int>(threadIdx.x);
       entries[nth] = {kNothing, 0};
       if (i < count) entries[nth] = read(i);
-      wanted[nth] = entries[nth].score != kNothing;
+      wanted[nth] = entries[nth].value != kNothing;
     }
     const Places<kThreads, kRun> to(wanted);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (!wanted[i]) continue;
-      scores[kept + to.place[i]] = entries[i].score;
+      values[kept + to.place[i]] = entries[i].value;
       places[kept + to.place[i]] = entries[i].place;
     }
     kept += to.count;
@@ -48,13 +48,13 @@ struct Candidates {
   const float* scores;
   int count;
 
-  /// Calls body(run) for all that fall to this one of kTeam threads, kItems at once, kNothing where there are no more.
-  template <int kTeam, int kItems, typename Body>
+  /// Calls body(run) for all of this thread's, kRun at once, kNothing where there are no more.
+  template <typename Body>
   __device__ void visit(Body body) const {
-    for (int first = threadIdx.x; first < count; first += kTeam * kItems) {
-      float run[kItems];
+    for (int first = threadIdx.x; first < count; first += kThreads * kRun) {
+      float run[kRun];
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) run[i] = first + i * kTeam < count ? scores[first + i * kTeam] : kNothing;
+      for (int i = 0; i < kRun; ++i) run[i] = first + i * kThreads < count ? scores[first + i * kThreads] : kNothing;
       body(run);
     }
   }
@@ -66,88 +66,122 @@ struct Solution {
   Real threshold, mass;  // threshold relative to (alpha-1) best
 };
 
-/// Newton's steps from the left (entmax.h), by kTeam threads: the block, or its first warp. They all call.
-template <int kTeam, int kItems, bool kSquare, typename Real>
-__device__ Solution<Real> solve_by(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+/// Adds a token with x = (alpha-1)(score - best) to those above a threshold.
+template <bool kSquare, typename Real>
+__device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
+  const Real y = x - threshold;
+  if constexpr (kSquare) {
+    excess.add(max(y, Real(0)), Real(2));  // no branch
+  } else if (y > 0) {
+    excess.add(y, beta);
+  }
+}
+
+/// Newton's steps from the left (entmax.h), by kTeam threads: the block, or its first warp. They all call, with a
+/// function that returns the excess of a thread's own tokens above a threshold.
+template <int kTeam, typename Real, typename ExcessAbove>
+__device__ Solution<Real> solve_by(const Entmax<Real>& entmax, ExcessAbove excess_above) {
   constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
   constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
   Solution<Real> solution{-1, 1};
   for (int step = 0; step < kMostSteps; ++step) {
-    Excess<double> own;
-    candidates.visit<kTeam, kItems>([&](const float (&run)[kItems]) {
-      Excess<Real> few;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const Real y = entmax.gap * (static_cast<Real>(run[i]) - best) - solution.threshold;
-        if constexpr (kSquare) {
-          few.add(max(y, Real(0)), Real(2));  // no branch
-        } else if (y > 0) {
-          few.add(y, entmax.beta);
-        }
-      }
-      own = own + Excess<double>{few.mass, few.slope};
-    });
-    own = sum<kTeam>(own);
-    solution.mass = static_cast<Real>(own.mass);
-    const Real move = entmax.step({solution.mass, static_cast<Real>(own.slope)});
+    const auto all = sum<kTeam>(excess_above(solution.threshold));
+    solution.mass = static_cast<Real>(all.mass);
+    const Real move = entmax.step({solution.mass, static_cast<Real>(all.slope)});
     if (!(move > kStill * fabs(solution.threshold))) break;
     solution.threshold += move;
   }
   return solution;
 }
 
+/// All threads call.
 template <bool kSquare, typename Real>
 __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
-  constexpr int kFew = 16;  // of a lane
-  if (candidates.count > 32 * kFew) return solve_by<kThreads, kRun, kSquare>(entmax, best, candidates);
+  constexpr int kHeld = 16;  // of a lane, where the first warp holds them all
+  const auto x_of = [&](float score) { return entmax.gap * (static_cast<Real>(score) - best); };
+  if (candidates.count > 32 * kHeld) {
+    return solve_by<kThreads>(entmax, [&](Real threshold) {
+      Excess<double> own;
+      candidates.visit([&](const float (&run)[kRun]) {
+        Excess<Real> few;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) add_if_above<kSquare>(few, x_of(run[i]), threshold, entmax.beta);
+        own = own + Excess<double>{few.mass, few.slope};
+      });
+      return own;
+    });
+  }
   __shared__ Solution<Real> s_solution;
   if (threadIdx.x < 32) {
-    const Solution<Real> solution = solve_by<32, kFew, kSquare>(entmax, best, candidates);
+    Real held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int entry = i * 32 + static_cast<int>(threadIdx.x);
+      held[i] = entry < candidates.count ? x_of(candidates.scores[entry]) : Real(-1);
+    }
+    const Solution<Real> solution = solve_by<32>(entmax, [&](Real threshold) {
+      Excess<Real> own;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i * 32 < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
+      }
+      return own;
+    });
     if (threadIdx.x == 0) s_solution = solution;
   }
   __syncthreads();
   return s_solution;
 }
 
-template <typename Real>
-__device__ int weigh_in(const Entmax<double>& exact, float best, float* scores, int32_t* places, int count,
-                        float& tau) {
-  const Entmax<Real> entmax(exact);
-  const Candidates candidates{scores, count};
-  const auto pack_by = [&](auto weight_of) {
-    return pack(scores, places, count, [&](int i) {
-      const float weight = weight_of(scores[i]);
-      return Entry{weight > 0 ? weight : kNothing, places[i]};
-    });
-  };
+/// What makes weights of a head's scores.
+struct Weights {
+  Entmax<double> entmax;
+  float best;
+  double threshold, mass;
+  float tau;
+
+  /// Powers beyond magnify the rounding of fp32 too much.
+  __device__ static bool are_in_float(const Entmax<double>& entmax) { return entmax.beta <= 15; }
+
+  __device__ float of(float score) const {
+    if (entmax.is_softmax()) return expf(score - best) / static_cast<float>(mass);
+    return are_in_float(entmax) ? power_of<float>(score) : power_of<double>(score);
+  }
+
+ private:
+  template <typename Real>
+  __device__ float power_of(float score) const {
+    const Entmax<Real> real(entmax);
+    const Real y = real.gap * (static_cast<Real>(score) - best) - static_cast<Real>(threshold);
+    return static_cast<float>(y > 0 ? power(y, real.beta) / static_cast<Real>(mass) : 0);
+  }
+};
+
+/// The weights of a head whose scores within beta of the best are the candidates. All threads call.
+__device__ inline Weights find_weights(const Entmax<double>& entmax, float best, const Candidates& candidates) {
+  Weights weights{entmax, best, 0, 0, 0};
   if (entmax.is_softmax()) {
     double own = 0;
-    candidates.visit<kThreads, kRun>([&](const float (&run)[kRun]) {
+    candidates.visit([&](const float (&run)[kRun]) {
       for (const float score : run) own += expf(score - best);
     });
-    const auto mass = static_cast<float>(sum<kThreads>(own));
-    tau = best + logf(mass);
-    return pack_by([=](float score) { return expf(score - best) / mass; });
+    weights.mass = sum<kThreads>(own);
+    weights.tau = best + logf(static_cast<float>(weights.mass));
+    return weights;
   }
-  const bool square = entmax.beta == 2;  // alpha = 1.5
-  const Solution<Real> solution =
-      square ? solve_threshold<true>(entmax, best, candidates) : solve_threshold<false>(entmax, best, candidates);
-  tau = static_cast<float>(solution.threshold + exact.gap * best);
-  return pack_by([=](float score) {
-    const Real y = entmax.gap * (static_cast<Real>(score) - best) - solution.threshold;
-    return static_cast<float>(y > 0 ? power(y, entmax.beta) / solution.mass : 0);
-  });
-}
-
-/// Turns the scores within beta of `best` into the weights of those above the threshold; returns how many, and tau.
-/// All threads call.
-__device__ inline int weigh(const Entmax<double>& entmax, float best, float* scores, int32_t* places, int count,
-                            float& tau) {
-  constexpr double kFloatBeta = 15;  // beyond, powers magnify the rounding of fp32 too much
-  if (entmax.is_softmax() || entmax.beta <= kFloatBeta) {
-    return weigh_in<float>(entmax, best, scores, places, count, tau);
+  const auto take = [&](const auto& solution) {
+    weights.threshold = solution.threshold;
+    weights.mass = solution.mass;
+  };
+  if (!Weights::are_in_float(entmax)) {
+    take(solve_threshold<false>(entmax, best, candidates));
+  } else if (entmax.beta == 2) {  // alpha = 1.5
+    take(solve_threshold<true>(Entmax<float>(entmax), best, candidates));
+  } else {
+    take(solve_threshold<false>(Entmax<float>(entmax), best, candidates));
   }
-  return weigh_in<double>(entmax, best, scores, places, count, tau);
+  weights.tau = static_cast<float>(weights.threshold + entmax.gap * best);
+  return weights;
 }
 
 }  // namespace entmaxkv::cuda
