@@ -47,6 +47,9 @@ def gencode(cuda: Path) -> list[str]:
         if f"sm_{number.rstrip('a')}" in known:
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
+                # A later GPU would compile such code for itself, and launch it as if it were in clusters.
+                if float(arch[:-4].rstrip("a")) < 9:
+                    raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: expected +PTX at 9.0 or later architectures, got {arch}")
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: expected architectures among {known}, got {wanted}")

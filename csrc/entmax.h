@@ -10,7 +10,7 @@
 
 #ifdef __CUDACC__
 #define ENTMAXKV_HOST_DEVICE __host__ __device__
-#define ENTMAXKV_NOINLINE __noinline__  // code that is not there need not be fetched
+#define ENTMAXKV_NOINLINE __noinline__  // unrolled loops would fill the instruction cache with it
 #else
 #define ENTMAXKV_HOST_DEVICE
 #define ENTMAXKV_NOINLINE
@@ -76,7 +76,7 @@ struct Entmax {
   /// (sum [x-t]_+^beta)^(1/beta) = 1: a norm of excesses that are linear in t, hence convex in t, so that no
   /// step passes the solution; and nearly linear, so that few steps are needed (one, if all x are equal).
   ENTMAXKV_HOST_DEVICE Real step(const Excess<Real>& excess) const {
-    if (gap == Real(0.5)) {  // the same, faster
+    if (gap == Real(0.5)) {  // the same, as mass - 1 = (root + 1) (root - 1)
       const Real root = std::sqrt(excess.mass);
       return root * (excess.mass - 1) / ((root + 1) * excess.slope);
     }

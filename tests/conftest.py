@@ -308,16 +308,21 @@ def make_alphas(q_heads: int, device: str = "cpu") -> Tensor:
     return torch.tensor([1.5, 1.0, 2.0, 1.1, 4 / 3, 1.25, 1.75]).repeat(5)[:q_heads].to(device)
 
 
-def hard_selections(pages: int) -> list[tuple[Tensor, Tensor, int, int, int]]:
-    """Arguments of select_pages in which ties and special numbers abound."""
-    scores = draw(2, 8, pages)
+def hard_selections(pages: int, group: int = 4) -> list[tuple[Tensor, Tensor, int, int, int]]:
+    """Arguments of select_pages in which ties and special numbers abound, and rows are of all lengths."""
+    scores = draw(2, 2 * group, pages)
     scores[1] = (scores[1] * 4).round()
     scores[:, 3] = torch.nan
     scores[:, 5] = -torch.inf
     scores[:, 6] = scores[:, 6].abs() * 1e-42
-    seq_lens = torch.tensor([pages * 16, pages * 16 - 5], dtype=torch.int32)
+    eighths = -(torch.arange(pages) % 8).float().expand(8, 2 * group, -1).contiguous()  # 256 or 257 of 2049 are equal
+    lengths = [min(n, pages * 16) for n in (0, 1, 16, 17, pages * 2 - 1, pages * 2 + 1, pages * 16 - 5, pages * 16)]
     budgets = (1, 16, 33, pages * 8, pages * 16 - 1, pages * 16, 10**9)
-    return [(scores, seq_lens, 2, 16, budget) for budget in budgets]
+    return [
+        (x, torch.tensor(seq_lens, dtype=torch.int32), 2, 16, budget)
+        for x, seq_lens in ((scores, [pages * 16, pages * 16 - 5]), (eighths, lengths))
+        for budget in budgets
+    ]
 
 
 def selection(keep: list[Tensor], width: int, device: str = "cpu") -> tuple[Tensor, Tensor]:

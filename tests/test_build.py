@@ -59,6 +59,22 @@ def test_no_kernel_spills_registers():
         for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
             assert any(f"{source.stem}_cu" in name for name in names), f"no kernel of {source.name}"
     assert [name for name, _, *spilled in kernels if spilled != ["0", "0"]] == []
+    log = (ROOT / "build" / "cuda.log").read_text()  # functions that kernels call are in it, too
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+
+
+def test_every_kernel_takes_its_turn():
+    """A kernel that did not wait for those before it would still pass most tests."""
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        bodies = re.findall(r"__global__[^;{]*\{\s*(\S+)", source.read_text())
+        assert bodies and set(bodies) == {"take_turn();"}, source.name
+
+
+def test_old_ptx_is_refused():
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": "8.9+PTX", "ENTMAXKV_CUDA": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "expected +PTX at 9.0 or later architectures, got 8.9+PTX" in done.stderr
 
 
 @with_cuda

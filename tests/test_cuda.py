@@ -71,6 +71,15 @@ def test_a_million_tokens(dtype, alpha):
     assert_same_bits(cache.dense(q, alpha), got)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 100, 256])
+@dtypes
+def test_lists_of_many_tiles(dtype, head_dim):
+    """Each warp goes through several tiles, whatever the layout of the rows."""
+    _, cache = random_cache([200_000, 3000], 2, head_dim, dtype)
+    q = make_query(2, 6, head_dim, dtype, "cuda")
+    check_decode(cache, q, cache.dense(q))
+
+
 @large
 @dtypes
 def test_a_large_batch(dtype):
@@ -83,9 +92,18 @@ def test_a_large_batch(dtype):
         assert_same_bits(cache.row(row).dense(q[row : row + 1]), [x[row : row + 1] for x in got])
 
 
-@pytest.mark.parametrize("pages", [1, 2, 1023, 1024, 1025, 2049, 65536])
+@pytest.mark.parametrize("pages", [1, 2, 1023, 1024, 1025, 65536, 69632, 69633, 131072])
 def test_select_pages_chooses_what_the_cpu_chooses(pages):
-    for scores, seq_lens, *sizes in hard_selections(pages):
+    check_selections(pages)
+
+
+@pytest.mark.parametrize("group", [4, 5, 17])
+def test_select_pages_by_the_blocks_of_a_cluster(group):
+    check_selections(2049, group)
+
+
+def check_selections(pages: int, group: int = 4) -> None:
+    for scores, seq_lens, *sizes in hard_selections(pages, group):
         want = OPS.select_pages(scores, seq_lens, *sizes)
         got = OPS.select_pages(scores.cuda(), seq_lens.cuda(), *sizes)
         assert_same_bits([x.cpu() for x in got], want)
@@ -158,6 +176,25 @@ def test_compile_with_graphs():
         assert_same_bits([got], [step(q, k, v, *eager.tensors)])
     assert cache.lengths == [1008, 308]
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+
+
+@selectors
+def test_launches_wait_for_those_before_them(select):
+    """A chain of ops gives the same bits as one that waits after each op."""
+    cache, _ = random_cache([20_000, 300], 2, 64, torch.bfloat16)
+    steps = [draw(32, 2, *heads, 64, dtype=torch.bfloat16, device="cuda") for heads in ((8,), (1, 2), (1, 2))]
+    cache.seq_lens.sub_(32)
+    slow = clone(cache)
+    chain, waiting = [], []
+    for q, k, v in zip(*steps, strict=True):
+        cache.append(k, v)
+        chain.append(entmaxkv.decode(q, cache, select=select))
+    for q, k, v in zip(*steps, strict=True):
+        slow.append(k, v)
+        torch.cuda.synchronize()
+        waiting.append(entmaxkv.decode(q, slow, select=select))
+        torch.cuda.synchronize()
+    assert_same_bits(chain, waiting)
 
 
 @selectors

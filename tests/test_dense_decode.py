@@ -84,6 +84,27 @@ def test_hard_scores(device, alpha, kind):
     check_decode(cache, q, cache.dense(q, alpha), alpha=alpha)
 
 
+@pytest.mark.parametrize("tokens", [511, 512, 513, 4095, 4096, 4097])
+@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5])
+def test_all_tokens_in_the_support(device, alpha, tokens):
+    cache = make_cache([tokens], k=[draw(1, 2, 64).expand(tokens, -1, -1)], device=device)
+    q = make_query(1, 4, 64, device=device)
+    got = cache.dense(q, alpha)
+    check_decode(cache, q, got, alpha=alpha)
+    assert (got.support == tokens).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("tokens", [3585, 4095, 4096])
+def test_room_in_the_page_table_changes_no_bit(device, alpha, tokens):
+    """Wherever a kernel draws the line between short rows and long ones."""
+    q, heads = make_query(1, 4, 64, device=device), {"alibi_slopes": make_slopes(4, device)}
+    tight, roomy = (make_cache([tokens], page_size=16, device=device, max_pages=pages) for pages in (256, 257))
+    got = tight.dense(q, alpha, **heads)
+    check_decode(tight, q, got, alpha=alpha, **heads)
+    assert_same_bits(got, roomy.dense(q, alpha, **heads))
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_alibi_window(device, alpha):
     """A steep bias rises to the last token, and what lies far back is outside every support."""
@@ -103,9 +124,10 @@ def test_fp16_extremes(device, alpha):
     check_decode(tiny, q, tiny.dense(q, alpha), alpha=alpha)
 
 
+@pytest.mark.parametrize("tokens", [500, 2000])
 @pytest.mark.parametrize("head_alpha", [1.0001, 1.01, 1.05, 1.999])
-def test_alpha_close_to_the_ends(device, head_alpha):
-    cache, q = make_cache([500], device=device), make_query(1, 4, 64, device=device)
+def test_alpha_close_to_the_ends(device, head_alpha, tokens):
+    cache, q = make_cache([tokens], device=device), make_query(1, 4, 64, device=device)
     check_decode(cache, q, cache.dense(q, head_alpha), alpha=head_alpha)
 
 

@@ -14,11 +14,13 @@ namespace entmaxkv::cuda {
 
 namespace {
 
+constexpr int kRowThreads = 1024;
+
 /// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
 struct Span {
   int first, end;
 
-  __device__ Span(const AppendKv& op, int64_t row) : first(op.seq_lens[row]) {
+  __device__ Span(const AppendKv& op, int64_t row) : first(max(0, op.seq_lens[row])) {
     const int tokens = op.lengths ? max(0, min(op.lengths[row], op.tokens)) : op.tokens;
     end = min(first + tokens, op.max_pages * op.page_size);
   }
@@ -41,7 +43,7 @@ __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, i
 }
 
 template <typename T>
-__global__ void append_row(AppendKv op) {
+__global__ void __launch_bounds__(kRowThreads) append_row(AppendKv op) {
   take_turn();
   const int64_t row = blockIdx.x;
   const Span span(op, row);
@@ -73,7 +75,7 @@ void append_kv(const AppendKv& op, cudaStream_t stream) {
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     if (op.tokens <= op.page_size) {
-      const int threads = std::min(1024, ceil_div(op.kv_heads * op.head_dim, 32) * 32);
+      const int threads = std::min(kRowThreads, ceil_div(op.kv_heads * op.head_dim, 32) * 32);
       launch("append_kv", append_row<T>, {dim3(op.batch), threads}, stream, op);
     } else {
       const int pages = (op.tokens - 1) / op.page_size + 2;  // that one row can touch

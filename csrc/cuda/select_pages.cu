@@ -3,8 +3,8 @@
 // Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
 //   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h)
 //   2. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page. A
-//      histogram of 512 equal steps of merit says in which step it is; while that holds many pages, a histogram of
-//      their next 9 bits narrows it down; then each of them counts those before it.
+//      histogram of equal steps of merit says in which step it is; while that holds many pages, a histogram of their
+//      next bits narrows it down; then each of them counts those before it.
 //   3. collect: the pages up to the threshold, and the last page, in ascending order
 #include "cluster.cuh"
 #include "kernels.h"
@@ -19,9 +19,9 @@ constexpr int kBins = 1 << kBits;
 constexpr int kThreads = kBins;
 constexpr int kSlice = 1024;  // pages of a block, while the cluster can grow
 constexpr int kMostBlocks = 8;
-constexpr int kSharedMerits = 8704;
-constexpr int kFew = 256;  // pages that are compared each with each
-constexpr int kHeads = 4;  // that are looked at together
+constexpr int kSharedMerits = 8704;  // what the 48 KB of static shared memory leave room for
+constexpr int kFew = 256;            // pages that are compared each with each
+constexpr int kHeads = 4;            // that are looked at together
 static_assert(kFew <= kThreads && kMostBlocks <= kThreads / 32);
 
 /// Where a page stands: smaller is better, no two are equal.
@@ -48,7 +48,8 @@ __device__ void find_largest(const uint32_t (&values)[kValues], float (&results)
   __syncthreads();
 }
 
-/// What the blocks of lower rank count together. The first warp calls, when all counts are there.
+/// What the blocks of rank lower than `rank`, each lane's own, count together. The first warp calls, when all counts
+/// are there.
 __device__ int count_before(int rank, const int& count) {
   const int lane = threadIdx.x;
   const int own = lane < cluster::size() ? cluster::of(lane, count) : 0;

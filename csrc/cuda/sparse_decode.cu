@@ -9,8 +9,8 @@
 //      threshold, and keeps the tokens with p > 0. Up to kChunk of them it multiplies with their values at once.
 //   3. spread: more are cut into chunks, which are divided evenly over a fixed grid; the last block to finish a chunk
 //      of a head adds its chunks up, in their order.
-// Lists of at most kShort tokens need no bits and no third step: a warp scores a tile, and solve takes all their scores
-// and chunks.
+// Lists with room for at most kShort tokens need no bits and no third step: a warp scores a tile, and solve takes all
+// their scores and chunks.
 // What is alive depends on timing, but a token that has weight always is, and no sum depends on the others, on the
 // grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
@@ -24,7 +24,7 @@ namespace {
 constexpr int kScoreWarps = 4;
 constexpr int kChunk = 512;  // tokens whose values are added up together
 constexpr int kShort = 8 * kChunk;
-static_assert(kThreads >= kMaxHeadDim && kThreads >= kChunk);
+static_assert(kThreads >= kMaxHeadDim && kThreads >= kChunk && kShort % kThreads == 0);
 
 /// Blocks of step 1 that a multiprocessor has registers for.
 template <typename Layout>
@@ -33,8 +33,8 @@ constexpr int kScoreBlocks = Layout::kRounds == 8 ? 2 : 3;
 /// Results between the launches, per (row, query head).
 struct Scratch {
   int capacity;     // tokens of the longest list, in whole tiles
-  float* scores;    // [batch, q_heads, capacity] where alive; from step 2 on the weights, packed
-  int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens with weight
+  float* scores;    // [batch, q_heads, capacity] where alive; in step 3 the weights, packed
+  int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens with weight in step 3
   // Where lists may be longer than kShort:
   uint32_t* alive;    // [batch, q_heads, capacity / 32]
   float* partial;     // [batch, q_heads, capacity / kChunk, head_dim] sums of chunks
@@ -90,7 +90,9 @@ struct TokenList {
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head) : TokenList(op, row, kv_head, 0) {
     int pages = (seq_len + page_size - 1) >> page_bits;
     if (op.selection) pages = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], room));
-    if (pages > 0) tokens = (pages - 1) * page_size + min(page_size, seq_len - logical(pages - 1) * page_size);
+    if (pages == 0) return;
+    const int of_last = min(page_size, seq_len - logical(pages - 1) * page_size);
+    tokens = max(0, (pages - 1) * page_size + of_last);
   }
 
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
@@ -208,7 +210,7 @@ __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64
   const int lane = threadIdx.x % 32;
   const auto distance = static_cast<float>(token.position(list) - (list.seq_len - 1));
   for (int h = 0; h < heads; ++h) {
-    const float s = op.scoring.scale * products[h][lane] + scoring.slope[h] * distance;
+    const float s = fmaf(scoring.slope[h], distance, op.scoring.scale * products[h][lane]);
     if (!scratch.is_short()) {
       products[h][lane] = s;
     } else if (token.belongs_to(tile)) {
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>)
   const HeadGroup group(op, blockIdx.y);
   const TokenList list(op, row, group.kv_head);
   if (blockIdx.x == 0 && threadIdx.x == 0) op.tokens[row * op.kv_heads + group.kv_head] = list.tokens;
-  if (scratch.capacity == 0) return;
+  if (scratch.capacity == 0 || op.max_pages == 0) return;
   const Token token(list, tile);
   const T* key = token.key<T>(op.k_pages, group.kv_head, list);
   const bool works = tile < list.tiles();
@@ -341,7 +343,8 @@ struct Chunk {
     __syncthreads();
   }
 
-  /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call.
+  /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call, and fill before they
+  /// call again.
   __device__ float sum(int head_dim, bool vectors, int count) const {
     constexpr int kDims = 8;  // of a thread
     constexpr int kCount = 16 / sizeof(T);
@@ -374,11 +377,74 @@ struct Chunk {
   }
 };
 
+/// A head's tokens within beta of its best score, in the order of the list: up to kChunk of them in shared memory.
+struct NearTokens {
+  float best;
+  int count;
+  float* scores;
+  int32_t* places;
+};
+
+struct Held {
+  float scores[kChunk];
+  int32_t places[kChunk];
+};
+
+__device__ bool is_near(const Entmax<double>& entmax, float score, float best) {
+  return static_cast<double>(score) - best > -entmax.beta;
+}
+
+/// Of at most kShort tokens with all their scores. All threads call.
+__device__ NearTokens near_of_short(const Entmax<double>& entmax, int tokens, float* scores, int32_t* places,
+                                    Held& held) {
+  constexpr int kOwn = kShort / kThreads;
+  const int thread = threadIdx.x;
+  float own[kOwn];
+  float best = kNothing;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = i * kThreads + thread < tokens ? scores[i * kThreads + thread] : kNothing;
+    best = larger(best, own[i]);
+  }
+  best = largest<kThreads>(best);
+  bool near[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) near[i] = is_near(entmax, own[i], best);
+  const Places<kThreads, kOwn> to(near);
+  if (to.count <= kChunk) {
+    scores = held.scores;
+    places = held.places;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (!near[i]) continue;
+    scores[to.place[i]] = own[i];
+    places[to.place[i]] = i * kThreads + thread;
+  }
+  __syncthreads();
+  return {best, to.count, scores, places};
+}
+
+/// Of the tokens that are alive. All threads call.
+__device__ NearTokens near_of_alive(const Entmax<double>& entmax, float best, const uint32_t* alive, int tiles,
+                                    float* scores, int32_t* places, Held& held) {
+  const int count = pack(scores, places, list_alive(alive, tiles, places), [&](int i) {
+    const float score = scores[places[i]];
+    return Entry{is_near(entmax, score, best) ? score : kNothing, places[i]};
+  });
+  if (count > kChunk) return {best, count, scores, places};
+  if (threadIdx.x < count) {
+    held.scores[threadIdx.x] = scores[threadIdx.x];
+    held.places[threadIdx.x] = places[threadIdx.x];
+  }
+  __syncthreads();
+  return {best, count, held.scores, held.places};
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
-  __shared__ float s_scores[kChunk];
-  __shared__ int32_t s_places[kChunk];
+  __shared__ Held s_held;
   __shared__ Chunk<T> s_chunk;
   const int64_t row = blockIdx.y;
   const int head = blockIdx.x, kv_head = head / op.group;
@@ -388,53 +454,19 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
   float* scores = scratch.scores + at * scratch.capacity;
   int32_t* places = scratch.places + at * scratch.capacity;
 
-  // Candidates: the tokens within beta of the best. Up to kChunk of them come to shared memory.
   const Entmax<double> entmax(op.alpha.of(head));
-  float best = kNothing;
-  const auto is_near = [&](float score) { return static_cast<double>(score) - best > -entmax.beta; };
-  int count;
-  if (scratch.is_short()) {
-    constexpr int kRun = kShort / kThreads;
-    float run[kRun];
-    bool near[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int place = i * kThreads + static_cast<int>(threadIdx.x);
-      run[i] = place < list.tokens ? scores[place] : kNothing;
-      best = larger(best, run[i]);
-    }
-    best = largest<kThreads>(best);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) near[i] = is_near(run[i]);
-    const Places<kThreads, kRun> to(near);
-    count = to.count;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (!near[i]) continue;
-      (count <= kChunk ? s_scores : scores)[to.place[i]] = run[i];
-      (count <= kChunk ? s_places : places)[to.place[i]] = i * kThreads + static_cast<int>(threadIdx.x);
-    }
-  } else {
-    best = from_ordered(scratch.best[at]);
-    count = list_alive(scratch.alive + at * scratch.tiles(), list.tiles(), places);
-    count = pack(scores, places, count, [&](int i) {
-      const float score = scores[places[i]];
-      return Entry{is_near(score) ? score : kNothing, places[i]};
-    });
-    if (threadIdx.x < min(count, kChunk)) {
-      s_scores[threadIdx.x] = scores[threadIdx.x];
-      s_places[threadIdx.x] = places[threadIdx.x];
-    }
-  }
-  __syncthreads();
-
-  float tau, total = 0;
+  const NearTokens near =
+      scratch.is_short() ? near_of_short(entmax, list.tokens, scores, places, s_held)
+                         : near_of_alive(entmax, from_ordered(scratch.best[at]), scratch.alive + at * scratch.tiles(),
+                                         list.tiles(), scores, places, s_held);
+  const bool few = near.count <= kChunk, own = few && threadIdx.x < near.count;
+  // Where a thread's own value lies is looked up while the threshold is sought.
+  const T* value = own ? list.value<T>(op.v_pages, kv_head, near.places[threadIdx.x]) : nullptr;
+  const Weights weights = find_weights(entmax, near.best, {near.scores, near.count});
+  float total = 0;
   int support;
-  if (count <= kChunk) {
-    const bool there = threadIdx.x < count;
-    const T* value = there ? list.value<T>(op.v_pages, kv_head, s_places[threadIdx.x]) : nullptr;  // on its way
-    const Weights weights = find_weights(entmax, best, {s_scores, count});
-    const float weight = there ? weights.of(s_scores[threadIdx.x]) : 0;
+  if (few) {
+    const float weight = own ? weights.of(near.scores[threadIdx.x]) : 0;
     const bool counts[] = {weight > 0};
     const Places<kThreads, 1> to(counts);
     if (counts[0]) {
@@ -442,13 +474,10 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
       s_chunk.values[to.place[0]] = value;
     }
     __syncthreads();
-    tau = weights.tau;
     support = to.count;
     total = s_chunk.sum(op.head_dim, vectors, support);
   } else {
-    const Weights weights = find_weights(entmax, best, {scores, count});
-    tau = weights.tau;
-    support = pack(scores, places, count, [&](int i) {
+    support = pack(scores, places, near.count, [&](int i) {
       const float weight = weights.of(scores[i]);
       return Entry{weight > 0 ? weight : kNothing, places[i]};
     });
@@ -461,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
   }
   const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
   if (threadIdx.x == 0) {
-    op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? tau : 0;
+    op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? weights.tau : 0;
     op.support[at] = support;
     if (!scratch.is_short() && head % op.group == 0) tokens = list.tokens;
   }

@@ -1,6 +1,7 @@
 // What the kernels of csrc/cuda need of CUDA, for a C++ compiler: they then run on the CPU, one block after the other,
 // each thread of a block on a stack of its own (emulation.cpp). That finds wrong results, deadlocks and warp functions
-// that not all lanes call; it does not find races, nor reads of shared memory that nobody has set.
+// that not all lanes call; it does not find races, nor reads of shared memory that nobody has set, and it has neither
+// clusters nor dependent launches.
 #pragma once
 
 #include <algorithm>
@@ -89,8 +90,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 3;  // multiprocessors: few blocks, so that they take several turns
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kMultiprocessors = 3;  // few blocks, so that they take several turns
+  constexpr int kMajor = 8;            // before clusters and dependent launches
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kMajor;
   return cudaSuccess;
 }
 
