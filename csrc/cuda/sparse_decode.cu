@@ -24,9 +24,7 @@ namespace {
 constexpr int kScoreWarps = 4;
 constexpr int kChunk = 512;  // tokens whose values are added up together
 constexpr int kShort = 8 * kChunk;
-constexpr int kOwn = 4;  // tokens of a thread that it keeps to itself
-constexpr int kHeld = kOwn * kThreads;
-static_assert(kThreads >= kMaxHeadDim && kShort % kThreads == 0);
+static_assert(kThreads >= kMaxHeadDim && kThreads >= kChunk && kShort % kThreads == 0);
 
 /// Blocks of step 1 that a multiprocessor has registers for.
 template <typename Layout>
@@ -379,7 +377,7 @@ struct Chunk {
   }
 };
 
-/// A head's tokens within beta of its best score, in the order of the list: up to kHeld of them in shared memory.
+/// A head's tokens within beta of its best score, in the order of the list: up to kChunk of them in shared memory.
 struct NearTokens {
   float best;
   int count;
@@ -388,8 +386,8 @@ struct NearTokens {
 };
 
 struct Held {
-  float scores[kHeld];
-  int32_t places[kHeld];
+  float scores[kChunk];
+  int32_t places[kChunk];
 };
 
 __device__ bool is_near(const Entmax<double>& entmax, float score, float best) {
@@ -399,28 +397,28 @@ __device__ bool is_near(const Entmax<double>& entmax, float score, float best) {
 /// Of at most kShort tokens with all their scores. All threads call.
 __device__ NearTokens near_of_short(const Entmax<double>& entmax, int tokens, float* scores, int32_t* places,
                                     Held& held) {
-  constexpr int kAll = kShort / kThreads;
+  constexpr int kOwn = kShort / kThreads;
   const int thread = threadIdx.x;
-  float all[kAll];
+  float own[kOwn];
   float best = kNothing;
 #pragma unroll
-  for (int i = 0; i < kAll; ++i) {
-    all[i] = i * kThreads + thread < tokens ? scores[i * kThreads + thread] : kNothing;
-    best = larger(best, all[i]);
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = i * kThreads + thread < tokens ? scores[i * kThreads + thread] : kNothing;
+    best = larger(best, own[i]);
   }
   best = largest<kThreads>(best);
-  bool near[kAll];
+  bool near[kOwn];
 #pragma unroll
-  for (int i = 0; i < kAll; ++i) near[i] = is_near(entmax, all[i], best);
-  const Places<kThreads, kAll> to(near);
-  if (to.count <= kHeld) {
+  for (int i = 0; i < kOwn; ++i) near[i] = is_near(entmax, own[i], best);
+  const Places<kThreads, kOwn> to(near);
+  if (to.count <= kChunk) {
     scores = held.scores;
     places = held.places;
   }
 #pragma unroll
-  for (int i = 0; i < kAll; ++i) {
+  for (int i = 0; i < kOwn; ++i) {
     if (!near[i]) continue;
-    scores[to.place[i]] = all[i];
+    scores[to.place[i]] = own[i];
     places[to.place[i]] = i * kThreads + thread;
   }
   __syncthreads();
@@ -434,10 +432,10 @@ __device__ NearTokens near_of_alive(const Entmax<double>& entmax, float best, co
     const float score = scores[places[i]];
     return Entry{is_near(entmax, score, best) ? score : kNothing, places[i]};
   });
-  if (count > kHeld) return {best, count, scores, places};
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    held.scores[i] = scores[i];
-    held.places[i] = places[i];
+  if (count > kChunk) return {best, count, scores, places};
+  if (threadIdx.x < count) {
+    held.scores[threadIdx.x] = scores[threadIdx.x];
+    held.places[threadIdx.x] = places[threadIdx.x];
   }
   __syncthreads();
   return {best, count, held.scores, held.places};
@@ -461,49 +459,30 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
       scratch.is_short() ? near_of_short(entmax, list.tokens, scores, places, s_held)
                          : near_of_alive(entmax, from_ordered(scratch.best[at]), scratch.alive + at * scratch.tiles(),
                                          list.tiles(), scores, places, s_held);
-  const bool held = near.count <= kHeld;
-  // Where a thread's own values lie is looked up while the threshold is sought.
-  const T* values[kOwn];
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int token = i * kThreads + static_cast<int>(threadIdx.x);
-    values[i] = held && token < near.count ? list.value<T>(op.v_pages, kv_head, near.places[token]) : nullptr;
-  }
+  const bool few = near.count <= kChunk, own = few && threadIdx.x < near.count;
+  // Where a thread's own value lies is looked up while the threshold is sought.
+  const T* value = own ? list.value<T>(op.v_pages, kv_head, near.places[threadIdx.x]) : nullptr;
   const Weights weights = find_weights(entmax, near.best, {near.scores, near.count});
+  float total = 0;
   int support;
-  if (held) {
-    float own[kOwn];
-    bool counts[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      own[i] = values[i] ? weights.of(near.scores[i * kThreads + threadIdx.x]) : 0;
-      counts[i] = own[i] > 0;
-    }
-    const Places<kThreads, kOwn> to(counts);
-    support = to.count;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (!counts[i]) continue;
-      if (support <= kChunk) {
-        s_chunk.weights[to.place[i]] = own[i];
-        s_chunk.values[to.place[i]] = values[i];
-      } else {
-        scores[to.place[i]] = own[i];
-        places[to.place[i]] = near.places[i * kThreads + threadIdx.x];
-      }
+  if (few) {
+    const float weight = own ? weights.of(near.scores[threadIdx.x]) : 0;
+    const bool counts[] = {weight > 0};
+    const Places<kThreads, 1> to(counts);
+    if (counts[0]) {
+      s_chunk.weights[to.place[0]] = weight;
+      s_chunk.values[to.place[0]] = value;
     }
     __syncthreads();
+    support = to.count;
+    total = s_chunk.sum(op.head_dim, vectors, support);
   } else {
     support = pack(scores, places, near.count, [&](int i) {
       const float weight = weights.of(scores[i]);
       return Entry{weight > 0 ? weight : kNothing, places[i]};
     });
-  }
-  float total = 0;
-  if (held && support <= kChunk) {
-    total = s_chunk.sum(op.head_dim, vectors, support);
-  } else if (support <= kChunk || scratch.is_short()) {
-    for (int first = 0; first < support; first += kChunk) {
+    const bool here = support <= kChunk || scratch.is_short();
+    for (int first = 0; here && first < support; first += kChunk) {
       const int some = min(kChunk, support - first);
       s_chunk.fill(op, list, kv_head, scores + first, places + first, some);
       total += s_chunk.sum(op.head_dim, vectors, some);
