@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from decode import DTYPES, machine
+from decode import DTYPES, check, machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import entmaxkv
@@ -23,18 +24,30 @@ from entmaxkv import metrics
 
 def load(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [steps, heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
-    file = load_file(path)
-    names = sorted(name.removesuffix(".k") for name in file if name.endswith(".k"))
-    if not names:
+    try:
+        file = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"{path}: expected a safetensors file, got {error}") from error
+    names = sorted({name.rsplit(".", 1)[0] for name in file})
+    shapes = {name: tuple(x.shape) for name, x in file.items()}
+    if not names or set(file) != {f"{name}.{part}" for name in names for part in "qkv"}:
         raise SystemExit(f"{path}: expected tensors NAME.q, NAME.k and NAME.v, got {sorted(file)}")
+    for name in names:
+        q_shape, k_shape, v_shape = (shapes[f"{name}.{part}"] for part in "qkv")
+        fits = len(k_shape) == 2 and v_shape == k_shape == shapes[f"{names[0]}.k"] and len(q_shape) == 3
+        if not fits or q_shape != shapes[f"{names[0]}.q"] or q_shape[2] != k_shape[1] or q_shape[1] > k_shape[0]:
+            expected = "q [group, steps, head_dim] and k, v [tokens, head_dim], the same for all, steps <= tokens"
+            raise SystemExit(f"{path}: expected {expected}, got {shapes}")
     k, v = (torch.stack([file[f"{name}.{part}"] for name in names], dim=1) for part in "kv")
     q = torch.cat([file[f"{name}.q"] for name in names]).transpose(0, 1)
     return q, k, v
 
 
-def measure(path: Path, dtype: str, budget: int, device: str, console: Console) -> list[dict]:
+def measure(
+    activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: Console
+) -> list[dict]:
     """One row per selector."""
-    q, k, v = (x.to(device, DTYPES[dtype]) for x in load(path))
+    q, k, v = (x.to(device, DTYPES[dtype]) for x in activations)
     steps, (tokens, kv_heads, head_dim) = len(q), k.shape
     selectors = {"dense": None, f"TopPages({budget})": entmaxkv.TopPages(budget), "Gaussian()": entmaxkv.Gaussian()}
     cache = entmaxkv.PagedKVCache(1, tokens, kv_heads, head_dim, dtype=DTYPES[dtype], device=device)
@@ -70,22 +83,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("activations", type=Path, help="safetensors file")
+    parser.add_argument("activations", type=Path, help="safetensors file of NAME.q, NAME.k and NAME.v for each KV head")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--budget", type=int, default=2048, help="tokens that TopPages reads")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
-    if not args.activations.exists():
-        parser.error(f"expected a file, got {args.activations}")
+    check(parser, args)
+    activations = load(args.activations)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    rows = [row for dtype in args.dtype for row in measure(args.activations, dtype, args.budget, args.device, console)]
+    rows = [row for dtype in args.dtype for row in measure(activations, dtype, args.budget, args.device, console)]
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in machine(args.device).items()))
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "rows": rows}, indent=1) + "\n")
+        q, k, _ = activations
+        shape = {"file": args.activations.name, "tokens": len(k), "kv_heads": k.shape[1], "heads": q.shape[1]}
+        shape |= {"head_dim": k.shape[2], "steps": len(q), "budget": args.budget}
+        report = {"machine": machine(args.device), "shape": shape, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

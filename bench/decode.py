@@ -183,7 +183,9 @@ def measure(context: int, dtype: str, keys: str, args: argparse.Namespace) -> li
 
     rows = []
     for name, ms in times.items():
-        row = {"context": context, "dtype": dtype, "keys": keys, "method": name, "ms": ms, "ratio": best / ms}
+        row = {"context": context, "dtype": dtype, "keys": keys, "method": name, "ms": ms}
+        if name in methods:
+            row["ratio"] = best / ms
         if name in peers:
             row["bytes"] = k.nbytes + v.nbytes
         elif name in selectors:
@@ -203,7 +205,7 @@ def show(rows: list[dict], console: Console) -> None:
         rate = row["bytes"] / row["ms"] / 1e6 if "bytes" in row else None
         figures = (
             f"{row['ms']:.4f}",
-            f"{row['ratio']:.2f}" if "bytes" in row else "",
+            f"{row['ratio']:.2f}" if "ratio" in row else "",
             f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
             f"{rate:.1f}" if rate else "",
             f"{row['delta']:.4f}" if "delta" in row else "",
@@ -211,6 +213,16 @@ def show(rows: list[dict], console: Console) -> None:
         )
         table.add_row(str(row["context"]), row["dtype"], row["keys"], row["method"], *figures)
     console.print(table)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, what could not be measured or written."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a CUDA GPU, got none")
+    if args.budget < 1:
+        parser.error(f"expected --budget >= 1, got {args.budget}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
 
 
 def main() -> None:
@@ -233,8 +245,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help=repeats, **on_device)
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: expected a CUDA GPU, got none")
+    check(parser, args)
     for name, defaults in (("context", CONTEXTS), ("dtype", WIDTHS), ("repeats", REPEATS)):
         setattr(args, name, getattr(args, name, defaults[args.device]))
     for name in ("batch", "context", "heads", "kv_heads", "head_dim", "repeats"):

@@ -40,7 +40,12 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="?", default=HERE / "results" / "cpu.json")
     parser.add_argument("--out", type=Path, help="picture to write; default: beside the JSON")
     args = parser.parse_args()
-    draw(json.loads(args.json.read_text()), args.out or args.json.with_suffix(".png"))
+    if not args.json.is_file():
+        parser.error(f"expected a JSON file of bench/decode.py, got {args.json}")
+    report = json.loads(args.json.read_text())
+    if "method" not in report["rows"][0]:
+        parser.error(f"expected the rows of bench/decode.py, got {args.json} with {list(report['rows'][0])}")
+    draw(report, args.out or args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

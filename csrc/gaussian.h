@@ -61,6 +61,9 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
   const Real peak = r > 0 ? 2 * beta / (r + root) : (root - r) / 2;
   const Real low = peak - 5 > -r ? peak - 5 : -r;
   const Real half = (peak + 5 - low) / 2;
+#ifdef __CUDACC__
+#pragma unroll 1  // twenty copies of pow() would need more registers than a thread has
+#endif
   for (int i = 0; i < 20; ++i) {
     const Real x = low + half * (1 + (i < 10 ? kNode[i] : -kNode[i - 10]));
     const Real density = Real(0.39894228040143268) * std::exp(-x * x / 2);

@@ -15,7 +15,8 @@ namespace entmaxkv::cuda::cluster {
 __device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 
-/// Waits until all threads of the cluster have arrived. A block must wait for the last read of its memory.
+/// wait() lasts until all threads of the cluster have called arrive(). A block must wait for the last read of its
+/// memory.
 __device__ inline void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 __device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
@@ -36,6 +37,7 @@ __device__ const T& of(int, const T& shared) {
 }
 #endif
 
+/// For all threads of the cluster what __syncthreads is for those of a block.
 __device__ inline void sync() {
   arrive();
   wait();

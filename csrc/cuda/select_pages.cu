@@ -19,9 +19,9 @@ constexpr int kBins = 1 << kBits;
 constexpr int kThreads = kBins;
 constexpr int kSlice = 1024;  // pages of a block, while the cluster can grow
 constexpr int kMostBlocks = 8;
-constexpr int kSharedMerits = 8704;  // what the 48 KB of static shared memory leave room for
-constexpr int kFew = 256;            // pages that are compared each with each
-constexpr int kHeads = 4;            // that are looked at together
+constexpr int kSharedMerits = 17 * kThreads;  // fits the 48 KB of static shared memory
+constexpr int kFew = 256;                     // pages that are compared each with each
+constexpr int kHeads = 4;                     // that are looked at together
 static_assert(kFew <= kThreads && kMostBlocks <= kThreads / 32);
 
 /// Where a page stands: smaller is better, no two are equal.
@@ -71,8 +71,8 @@ struct Slice {
   }
 };
 
-/// Finds the merits; returns the smallest range of a head's scores: few merits are further below 0, none where all are
-/// finite. NaN has no say. All threads call.
+/// Finds the merits. Returns, of the head where that is least, how far the worst finite score is from the best: only
+/// pages with an infinite score can have a merit further below 0. NaN has no say. All threads call.
 __device__ float rate(const Slice& slice, const float* scores, int group, int max_pages, int last) {
   enum { kBest, kNegated, kExtremes };  // of a head: the largest score, and the largest finite -score
   __shared__ uint32_t s_own[kExtremes * kHeads];
@@ -127,7 +127,7 @@ __device__ float rate(const Slice& slice, const float* scores, int group, int ma
   return range;
 }
 
-/// The bin that holds the wanted page: how many pages are in it, and the how manieth of them is wanted.
+/// The bin that holds the wanted page: how many pages are in it, and which of them is wanted, counted from 1.
 struct Bin {
   int index;
   int count;
@@ -163,7 +163,7 @@ __device__ Bin find_bin(const Slice& slice, int wanted, BinOf bin_of) {
   return s_found;
 }
 
-/// A list's last page before its end, and where a block's pages go.
+/// The last page that the budget pays for, and where a block's pages go.
 struct Threshold {
   Order order;
   int before;  // pages of blocks of lower rank that are selected

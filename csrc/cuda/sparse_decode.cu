@@ -203,7 +203,8 @@ __device__ void keep_alive(const Scratch& scratch, int64_t first, int heads, int
   if (has_head) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
 }
 
-/// Makes scores of the products of a tile, and writes them. All lanes call.
+/// Makes scores of the products of a tile, and writes them; `first` is the first head of the group, rows counted in.
+/// All lanes call.
 __device__ void score_tile(const SparseDecode& op, const Scratch& scratch, int64_t first, int heads,
                            const TokenList& list, int tile, const Token& token, const HeadScoring& scoring,
                            Products& products) {
@@ -394,7 +395,7 @@ __device__ bool is_near(const Entmax<double>& entmax, float score, float best) {
   return static_cast<double>(score) - best > -entmax.beta;
 }
 
-/// Of at most kShort tokens with all their scores. All threads call.
+/// The near tokens of at most kShort with all their scores. All threads call.
 __device__ NearTokens near_of_short(const Entmax<double>& entmax, int tokens, float* scores, int32_t* places,
                                     Held& held) {
   constexpr int kOwn = kShort / kThreads;
@@ -425,7 +426,7 @@ __device__ NearTokens near_of_short(const Entmax<double>& entmax, int tokens, fl
   return {best, to.count, scores, places};
 }
 
-/// Of the tokens that are alive. All threads call.
+/// The near tokens of those that are alive. All threads call.
 __device__ NearTokens near_of_alive(const Entmax<double>& entmax, float best, const uint32_t* alive, int tiles,
                                     float* scores, int32_t* places, Held& held) {
   const int count = pack(scores, places, list_alive(alive, tiles, places), [&](int i) {

@@ -60,8 +60,8 @@ struct Queries {
   }
 };
 
-/// Calls body(h, d, q_d) for heads first_head ... first_head + heads - 1 of a row and all dimensions of the layout,
-/// zeros behind head_dim. All threads call, each has its share.
+/// Calls body(h, d, q_d) for heads first_head + h, h < heads, of a row and all dimensions of the layout, zeros behind
+/// head_dim. All threads call, each has its share.
 template <typename T, typename Layout, typename Body>
 __device__ void for_each_query(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Body body) {
   constexpr int kDims = 32 * Layout::kRounds;
@@ -98,7 +98,7 @@ void dispatch_layout(int head_dim, bool vectors, Body body) {
   return body(Layout<8, true>{});
 }
 
-/// 16 bytes of a row from dimension d on, zeros behind head_dim; of all rows that can be, in one load.
+/// 16 bytes of a row from dimension d on, zeros behind head_dim; in one load, if the rows are in vectors.
 template <bool kVectors, typename T>
 __device__ uint4 load_word(const T* row, int d, int head_dim) {
   constexpr int kCount = 16 / sizeof(T);
@@ -184,7 +184,7 @@ __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, u
 #endif
 }
 
-/// sum += A B. A tensor core cuts what it adds to; so it adds to nothing, and the sum is taken in fp32.
+/// sum += A B. A tensor core truncates what it adds to; so it adds to nothing, and the sum is taken in fp32.
 template <typename T>
 __device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
   float d[4];

@@ -94,7 +94,7 @@ __device__ Solution<Real> solve_by(const Entmax<Real>& entmax, ExcessAbove exces
   return solution;
 }
 
-/// All threads call.
+/// By the first warp, where it can hold all candidates, else by the block. All threads call.
 template <bool kSquare, typename Real>
 __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
   constexpr int kHeld = 16;  // of a lane, where the first warp holds them all
@@ -117,7 +117,7 @@ __device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int entry = i * 32 + static_cast<int>(threadIdx.x);
-      held[i] = entry < candidates.count ? x_of(candidates.scores[entry]) : Real(-1);
+      held[i] = entry < candidates.count ? x_of(candidates.scores[entry]) : Real(-1);  // above no threshold
     }
     const Solution<Real> solution = solve_by<32>(entmax, [&](Real threshold) {
       Excess<Real> own;
@@ -140,7 +140,7 @@ struct Weights {
   double threshold, mass;
   float tau;
 
-  /// Powers beyond magnify the rounding of fp32 too much.
+  /// Powers above 15 magnify the rounding of fp32 too much.
   __device__ static bool are_in_float(const Entmax<double>& entmax) { return entmax.beta <= 15; }
 
   __device__ float of(float score) const {
