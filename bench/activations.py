@@ -6,12 +6,11 @@ cache as its KV heads, and are decoded step by step, with one token appended bef
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from decode import DTYPES, check, machine
+from decode import DTYPES, check, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -57,10 +56,9 @@ def measure(
         now = tokens - steps + step
         cache.append(k[None, now : now + 1], v[None, now : now + 1])
         for name, select in selectors.items():
-            _, info = entmaxkv.decode(q[None, step], cache, select=select, return_info=True)
             measured = metrics.measure(q[None, step], cache, select=select)
             values = {
-                "support": info.support.double(),
+                "support": measured.support.double(),
                 "tokens": measured.tokens.double(),
                 "delta": measured.dropped_mass,
                 "recall": measured.support_recall,
@@ -97,13 +95,10 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in machine(args.device).items()))
-    if args.json:
-        q, k, _ = activations
-        shape = {"file": args.activations.name, "tokens": len(k), "kv_heads": k.shape[1], "heads": q.shape[1]}
-        shape |= {"head_dim": k.shape[2], "steps": len(q), "budget": args.budget}
-        report = {"machine": machine(args.device), "shape": shape, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    q, k, _ = activations
+    shape = {"file": args.activations.name, "tokens": len(k), "kv_heads": k.shape[1], "heads": q.shape[1]}
+    shape |= {"head_dim": k.shape[2], "steps": len(q), "budget": args.budget}
+    report(rows, shape, args, console)
 
 
 if __name__ == "__main__":

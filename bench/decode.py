@@ -225,6 +225,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
 
 
+def report(rows: list[dict], shape: dict[str, int | float | str], args: argparse.Namespace, console: Console) -> None:
+    """Prints the machine, and writes it with shape and rows to --json."""
+    where = machine(args.device)
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": where, "shape": shape, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -259,11 +267,8 @@ def main() -> None:
     cases = [(context, dtype, keys) for keys in args.keys for dtype in args.dtype for context in args.context]
     rows = [row for case in track(cases, "measuring", console=console) for row in measure(*case, args)]
     show(rows, console)
-    console.print(", ".join(f"{name} {value}" for name, value in machine(args.device).items()))
-    if args.json:
-        shape = {name: getattr(args, name) for name in ("batch", "heads", "kv_heads", "head_dim", "page_size", "alpha")}
-        report = {"machine": machine(args.device), "shape": shape, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    shape = {name: getattr(args, name) for name in ("batch", "heads", "kv_heads", "head_dim", "page_size", "alpha")}
+    report(rows, shape, args, console)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class Metrics:
         dropped_mass: [batch, q_heads] float64, delta: dense weight of the tokens that were not read.
         support_recall: [batch, q_heads] float64, share of the dense support that was read.
         output_error: [batch, q_heads] float64, ||out - dense|| / ||dense||.
+        support: [batch, q_heads] int32, tokens to which `decode` gave weight.
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
         bytes_read: keys of these tokens, values that any head of their group gives weight, and the page
             statistics that the selector looks at.
@@ -29,6 +30,7 @@ class Metrics:
     dropped_mass: Tensor
     support_recall: Tensor
     output_error: Tensor
+    support: Tensor
     tokens: Tensor
     bytes_read: int
     kv_bytes: int
@@ -83,6 +85,7 @@ def measure(
         dropped_mass=dropped_mass,
         support_recall=support_recall,
         output_error=output_error,
+        support=info.support,
         tokens=info.tokens,
         bytes_read=(rows_read + statistics) * row_bytes,
         kv_bytes=2 * sum(seq_lens) * cache.kv_heads * row_bytes,

@@ -42,6 +42,8 @@ def test_against_the_oracle(select, alpha, slopes):
     cache, q = filled(lengths)
     options = {"alpha": alpha, "alibi_slopes": slopes}
     found = measure(q, cache, select=select, **options)
+    _, info = entmaxkv.decode(q, cache, select=select, return_info=True, **options)
+    assert torch.equal(found.support, info.support)
     rows_read = pages = 0
     for b, seq_len in enumerate(lengths):
         if seq_len == 0:

@@ -265,6 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1) select(SelectPages op, int slice_
 }  // namespace
 
 int64_t workspace_bytes(const SelectPages& op) {
+  if (op.max_pages <= kSharedMerits) return 0;  // however many blocks
   return int64_t{op.batch} * op.kv_heads * op.max_pages * static_cast<int64_t>(sizeof(float));
 }
 

@@ -14,7 +14,8 @@
 // What is alive depends on timing, but a token that has weight always is, and no sum depends on the others, on the
 // grid or on other rows. So the bits of a row are always the same.
 #include "kernels.h"
-#include "tile.cuh"
+#include "near_tokens.cuh"
+#include "token_list.cuh"
 #include "weights.cuh"
 
 namespace entmaxkv::cuda {
@@ -22,9 +23,8 @@ namespace entmaxkv::cuda {
 namespace {
 
 constexpr int kScoreWarps = 4;
-constexpr int kChunk = 512;  // tokens whose values are added up together
-constexpr int kShort = 8 * kChunk;
-static_assert(kThreads >= kMaxHeadDim && kThreads >= kChunk && kShort % kThreads == 0);
+constexpr int kChunk = kHeldTokens;  // tokens whose values are added up together
+static_assert(kThreads >= kMaxHeadDim);
 
 /// Blocks of step 1 that a multiprocessor has registers for.
 template <typename Layout>
@@ -67,44 +67,6 @@ struct Scratch {
   }
 };
 
-/// The tokens that one KV head of one row attends to.
-struct TokenList {
-  const int32_t* selected;  // null: all pages
-  int room;                 // of `selected`
-  const int32_t* table;
-  int table_pages;
-  int page_size, page_bits;
-  int seq_len;
-  int tokens;
-
-  /// The list, if its tokens have been counted.
-  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head, int tokens)
-      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(tokens) {
-    if (op.selection) selected = op.selection.row(row * op.kv_heads + kv_head);
-    room = op.selection.max_selected;
-    table_pages = op.max_pages;
-    page_bits = __ffs(page_size) - 1;
-    seq_len = length_of(op, row);
-  }
-
-  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head) : TokenList(op, row, kv_head, 0) {
-    int pages = (seq_len + page_size - 1) >> page_bits;
-    if (op.selection) pages = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], room));
-    if (pages == 0) return;
-    const int of_last = min(page_size, seq_len - logical(pages - 1) * page_size);
-    tokens = max(0, (pages - 1) * page_size + of_last);
-  }
-
-  __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
-  __device__ int logical(int nth) const { return selected ? selected[nth] : nth; }
-
-  /// The value of the token at a place of the list.
-  template <typename T>
-  __device__ const T* value(const Rows& v_pages, int kv_head, int place) const {
-    return v_pages.at<T>(table[logical(place >> page_bits)], kv_head, place & (page_size - 1));
-  }
-};
-
 /// This block's even share of the items of several lists, a run of successive ones.
 struct Share {
   int list, item;  // the first
@@ -140,39 +102,6 @@ struct Share {
 struct HeadScoring {
   float slope[kTileHeads];
   float reach[kTileHeads];  // how far below the best score a token is alive
-};
-
-/// A token of a tile, one for each lane; beyond the end of the list the tile's first one.
-struct Token {
-  int place;
-  int logical, physical;  // page
-
-  /// All lanes call.
-  __device__ Token(const TokenList& list, int tile) {
-    const int own = tile * kTileRows + static_cast<int>(threadIdx.x % 32);
-    // Looked up before it is known how many tokens there are, and bounded in case that it is none.
-    const int own_logical =
-        max(0, min(list.selected ? list.selected[min(own >> list.page_bits, list.room - 1)] : own >> list.page_bits,
-                   list.table_pages - 1));
-    const int own_physical = list.table[own_logical];
-    const int first_logical = __shfl_sync(kAllLanes, own_logical, 0);
-    const int first_physical = __shfl_sync(kAllLanes, own_physical, 0);
-    const bool there = own < list.tokens;
-    place = there ? own : tile * kTileRows;
-    logical = there ? own_logical : first_logical;
-    physical = there ? own_physical : first_physical;
-  }
-
-  __device__ int slot(const TokenList& list) const { return place & (list.page_size - 1); }
-  __device__ int position(const TokenList& list) const { return logical * list.page_size + slot(list); }
-
-  /// Whether it is this lane's in the tile, not one that stands in.
-  __device__ bool belongs_to(int tile) const { return place == tile * kTileRows + static_cast<int>(threadIdx.x % 32); }
-
-  template <typename T>
-  __device__ const T* key(const Rows& k_pages, int kv_head, const TokenList& list) const {
-    return k_pages.at<T>(physical, kv_head, slot(list));
-  }
 };
 
 /// Writes the scores of a tile that are alive, and which they are. `scores` holds this lane's token's at [head][lane].
@@ -302,31 +231,6 @@ __global__ void __launch_bounds__(32 * kScoreWarps, kScoreBlocks<Layout>) score(
   }
 }
 
-/// Lists the places of the tokens that are alive, in their order; returns how many. All threads call.
-__device__ int list_alive(const uint32_t* alive, int tiles, int32_t* places) {
-  int count = 0;
-  for (int first = 0; first < tiles; first += kThreads * kRun) {
-    uint32_t masks[kRun];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
-      masks[i] = tile < tiles ? alive[tile] : 0;
-      own += __popc(masks[i]);
-    }
-    int more;
-    int to = count + exclusive_scan<kThreads>(own, more);
-    count += more;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int tile = first + static_cast<int>(threadIdx.x) * kRun + i;
-      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) places[to++] = tile * kTileRows + __ffs(mask) - 1;
-    }
-  }
-  __syncthreads();
-  return count;
-}
-
 /// Tokens whose values are added up together.
 template <typename T>
 struct Chunk {
@@ -378,74 +282,10 @@ struct Chunk {
   }
 };
 
-/// A head's tokens within beta of its best score, in the order of the list: up to kChunk of them in shared memory.
-struct NearTokens {
-  float best;
-  int count;
-  float* scores;
-  int32_t* places;
-};
-
-struct Held {
-  float scores[kChunk];
-  int32_t places[kChunk];
-};
-
-__device__ bool is_near(const Entmax<double>& entmax, float score, float best) {
-  return static_cast<double>(score) - best > -entmax.beta;
-}
-
-/// The near tokens of at most kShort with all their scores. All threads call.
-__device__ NearTokens near_of_short(const Entmax<double>& entmax, int tokens, float* scores, int32_t* places,
-                                    Held& held) {
-  constexpr int kOwn = kShort / kThreads;
-  const int thread = threadIdx.x;
-  float own[kOwn];
-  float best = kNothing;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    own[i] = i * kThreads + thread < tokens ? scores[i * kThreads + thread] : kNothing;
-    best = larger(best, own[i]);
-  }
-  best = largest<kThreads>(best);
-  bool near[kOwn];
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) near[i] = is_near(entmax, own[i], best);
-  const Places<kThreads, kOwn> to(near);
-  if (to.count <= kChunk) {
-    scores = held.scores;
-    places = held.places;
-  }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (!near[i]) continue;
-    scores[to.place[i]] = own[i];
-    places[to.place[i]] = i * kThreads + thread;
-  }
-  __syncthreads();
-  return {best, to.count, scores, places};
-}
-
-/// The near tokens of those that are alive. All threads call.
-__device__ NearTokens near_of_alive(const Entmax<double>& entmax, float best, const uint32_t* alive, int tiles,
-                                    float* scores, int32_t* places, Held& held) {
-  const int count = pack(scores, places, list_alive(alive, tiles, places), [&](int i) {
-    const float score = scores[places[i]];
-    return Entry{is_near(entmax, score, best) ? score : kNothing, places[i]};
-  });
-  if (count > kChunk) return {best, count, scores, places};
-  if (threadIdx.x < count) {
-    held.scores[threadIdx.x] = scores[threadIdx.x];
-    held.places[threadIdx.x] = places[threadIdx.x];
-  }
-  __syncthreads();
-  return {best, count, held.scores, held.places};
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
-  __shared__ Held s_held;
+  __shared__ HeldTokens s_held;
   __shared__ Chunk<T> s_chunk;
   const int64_t row = blockIdx.y;
   const int head = blockIdx.x, kv_head = head / op.group;

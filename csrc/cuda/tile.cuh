@@ -193,7 +193,7 @@ __device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32
   for (int i = 0; i < 4; ++i) sum[i] += d[i];
 }
 
-/// products[h][i] = row i . query h, in fp32: of 32-bit rows, or of the squares of any. Like multiply.
+/// multiply in fp32: of 32-bit rows, or of the squares of any.
 template <typename T, typename Layout, bool kSquares, bool kAdd>
 __device__ void multiply_plainly(RowStream<T, Layout>& rows, const T* row, const T* next_row, int head_dim,
                                  const Queries<float, Layout>& q, int heads, Products& products) {
