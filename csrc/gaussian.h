@@ -31,11 +31,12 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
         upper = next;
       }
     } else {
-      // Upwards these are differences of ever closer numbers, too close for fp32. Downwards, from anything at an order
-      // high enough, all terms are positive (Miller's algorithm; 24 orders more leave a
-      // relative error of 2e-6 at r = -2 and order 4, and less elsewhere).
-      Real above = 0, now = Real(1e-30);
-      for (int k = order + 24; k >= 0; --k) {
+      // Upwards these are differences of ever closer numbers, too close for fp32. Downwards all terms are positive
+      // (Miller's algorithm). From 12 orders more, with the ratio that the recurrence keeps there, the relative error
+      // is 2e-6 at most.
+      const int first = order + 12;
+      Real now = 1, above = (r + std::sqrt(r * r + 4 * (first + 2))) / (2 * (first + 2));
+      for (int k = first; k >= 0; --k) {
         if (k == order) upper = now;
         if (k == order - 1) lower = now;
         const Real next = (k + 1) * above - r * now;

@@ -11,6 +11,17 @@
 
 namespace entmaxkv::cuda::cluster {
 
+constexpr int kMostBlocks = 8;  // that every GPU with clusters can run together
+
+/// How many blocks of a cluster the current device can run together.
+inline int most_blocks() {
+#ifdef EMULATE_CUDA
+  return 1;
+#else
+  return is_hopper_or_later() ? kMostBlocks : 1;
+#endif
+}
+
 #ifdef ENTMAXKV_CLUSTERS
 __device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
@@ -22,7 +33,7 @@ __device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(
 
 /// A shared variable as the block of that rank has it. Far away: one thread should read it for all.
 template <typename T>
-__device__ const T& of(int rank, const T& shared) {
+__device__ T& of(int rank, T& shared) {
   return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
 }
 #else
@@ -32,7 +43,7 @@ __device__ inline void arrive() {}
 __device__ inline void wait() { __syncthreads(); }
 
 template <typename T>
-__device__ const T& of(int, const T& shared) {
+__device__ T& of(int, T& shared) {
   return shared;
 }
 #endif

@@ -75,6 +75,7 @@ struct Grid {
   dim3 blocks;
   int threads;
   int cluster = 1;  // blocks, along x, that share their memory: more than one from Hopper on
+  int shared = 0;   // bytes of dynamic shared memory of a block
 };
 
 /// Launches a kernel that begins with take_turn(): from Hopper on, its blocks come to the multiprocessors while the
@@ -91,9 +92,11 @@ void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStr
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = !is_hopper_or_later() ? 0 : grid.cluster == 1 ? 1 : 2;
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared));
   check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
@@ -102,6 +105,43 @@ __device__ inline void take_turn() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// The block's dynamic shared memory.
+__device__ inline uint4* dynamic_shared() {
+#ifdef EMULATE_CUDA
+  return emulation::dynamic_shared();  // tests/emulation
+#else
+  extern __shared__ uint4 s_dynamic[];
+  return s_dynamic;
+#endif
+}
+
+/// Begins to copy 16 bytes into shared memory; zeros, if they are not wanted. Ends with wait_for_copies.
+__device__ inline void copy_async(uint4& s_to, const void* from, bool wanted) {
+#ifdef EMULATE_CUDA
+  s_to = wanted ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#else
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+      "l"(from), "r"(wanted ? 16 : 0)
+      : "memory");
+#endif
+}
+
+/// The copies begun so far by this thread, and after the last call, are one lot.
+__device__ inline void commit_copies() {
+#ifndef EMULATE_CUDA
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Until no more than kLots lots of this thread are under way.
+template <int kLots>
+__device__ void wait_for_copies() {
+#ifndef EMULATE_CUDA
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLots) : "memory");
 #endif
 }
 

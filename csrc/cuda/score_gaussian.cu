@@ -1,8 +1,8 @@
 // score_gaussian on the GPU.
 //   mean = scale q . k_mean, std^2 = scale^2 q^2 . k_std^2. An ALiBi bias is uniform over n successive positions: it
 //   moves the mean and adds slope^2 (n^2 - 1) / 12 to the variance.
-// Grid (tiles of pages, group of query heads, row); a warp scores 32 pages for up to 16 heads of a group, so that the
-// statistics are read once per KV head. Squares are multiplied in fp32: no 16-bit type holds them.
+// Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
+// so that the statistics are read once per KV head. Squares are multiplied in fp32: no 16-bit type holds them.
 #include "kernels.h"
 #include "page_tile.cuh"
 
@@ -10,53 +10,45 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kWarps = 4;
-
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * kWarps) score(ScoreGaussian op) {
+__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanBlocks<Layout>) score(ScoreGaussian op) {
   take_turn();
   __shared__ Queries<T, Layout> s_q;
   __shared__ Queries<float, Layout> s_squares;
-  __shared__ Products s_products[kWarps];
-  const PageTile tile(op);
-  const T* k_mean = tile.statistic<T>(op.k_mean);
-  const T* k_std = tile.statistic<T>(op.k_std);
-  RowStream<T, Layout> rows;
-  if (tile.any_in_use()) rows.start(k_mean, op.head_dim);
-  for_each_query<T, Layout>(op.q, tile.row, tile.first_head, tile.heads, op.head_dim, [&](int h, int d, float q) {
-    s_q.set(h, d, q);
-    s_squares.set(h, d, q * q);
-  });
-  __syncthreads();
-  Products& products = s_products[threadIdx.x / 32];
-  const int lane = threadIdx.x % 32;
+  const PageTiles tiles(op);
+  const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
   const float scale = op.scoring.scale;
-  const auto tokens = static_cast<float>(min(op.page_size, tile.seq_len - tile.page * op.page_size));
-  const auto oldest = static_cast<float>(tile.page * op.page_size - (tile.seq_len - 1));
-
-  // Writes value(product, slope), or what stands for a page not in use, for every head.
-  const auto write = [&](float* to, float unused, auto value) {
-    if (tile.page >= op.max_pages) return;
-    for (int h = 0; h < tile.heads; ++h) {
-      const int head = tile.first_head + h;
-      to[(tile.row * op.q_heads + head) * op.max_pages + tile.page] =
-          tile.in_use() ? value(products[h][lane], op.scoring.slope(head)) : unused;
-    }
-  };
-  if (tile.any_in_use()) {
-    multiply<T, Layout, false>(rows, k_mean, k_std, op.head_dim, s_q, tile.heads, products);
-    __syncwarp();
-  }
-  write(op.mean, kNothing,
-        [=](float product, float slope) { return scale * product + slope * (oldest + (tokens - 1) / 2); });
-  if (tile.any_in_use()) {
-    __syncwarp();  // the means have been read
-    multiply_plainly<T, Layout, true, false>(rows, k_std, nullptr, op.head_dim, s_squares, tile.heads, products);
-    __syncwarp();
-  }
-  write(op.std, 0.0f, [=](float product, float slope) {
-    return sqrtf(scale * scale * product + slope * slope * (tokens * tokens - 1) / 12);
-  });
+  const auto slopes = tiles.slopes(op.scoring);
+  Products products;
+  auto stream = tiles.stream<T, Layout>(op.k_mean, op.k_std, op.head_dim);
+  stream.run(
+      [&] {
+        queries.store([&](int h, int d, float q) {
+          s_q.set(h, d, q);
+          s_squares.set(h, d, q * q);
+        });
+        __syncthreads();
+      },
+      [&](int n, const Slot<T, Layout>& slot) {
+        products = {};
+        if (n % 2 == 0) {
+          multiply(slot, s_q, tiles.heads, products);
+        } else {
+          multiply_plainly<true>(slot, s_squares, tiles.heads, products);
+        }
+      },
+      [&](int n) {
+        const bool is_mean = n % 2 == 0;
+        tiles.write(op, is_mean ? op.mean : op.std, n / 2, is_mean ? kNothing : 0, [&](int i, int j) {
+          const int oldest = tiles.oldest(n / 2, i, op.page_size);
+          const auto tokens = static_cast<float>(min(op.page_size, 1 - oldest));
+          const float slope = slopes.of[j], product = products.of[i][j];
+          return is_mean ? scale * product + slope * (static_cast<float>(oldest) + (tokens - 1) / 2)
+                         : sqrtf(scale * scale * product + slope * slope * (tokens * tokens - 1) / 12);
+        });
+      });
+  tiles.write_unused(op, op.mean, kNothing);
+  tiles.write_unused(op, op.std, 0);
 }
 
 }  // namespace
@@ -66,7 +58,9 @@ void score_gaussian(const ScoreGaussian& op, cudaStream_t stream) {
   const bool vectors = in_vectors(op.k_mean, op.dtype, op.head_dim) && in_vectors(op.k_std, op.dtype, op.head_dim);
   dispatch_element(op.dtype, [&](auto element) {
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      launch("score_gaussian", score<decltype(element), decltype(layout)>, PageTile::grid(op, kWarps), stream, op);
+      using T = decltype(element);
+      using Layout = decltype(layout);
+      launch("score_gaussian", score<T, Layout>, PageTiles::grid<T, Layout>(op), stream, op);
     });
   });
 }

@@ -18,7 +18,7 @@ constexpr int kBits = 9;
 constexpr int kBins = 1 << kBits;
 constexpr int kThreads = kBins;
 constexpr int kSlice = 1024;  // pages of a block, while the cluster can grow
-constexpr int kMostBlocks = 8;
+using cluster::kMostBlocks;
 constexpr int kSharedMerits = 17 * kThreads;  // fits the 48 KB of static shared memory
 constexpr int kFew = 256;                     // pages that are compared each with each
 constexpr int kHeads = 4;                     // that are looked at together
@@ -272,7 +272,7 @@ int64_t workspace_bytes(const SelectPages& op) {
 void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   int blocks = 1;
-  while (is_hopper_or_later() && blocks < kMostBlocks && blocks * kSlice < op.max_pages) blocks *= 2;
+  while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages) blocks *= 2;
   launch("select_pages", select, {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks}, stream, op,
          ceil_div(op.max_pages, blocks), static_cast<float*>(workspace));
 }

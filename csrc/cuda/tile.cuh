@@ -1,19 +1,19 @@
-// Dot products of a warp's tile of 32 rows (keys, or statistics of pages) with the query heads of a group.
-// Rows are read once, in 16-byte loads of which a lane has up to 16 in flight at any time. 16-bit rows meet the heads
-// in tensor cores, heads as M and rows as N; fp32 rows, and squares, are multiplied in fp32.
-//   A lane takes rows g, g + 8, g + 16 and g + 24, g = lane / 4, and of each 32 dimensions 8. A dot product does not
-//   care for the order of its dimensions: the 8 that lie together in memory are the lane's part of two k-slices, and
-//   go to the tensor core from the registers that they were loaded into.
+// Dot products of tiles of 32 rows (keys, or statistics of pages) with the query heads of a group, by one warp.
+// Rows come through a ring of slots in shared memory, filled ahead by asynchronous copies of 16 bytes, of which the
+// lanes of a warp take neighbouring ones: on an H200 copies of 64 bytes of a row at a time reach 3.0 TB/s, those of
+// whole rows 4.0. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares, are
+// multiplied in fp32.
+//   A lane has the products of rows 4 g ... 4 g + 3, g = lane / 4, with heads 2 p and 2 p + 1, p = lane % 4. Of each 32
+// dimensions it multiplies 8. A dot product does not care for the order of its dimensions: the 8 that lie together in
+// memory are the lane's part of two k-slices.
 #pragma once
-
-#include <type_traits>
 
 #include "device.cuh"
 
 namespace entmaxkv::cuda {
 
 constexpr int kTileRows = 32;
-constexpr int kTileHeads = 16;  // query heads that share one reading of the rows
+constexpr int kTileHeads = 8;  // query heads that share one reading of the rows
 
 /// Query heads that read the rows of a KV head together: a group, or a part of a large one.
 struct HeadGroup {
@@ -29,57 +29,13 @@ struct HeadGroup {
   }
 };
 
-/// How rows are held: in kRounds of 32 dimensions, read 16 bytes at a time or one element.
+/// How rows are held: in kRounds of 32 dimensions, copied 16 bytes at a time or one element.
 template <int kRoundsOf32, bool kInVectors>
 struct Layout {
   static constexpr int kRounds = kRoundsOf32;
+  static constexpr int kDims = 32 * kRounds;
   static constexpr bool kVectors = kInVectors;
 };
-
-/// Results of one warp. Rows of 40 keep a fragment's stores for four heads in different banks.
-using Products = float[kTileHeads][kTileRows + 8];
-
-/// The queries of a tile in shared memory, zeros behind head_dim: 16-bit ones as a tensor core takes them,
-/// [k-slice][lane][8], fp32 ones as [head][dimension]. What stands for heads that are not there goes into no result.
-template <typename T, typename Layout>
-struct Queries {
-  static constexpr int kDims = 32 * Layout::kRounds;
-  alignas(16) T values[kTileHeads * kDims];
-
-  static __device__ int index(int h, int d) {
-    if constexpr (sizeof(T) == 4) return h * kDims + d;
-    const int slice = d / 32 * 2 + d % 8 / 4, lane = h % 8 * 4 + d % 32 / 8;
-    return (slice * 32 + lane) * 8 + d % 4 / 2 * 4 + h / 8 * 2 + d % 2;
-  }
-
-  __device__ void set(int h, int d, float value) { values[index(h, d)] = from_float<T>(value); }
-
-  /// This lane's part of a k-slice.
-  __device__ uint4 fragment(int slice) const {
-    return reinterpret_cast<const uint4*>(values)[slice * 32 + threadIdx.x % 32];
-  }
-};
-
-/// Calls body(h, d, q_d) for heads first_head + h, h < heads, of a row and all dimensions of the layout, zeros behind
-/// head_dim. All threads call, each has its share.
-template <typename T, typename Layout, typename Body>
-__device__ void for_each_query(const Rows& q, int64_t row, int first_head, int heads, int head_dim, Body body) {
-  constexpr int kDims = 32 * Layout::kRounds;
-  constexpr int kRun = 4;  // loads in flight
-  for (int first = threadIdx.x; first < heads * kDims; first += kRun * blockDim.x) {
-    float values[kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int at = first + i * blockDim.x, h = at / kDims, d = at % kDims;
-      values[i] = h < heads && d < head_dim ? to_float(q.at<T>(row, first_head + h)[d]) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int at = first + i * blockDim.x;
-      if (at < heads * kDims) body(at / kDims, at % kDims, values[i]);
-    }
-  }
-}
 
 /// Whether rows can be read 16 bytes at a time.
 inline bool in_vectors(const Rows& rows, Dtype dtype, int head_dim) {
@@ -97,6 +53,61 @@ void dispatch_layout(int head_dim, bool vectors, Body body) {
   if (head_dim <= 128) return body(Layout<4, true>{});
   return body(Layout<8, true>{});
 }
+
+/// What a lane has of the products of a tile: of row 4 (lane / 4) + i and head 2 (lane % 4) + j.
+struct Products {
+  float of[4][2] = {};
+
+  static __device__ int row(int i) { return static_cast<int>(threadIdx.x % 32) / 4 * 4 + i; }
+  static __device__ int head(int j) { return static_cast<int>(threadIdx.x % 4) * 2 + j; }
+};
+
+/// Queries of a group in shared memory, zeros behind head_dim.
+template <typename T, typename Layout>
+struct Queries {
+  alignas(16) T values[kTileHeads * Layout::kDims];
+
+  __device__ void set(int h, int d, float value) { values[h * Layout::kDims + d] = from_float<T>(value); }
+};
+
+/// The queries of a group on their way to shared memory: loaded by all kThreads threads, each its share, as far as
+/// there are registers to hold it.
+template <typename T, typename Layout, int kThreads>
+class QueryLoad {
+ public:
+  __device__ QueryLoad(const Rows& q, int64_t row, const HeadGroup& group, int head_dim)
+      : q_(q), row_(row), group_(group), head_dim_(head_dim) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) values_[i] = load(i);
+  }
+
+  /// Calls body(h, d, q_d) for each head of a full group and each dimension of the layout, zeros where there is none.
+  template <typename Body>
+  __device__ void store(Body body) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) body(head(i), dimension(i), to_float(values_[i]));
+    for (int i = kHeld; i < kOwn; ++i) body(head(i), dimension(i), to_float(load(i)));
+  }
+
+ private:
+  static constexpr int kOwn = ceil_div(kTileHeads * Layout::kDims, kThreads);
+  static constexpr int kHeld = std::min(kOwn, 8);
+  static_assert(kOwn * kThreads == kTileHeads * Layout::kDims);
+
+  static __device__ int head(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) / Layout::kDims; }
+  static __device__ int dimension(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) % Layout::kDims; }
+
+  __device__ T load(int i) const {
+    const bool there = head(i) < group_.heads && dimension(i) < head_dim_;
+    return there ? q_.at<T>(row_, group_.first_head + head(i))[dimension(i)] : from_float<T>(0);
+  }
+
+  const Rows& q_;
+  int64_t row_;
+  HeadGroup group_;
+  int head_dim_;
+  T values_[kHeld];
+};
 
 /// 16 bytes of a row from dimension d on, zeros behind head_dim; in one load, if the rows are in vectors.
 template <bool kVectors, typename T>
@@ -120,53 +131,107 @@ __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
   for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = to_float(from[i]);
 }
 
-/// The rows of successive tiles on their way through a lane's registers: as soon as rows have been multiplied, others
-/// are loaded in their place. The lanes know where the 32 rows of a tile are, lane i row i.
+/// The rows of a tile in shared memory.
 template <typename T, typename Layout>
-struct RowStream {
-  static constexpr int kRounds = Layout::kRounds;
-  static constexpr int kWords = sizeof(T) / 2;                                       // of 16 bytes, for 8 dimensions
-  static constexpr int kHeld = kRounds * kWords <= 4 ? 4 : 16 / (kRounds * kWords);  // of the 4 rows of a tile
-  uint4 words[kHeld][kRounds][kWords];
+struct Slot {
+  static constexpr int kWords = Layout::kDims * static_cast<int>(sizeof(T)) / 16;  // of a row
+  static constexpr int kLanePart = kWords / 4;                                     // those that one lane multiplies
+  uint4 words[kTileRows * kWords];
 
-  /// The first dimension of a word of this lane.
-  static __device__ int dimension(int round, int word) {
+  /// Rows 4 apart are read together: they stand in different banks.
+  __device__ static int index(int row, int word) { return row * kWords + (word ^ (row & 4)); }
+
+  __device__ const uint4& word(int row, int nth) const {
+    return words[index(row, 4 * nth + static_cast<int>(threadIdx.x % 4))];
+  }
+
+  /// Begins to copy 32 rows, of which lane i knows where row i is. All lanes call.
+  __device__ void load(const T* row, int head_dim) {
     constexpr int kCount = 16 / sizeof(T);
-    return 32 * round + 4 * kCount * word + kCount * static_cast<int>(threadIdx.x % 4);
-  }
-
-  /// Loads what is held of the first tile. All lanes call.
-  __device__ void start(const T* row, int head_dim) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) load(row, i, head_dim);
-  }
-
-  /// Loads in place of the nth row of a tile, which has been multiplied, what comes kHeld rows behind it: in the same
-  /// tile, or in the next one, null if there is none. All lanes call.
-  __device__ void follow(const T* row, const T* next_row, int nth, int head_dim) {
-    if (nth + kHeld < 4) {
-      load(row, nth + kHeld, head_dim);
-    } else if (next_row) {
-      load(next_row, nth + kHeld - 4, head_dim);
-    }
-  }
-
- private:
-  __device__ void load(const T* row, int nth, int head_dim) {
     const auto address = reinterpret_cast<unsigned long long>(row);
-    const int of = 8 * nth + threadIdx.x % 32 / 4;
-    const T* from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, of));
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        words[nth % kHeld][round][word] = load_word<Layout::kVectors>(from, dimension(round, word), head_dim);
+#pragma unroll 4  // small kernels wait for their instructions
+    for (int i = 0; i < kWords; ++i) {
+      const int at = i * 32 + static_cast<int>(threadIdx.x % 32), from = at / kWords, nth = at % kWords;
+      const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
+      uint4& to = words[index(from, nth)];
+      if constexpr (Layout::kVectors) {
+        copy_async(to, its_row + nth * kCount, nth * kCount < head_dim);
+      } else {
+        to = load_word<false>(its_row, nth * kCount, head_dim);
       }
     }
   }
 };
 
-/// D = A B of 16 heads, 16 dimensions and 8 rows on a tensor core. All lanes call.
+/// A ring of slots for each warp of a block that multiplies tiles, in its dynamic shared memory.
+template <typename TheT, typename TheLayout, int kMostWarps>
+struct Ring {
+  using T = TheT;
+  using Layout = TheLayout;
+  static constexpr int kMostBytes = 64 << 10;
+  static constexpr int kSlotBytes = sizeof(Slot<T, Layout>);
+  static constexpr int kWarps = std::min(kMostWarps, kMostBytes / kSlotBytes);
+  static constexpr int kSlots = std::min(4, kMostBytes / kSlotBytes / kWarps);
+  static constexpr int kBytes = kWarps * kSlots * kSlotBytes;
+
+  static __device__ Slot<T, Layout>& slot(int nth) {
+    return reinterpret_cast<Slot<T, Layout>*>(dynamic_shared())[threadIdx.x / 32 * kSlots + nth];
+  }
+};
+
+/// Of a block that does nothing else, and how many of those share a multiprocessor. On an H200 neither more warps nor
+/// more slots are faster.
+template <typename T, typename Layout>
+using ScanRing = Ring<T, Layout, 4>;
+template <typename Layout>
+constexpr int kScanBlocks = Layout::kRounds == 8 ? 2 : 3;
+
+/// A warp's tiles on their way through its ring: kSlots of them are being loaded at any time. lookup(n) finds in memory
+/// what row_of(n, found) needs to know where this lane's row of the nth tile is; it is called one tile before.
+template <typename Slots, typename Lookup, typename RowOf>
+class TileStream {
+ public:
+  __device__ TileStream(Slots, int tiles, int head_dim, Lookup lookup, RowOf row_of)
+      : tiles_(tiles), head_dim_(head_dim), lookup_(lookup), row_of_(row_of) {}
+
+  /// Calls prepare() once the first tiles are under way, and then, for each tile in turn, read(n, slot) and, when its
+  /// slot is being filled again, finish(n). All lanes call.
+  template <typename Prepare, typename Read, typename Finish>
+  __device__ void run(Prepare prepare, Read read, Finish finish) {
+    if (tiles_ > 0) next_ = lookup_(0);
+#pragma unroll 1  // so that each part is there once
+    for (int n = -Slots::kSlots, nth = 0;; ++n) {
+      if (n == 0) prepare();
+      if (n >= tiles_) break;
+      if (n >= 0) {
+        wait_for_copies<Slots::kSlots - 1>();
+        __syncwarp();  // the other lanes' copies, too
+        read(n, Slots::slot(nth));
+        __syncwarp();  // all have read
+      }
+      load(n + Slots::kSlots, nth);
+      if (n >= 0) finish(n);
+      if (++nth == Slots::kSlots) nth = 0;
+    }
+  }
+
+ private:
+  __device__ void load(int n, int nth) {
+    if (n < tiles_) {
+      const auto found = next_;
+      if (n + 1 < tiles_) next_ = lookup_(n + 1);
+      Slots::slot(nth).load(row_of_(n, found), head_dim_);
+    }
+    commit_copies();
+  }
+
+  int tiles_, head_dim_;
+  Lookup lookup_;
+  RowOf row_of_;
+  std::invoke_result_t<Lookup, int> next_{};
+};
+
+/// D = A B of 16 rows, 16 dimensions and 8 heads on a tensor core. All lanes call.
 template <typename T>
 __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
 #ifdef EMULATE_CUDA
@@ -184,81 +249,68 @@ __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, u
 #endif
 }
 
-/// sum += A B. A tensor core truncates what it adds to; so it adds to nothing, and the sum is taken in fp32.
-template <typename T>
-__device__ void add_product(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  float d[4];
-  multiply_fragments<T>(d, a, b0, b1);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] += d[i];
-}
-
-/// multiply in fp32: of 32-bit rows, or of the squares of any.
-template <typename T, typename Layout, bool kSquares, bool kAdd>
-__device__ void multiply_plainly(RowStream<T, Layout>& rows, const T* row, const T* next_row, int head_dim,
-                                 const Queries<float, Layout>& q, int heads, Products& products) {
-  using Stream = RowStream<T, Layout>;
-  constexpr int kHeld = Stream::kHeld, kCount = 16 / sizeof(T);
-  const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-#pragma unroll
-  for (int first = 0; first < 4; first += kHeld) {
+/// products += row . query in fp32, or the rows' squares . query. All lanes call.
+template <bool kSquares, typename T, typename Layout>
+__device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<float, Layout>& q, int heads,
+                                 Products& products) {
+  constexpr int kHeads = 4;  // at once
+  constexpr int kCount = 16 / sizeof(T);
+  const int part = threadIdx.x % 4;
 #pragma unroll 1
-    for (int h = 0; h < heads; ++h) {
-      float sum[kHeld] = {};
+  for (int first = 0; first < heads; first += kHeads) {
+    float sums[kHeads][4] = {};
+#pragma unroll 1
+    for (int nth = 0; nth < Slot<T, Layout>::kLanePart; ++nth) {
+      float rows[4][kCount];
 #pragma unroll
-      for (int round = 0; round < Stream::kRounds; ++round) {
-#pragma unroll
-        for (int word = 0; word < Stream::kWords; ++word) {
-          const float* weights = q.values + q.index(h, Stream::dimension(round, word));
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            float values[kCount];
-            unpack<T>(rows.words[i][round][word], values);
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) {
-              sum[i] = fmaf(kSquares ? values[e] * values[e] : values[e], weights[e], sum[i]);
-            }
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        unpack<T>(slot.word(Products::row(i), nth), rows[i]);
+        for (float& x : rows[i]) x = kSquares ? x * x : x;
       }
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
-        sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-        float& product = products[h][8 * (first + i) + group];
-        if (part == h % 4) product = kAdd ? product + sum[i] : sum[i];
+      for (int h = 0; h < kHeads; ++h) {
+        const float* weights = q.values + (first + h) * Layout::kDims + (4 * nth + part) * kCount;
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[h][i] = fmaf(rows[i][e], weights[e], sums[h][i]);
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) rows.follow(row, next_row, first + i, head_dim);
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float sum = sums[h][i];
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        if (part == (first + h) / 2) products.of[i][h % 2] += sum;
+      }
+    }
   }
 }
 
-/// products[h][i] = or += row i . query h for the rows of a tile, which the stream has begun to load; it goes on to the
-/// next tile, if that is not null. All lanes call. Results are in place after __syncwarp.
-template <typename T, typename Layout, bool kAdd>
-__device__ void multiply(RowStream<T, Layout>& rows, const T* row, const T* next_row, int head_dim,
-                         const Queries<T, Layout>& q, int heads, Products& products) {
+/// products += row . query: of 16-bit rows in tensor cores. All lanes call.
+template <typename T, typename Layout>
+__device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& q, int heads, Products& products) {
   if constexpr (sizeof(T) == 4) {
-    multiply_plainly<T, Layout, false, kAdd>(rows, row, next_row, head_dim, q, heads, products);
+    multiply_plainly<false>(slot, q, heads, products);
   } else {
-    using Stream = RowStream<T, Layout>;
-    const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
+    const int lane = threadIdx.x % 32;
+    const auto* queries = reinterpret_cast<const uint4*>(q.values) + lane / 4 * (Layout::kDims / 8) + lane % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float sum[4] = {};
+    for (int round = 0; round < Layout::kRounds; ++round) {
+      const uint4 weights = queries[4 * round];
 #pragma unroll
-      for (int round = 0; round < Stream::kRounds; ++round) {
-        const uint4& word = rows.words[i % Stream::kHeld][round][0];
-        add_product<T>(sum, q.fragment(2 * round), word.x, word.y);
-        add_product<T>(sum, q.fragment(2 * round + 1), word.z, word.w);
-      }
-      rows.follow(row, next_row, i, head_dim);
+      for (int i = 0; i < 4; i += 2) {
+        const uint4 &a = slot.word(Products::row(i), round), &b = slot.word(Products::row(i + 1), round);
+        const uint4 rows[2] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
+        float d[2][4];
+        multiply_fragments<T>(d[0], rows[0], weights.x, weights.y);
+        multiply_fragments<T>(d[1], rows[1], weights.z, weights.w);
+        // A tensor core truncates what it adds to; so it adds to nothing, and the sum is taken in fp32.
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int h = group + j / 2 * 8;
-        float& product = products[h][8 * i + 2 * part + j % 2];
-        if (h < heads) product = kAdd ? product + sum[j] : sum[j];
+        for (int k = 0; k < 4; ++k) products.of[i + k / 2][k % 2] += d[0][k] + d[1][k];
       }
     }
   }

@@ -1,12 +1,11 @@
-// From the scores of one head to its weights, by one block.
+// From the scores of one head to its weights, by a team.
 #pragma once
 
-#include "device.cuh"
+#include "team.cuh"
 
 namespace entmaxkv::cuda {
 
-constexpr int kThreads = 512;  // of the block
-constexpr int kRun = 4;        // entries, kThreads apart, that a thread takes at once
+constexpr int kRun = 4;  // entries, kThreads apart, that a thread takes at once
 
 /// A token of a list: its score or weight, and where it stands.
 struct Entry {
@@ -43,7 +42,7 @@ __device__ int pack(float* values, int32_t* places, int count, Read read) {
   return kept;
 }
 
-/// A head's scores.
+/// A block's part of the scores that may have weight.
 struct Candidates {
   const float* scores;
   int count;
@@ -77,15 +76,14 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
   }
 }
 
-/// Newton's steps from the left (entmax.h), by kTeam threads: the block, or its first warp. They all call, with a
-/// function that returns the excess of a thread's own tokens above a threshold.
-template <int kTeam, typename Real, typename ExcessAbove>
-__device__ Solution<Real> solve_by(const Entmax<Real>& entmax, ExcessAbove excess_above) {
+/// Newton's steps from the left (entmax.h), with a function that returns the excess of all tokens above a threshold.
+template <typename Real, typename ExcessAbove>
+__device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_above) {
   constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
   constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
   Solution<Real> solution{-1, 1};
   for (int step = 0; step < kMostSteps; ++step) {
-    const auto all = sum<kTeam>(excess_above(solution.threshold));
+    const auto all = excess_above(solution.threshold);
     solution.mass = static_cast<Real>(all.mass);
     const Real move = entmax.step({solution.mass, static_cast<Real>(all.slope)});
     if (!(move > kStill * fabs(solution.threshold))) break;
@@ -94,43 +92,48 @@ __device__ Solution<Real> solve_by(const Entmax<Real>& entmax, ExcessAbove exces
   return solution;
 }
 
-/// By the first warp, where it can hold all candidates, else by the block. All threads call.
-template <bool kSquare, typename Real>
-__device__ Solution<Real> solve_threshold(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
-  constexpr int kHeld = 16;  // of a lane, where the first warp holds them all
-  const auto x_of = [&](float score) { return entmax.gap * (static_cast<Real>(score) - best); };
-  if (candidates.count > 32 * kHeld) {
-    return solve_by<kThreads>(entmax, [&](Real threshold) {
-      Excess<double> own;
-      candidates.visit([&](const float (&run)[kRun]) {
-        Excess<Real> few;
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) add_if_above<kSquare>(few, x_of(run[i]), threshold, entmax.beta);
-        own = own + Excess<double>{few.mass, few.slope};
-      });
-      return own;
-    });
-  }
+/// By the first warp, which holds all candidates: few, and all in this block. All threads call.
+template <bool kSquare, int kFew, typename Real>
+__device__ Solution<Real> solve_few(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+  constexpr int kHeld = kFew / 32;  // of a lane
   __shared__ Solution<Real> s_solution;
   if (threadIdx.x < 32) {
     Real held[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int entry = i * 32 + static_cast<int>(threadIdx.x);
-      held[i] = entry < candidates.count ? x_of(candidates.scores[entry]) : Real(-1);  // above no threshold
+      held[i] = entry < candidates.count ? entmax.gap * (static_cast<Real>(candidates.scores[entry]) - best)
+                                         : Real(-1);  // above no threshold
     }
-    const Solution<Real> solution = solve_by<32>(entmax, [&](Real threshold) {
+    const Solution<Real> solution = solve(entmax, [&](Real threshold) {
       Excess<Real> own;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         if (i * 32 < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
       }
-      return own;
+      return sum<32>(own);
     });
     if (threadIdx.x == 0) s_solution = solution;
   }
   __syncthreads();
   return s_solution;
+}
+
+/// By the team. All its threads call.
+template <bool kSquare, typename Real>
+__device__ Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+  return solve(entmax, [&](Real threshold) {
+    Excess<double> own;
+    candidates.visit([&](const float (&run)[kRun]) {
+      Excess<Real> few;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - best), threshold, entmax.beta);
+      }
+      own = own + Excess<double>{few.mass, few.slope};
+    });
+    return team.sum(own);
+  });
 }
 
 /// What makes weights of a head's scores.
@@ -157,28 +160,33 @@ struct Weights {
   }
 };
 
-/// The weights of a head whose scores within beta of the best are the candidates. All threads call.
-__device__ inline Weights find_weights(const Entmax<double>& entmax, float best, const Candidates& candidates) {
+/// The weights of a head whose scores within beta of the best are the candidates: up to kFew of them, and all in this
+/// block, or any number over the team. All threads call, of the block or of the team.
+template <int kFew>
+__device__ Weights find_weights(Team& team, const Entmax<double>& entmax, float best, const Candidates& candidates,
+                                bool few) {
   Weights weights{entmax, best, 0, 0, 0};
   if (entmax.is_softmax()) {
     double own = 0;
     candidates.visit([&](const float (&run)[kRun]) {
       for (const float score : run) own += expf(score - best);
     });
-    weights.mass = sum<kThreads>(own);
+    weights.mass = few ? sum<kThreads>(own) : team.sum(own);
     weights.tau = best + logf(static_cast<float>(weights.mass));
     return weights;
   }
-  const auto take = [&](const auto& solution) {
+  const auto solve_by = [&](const auto& real, auto square) {
+    const auto solution =
+        few ? solve_few<square, kFew>(real, best, candidates) : solve_many<square>(team, real, best, candidates);
     weights.threshold = solution.threshold;
     weights.mass = solution.mass;
   };
   if (!Weights::are_in_float(entmax)) {
-    take(solve_threshold<false>(entmax, best, candidates));
+    solve_by(entmax, std::false_type{});
   } else if (entmax.beta == 2) {  // alpha = 1.5
-    take(solve_threshold<true>(Entmax<float>(entmax), best, candidates));
+    solve_by(Entmax<float>(entmax), std::true_type{});
   } else {
-    take(solve_threshold<false>(Entmax<float>(entmax), best, candidates));
+    solve_by(Entmax<float>(entmax), std::false_type{});
   }
   weights.tau = static_cast<float>(weights.threshold + entmax.gap * best);
   return weights;

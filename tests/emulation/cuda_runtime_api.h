@@ -26,6 +26,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 struct EmulatedIndex {
   int x, y, z;
 };
@@ -52,6 +56,12 @@ T exchange(Call call, T value, int lane) {
 
 inline int lane() { return threadIdx.x % 32; }
 
+/// Enough for any block.
+inline uint4* dynamic_shared() {
+  static uint4 memory[(256 << 10) / sizeof(uint4)];
+  return memory;
+}
+
 }  // namespace emulation
 
 // Host.
@@ -60,6 +70,7 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -72,6 +83,7 @@ struct cudaLaunchAttribute {
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
@@ -80,6 +92,11 @@ struct cudaLaunchConfig_t {
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... params) {
   emulation::run(config->gridDim, static_cast<int>(config->blockDim.x), [&] { kernel(params...); });
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
@@ -92,7 +109,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   constexpr int kMultiprocessors = 3;  // few blocks, so that they take several turns
-  constexpr int kMajor = 8;            // before clusters and dependent launches
+  constexpr int kMajor = 9;            // with clusters, of one block each
   *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kMajor;
   return cudaSuccess;
 }

@@ -1,0 +1,133 @@
+// The output of a head from the tokens that can have weight: threshold, weights, and the values of those with p > 0.
+#pragma once
+
+#include "near_tokens.cuh"
+#include "token_list.cuh"
+
+namespace entmaxkv::cuda {
+
+static_assert(kThreads >= kMaxHeadDim);
+
+/// Tokens whose values are added up together.
+template <typename T>
+struct Chunk {
+  static constexpr int kTokens = kFewTokens;
+  static constexpr int kDims = 8;  // of a thread
+  float weights[kTokens];
+  const T* values[kTokens];
+  float sums[kThreads * kDims];
+
+  /// All threads call.
+  __device__ void fill(const Rows& v_pages, const TokenList& list, int kv_head, const float* from_weights,
+                       const int32_t* places, int count) {
+    __syncthreads();  // the tokens of an earlier call have been read
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      weights[i] = from_weights[i];
+      values[i] = list.row<T>(v_pages, kv_head, places[i]);
+    }
+    __syncthreads();
+  }
+
+  /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call, and fill before they
+  /// call again.
+  __device__ float sum(int head_dim, bool vectors, int count) {
+    constexpr int kCount = 16 / sizeof(T);
+    const int columns = ceil_div(head_dim, kDims), tokens_at_once = kThreads / columns;
+    const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
+    float own[kDims] = {};
+    if (offset < tokens_at_once) {
+#pragma unroll 4
+      for (int i = offset; i < count; i += tokens_at_once) {
+#pragma unroll
+        for (int word = 0; word < kDims / kCount; ++word) {
+          float elements[kCount];
+          const int d = column * kDims + word * kCount;
+          unpack<T>(vectors ? load_word<true>(values[i], d, head_dim) : load_word<false>(values[i], d, head_dim),
+                    elements);
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) own[word * kCount + e] += weights[i] * elements[e];
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kDims; ++e) sums[threadIdx.x * kDims + e] = own[e];
+    __syncthreads();
+    float total = 0;
+    if (static_cast<int>(threadIdx.x) < head_dim) {
+      for (int i = 0; i < min(tokens_at_once, count); ++i) total += sums[i * columns * kDims + threadIdx.x];
+    }
+    return total;
+  }
+};
+
+/// What a team adds up to the output of a head.
+template <typename T>
+struct HeadOutput {
+  const SparseDecode& op;
+  const TokenList& list;
+  int64_t row;
+  int head, kv_head;
+  bool vectors;  // values can be read 16 bytes at a time
+
+  /// From a head's near tokens. All threads call: of one block, if the tokens are few, else of the team.
+  __device__ void write(Team& team, const Entmax<double>& entmax, const NearTokens& near, Chunk<T>& s_chunk) const {
+    const bool few = near.are_few(), own = few && static_cast<int>(threadIdx.x) < near.count;
+    // Where a thread's own value lies is looked up while the threshold is sought.
+    const T* value = own ? list.row<T>(op.v_pages, kv_head, near.places[threadIdx.x]) : nullptr;
+    const Weights weights = find_weights<kFewTokens>(team, entmax, near.best, {near.scores, near.count}, few);
+    float total = 0;
+    int support;
+    if (few) {
+      const float weight = own ? weights.of(near.scores[threadIdx.x]) : 0;
+      const bool counts[] = {weight > 0};
+      const Places<kThreads, 1> to(counts);
+      if (counts[0]) {
+        s_chunk.weights[to.place[0]] = weight;
+        s_chunk.values[to.place[0]] = value;
+      }
+      __syncthreads();
+      support = to.count;
+      total = s_chunk.sum(op.head_dim, vectors, support);
+    } else {
+      const int with_weight = pack(near.scores, near.places, near.count, [&](int i) {
+        const float weight = weights.of(near.scores[i]);
+        return Entry{weight > 0 ? weight : kNothing, near.places[i]};
+      });
+      for (int first = 0; first < with_weight; first += kChunk) {
+        const int some = min(kChunk, with_weight - first);
+        s_chunk.fill(op.v_pages, list, kv_head, near.scores + first, near.places + first, some);
+        total += s_chunk.sum(op.head_dim, vectors, some);
+      }
+      support = team.part(with_weight).total;
+      total = sum_over_blocks(team, total);
+      if (team.rank > 0) return;
+    }
+    const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
+    const int64_t at = row * op.q_heads + head;
+    if (threadIdx.x == 0) {
+      op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? weights.tau : 0;
+      op.support[at] = support;
+      if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
+    }
+    if (undefined) total = kUndefined;
+    if (static_cast<int>(threadIdx.x) < op.head_dim) op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(total);
+  }
+
+ private:
+  static constexpr int kChunk = Chunk<T>::kTokens;
+
+  /// The sum over the blocks of each thread's value, for the threads of the first one. All threads of the team call.
+  static __device__ float sum_over_blocks(Team& team, float value) {
+    if (team.size == 1) return value;
+    __shared__ float s_values[kThreads];
+    s_values[threadIdx.x] = value;
+    cluster::sync();
+    if (team.rank == 0) {
+      for (int other = 1; other < team.size; ++other) value += cluster::of(other, s_values[threadIdx.x]);
+    }
+    cluster::sync();  // no block ends before its values have been read
+    return value;
+  }
+};
+
+}  // namespace entmaxkv::cuda

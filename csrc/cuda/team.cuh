@@ -1,0 +1,81 @@
+// The blocks that work together: a block alone, or those of a cluster, each with its part of the items.
+#pragma once
+
+#include "cluster.cuh"
+
+namespace entmaxkv::cuda {
+
+constexpr int kThreads = 512;  // of a block of a team
+
+/// All threads of all blocks call every method, in the same order, and cluster::sync before a block of several ends.
+class Team {
+ public:
+  int rank, size;
+
+  static __device__ Team block() { return {0, 1}; }
+  static __device__ Team cluster() { return {cluster::rank(), cluster::size()}; }
+
+  /// The combination of all threads' values, in a fixed order, for each of them.
+  template <typename Value, typename Combine>
+  __device__ Value reduce(Value value, Combine combine) {
+    value = cuda::reduce<kThreads>(value, combine);
+    if (size == 1) return value;
+    const auto& each = gather(value);
+    value = each.of[0];
+    for (int other = 1; other < size; ++other) value = combine(value, each.of[other]);
+    return value;
+  }
+
+  template <typename Value>
+  __device__ Value sum(Value value) {
+    return reduce(value, [](const Value& a, const Value& b) { return a + b; });
+  }
+
+  /// The largest of all threads' values, NaN if any is.
+  __device__ float largest(float value) {
+    return reduce(value, [](float a, float b) { return larger(a, b); });
+  }
+
+  /// How many items the blocks have before this one, and all together.
+  struct Part {
+    int before, total;
+  };
+
+  /// From a block's own number of items, which all its threads know.
+  __device__ Part part(int own) {
+    if (size == 1) return {0, own};
+    const auto& each = gather(own);
+    Part part{0, 0};
+    for (int other = 0; other < size; ++other) {
+      if (other < rank) part.before += each.of[other];
+      part.total += each.of[other];
+    }
+    return part;
+  }
+
+ private:
+  template <typename Value>
+  struct Each {
+    Value of[cluster::kMostBlocks];
+  };
+
+  __device__ Team(int rank, int size) : rank(rank), size(size) {}
+
+  /// The blocks' values. Two calls that follow each other use different memory: the first one's has been read when the
+  /// second one's barrier opens.
+  template <typename Value>
+  __device__ const Each<Value>& gather(const Value& own) {
+    __shared__ Value s_own[2];
+    __shared__ Each<Value> s_each;
+    turn_ ^= 1;
+    if (threadIdx.x == 0) s_own[turn_] = own;
+    cluster::sync();
+    if (static_cast<int>(threadIdx.x) < size) s_each.of[threadIdx.x] = cluster::of(threadIdx.x, s_own[turn_]);
+    __syncthreads();
+    return s_each;
+  }
+
+  int turn_ = 0;
+};
+
+}  // namespace entmaxkv::cuda
