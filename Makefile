@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulation -type f)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench figures clean
 
 demo: $(VENV)/entmaxkv-demo.installed
 	$(RUN) examples/generate.py $(ARGS)
@@ -23,6 +23,9 @@ test: $(VENV)/entmaxkv-test.installed
 
 bench: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/decode.py $(ARGS)
+
+figures: $(VENV)/entmaxkv-bench.installed
+	$(RUN) bench/plot.py $(ARGS)
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy

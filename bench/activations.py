@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-from decode import DTYPES, check, report
+from inputs import DTYPES, positive
+from report import check, machine, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("activations", type=Path, help="safetensors file of NAME.q, NAME.k and NAME.v for each KV head")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--budget", type=int, default=2048, help="tokens that TopPages reads")
+    parser.add_argument("--budget", type=positive, default=2048, help="tokens that TopPages reads")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
     check(parser, args)
@@ -98,7 +99,7 @@ def main() -> None:
     q, k, _ = activations
     shape = {"file": args.activations.name, "tokens": len(k), "kv_heads": k.shape[1], "heads": q.shape[1]}
     shape |= {"head_dim": k.shape[2], "steps": len(q), "budget": args.budget}
-    report(rows, shape, args, console)
+    report({"machine": machine(args.device), "shape": shape, "rows": rows}, args, console)
 
 
 if __name__ == "__main__":

@@ -1,274 +1,210 @@
-"""Times one decode step against softmax attention on the same shapes.
+"""Times one decode step, and each of its ops, against softmax attention on the same inputs.
 
-Peer: torch.nn.functional.scaled_dot_product_attention on contiguous keys and values; on the CPU with the query heads
-of a group as rows of one query over their KV head (there faster than enable_gqa=True), on a GPU by FlashAttention and
-by cuDNN. On a GPU a method is captured in a CUDA graph, and each replay starts with a cold L2 cache. The methods take
-turns, --repeats times over; the median counts. Beside each time stand the bytes that the method has to read, counted
-from tensors, and the dropped mass and output error against dense entmax in float64.
+A row is one method on one case: microseconds; their ratio to the best scaled_dot_product_attention (SDPA) softmax of
+the case; the bytes that the method has to move, counted from tensors, and the time that a plain read of as many takes
+on this machine (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error against dense attention
+in float64; and the tokens that a KV head reads. Methods of kind `step` go from q to out; those of kind `op` are the
+stages of the step that `of` names, each timed alone. Peers run where they are installed, and the authors' code where
+--reference leads to a checkout.
+
+On a GPU a method is captured in a CUDA graph, and each replay starts with a cold L2 cache. The methods take turns,
+--repeats times over; the median counts.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
+import math
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
+from inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
+from model_text import ModelText
+from peers import peers
+from reference import authors
+from report import check, machine, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from steps import append_bytes, gaussian_reading, stage_bytes, stages, step
+from timing import Time, medians, read_rate
+from torch import Tensor
 
-import entmaxkv
-from entmaxkv import metrics
+from entmaxkv import Gaussian, PagedKVCache, TopPages, metrics, reference
 
-KEYS = {"normal": 0.0, "clustered": 0.97}  # correlation of one key with the next
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-CONTEXTS = {"cpu": [1024, 8192, 32768, 131072], "cuda": [16384, 32768, 131072, 1048576]}
+CONTEXTS = {"cpu": "1024 8192 32768 131072", "cuda": "16384 32768 131072 1048576 16x32768"}
 WIDTHS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
-REPEATS = {"cpu": 7, "cuda": 50}
-APPENDS = 100
+REPEATS = {"cpu": 7, "cuda": 30}
 
 
-def make_keys(shape: tuple[int, int, int, int], correlation: float, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Standard normal keys [batch, context, kv_heads, head_dim]; a correlation makes neighbours alike."""
-    keys = torch.randn(shape, device=device)
-    if correlation:
-        batch, context, kv_heads, head_dim = shape
-        decay = correlation ** torch.arange(256.0, device=device)  # older keys no longer count
-        kernel = decay.flip(0) * (1 - correlation**2) ** 0.5
-        series = keys.permute(0, 2, 3, 1).reshape(-1, 1, context)
-        series = torch.nn.functional.conv1d(torch.nn.functional.pad(series, (255, 0)), kernel.view(1, 1, -1))
-        keys = series.view(batch, kv_heads, head_dim, context).permute(0, 3, 1, 2)
-    return keys.to(dtype).contiguous()
+def oracle(inputs: Inputs, alpha: float) -> Tensor:
+    """Dense attention in float64, [batch, heads, head_dim]."""
+    return torch.stack([reference.attention(*row, alpha=alpha)[0] for row in zip(*inputs, strict=True)])
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def error(out: Tensor, truth: Tensor) -> float:
+    """Mean over rows and heads of ||out - truth|| / ||truth||."""
+    return ((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean().item()
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """The line that must stand beside every figure."""
-    facts: dict[str, str | int] = {}
-    if device == "cuda":
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        facts["gpu"] = f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
-    else:
-        model = platform.processor()
-        if Path("/proc/cpuinfo").exists():
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
-        facts["cpu"] = f"{model}, {torch.backends.cpu.get_cpu_capability()}"
-        facts["threads"] = torch.get_num_threads()
-    commit = output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-    return facts | {"torch": torch.__version__, "commit": commit}
+def ways(
+    q: Tensor, paged: PagedKVCache, args: argparse.Namespace
+) -> dict[str, tuple[TopPages | Gaussian | None, float]]:
+    """Our own steps: selector and alpha of each."""
+    found: dict[str, tuple[TopPages | Gaussian | None, float]] = {"dense softmax": (None, 1.0)}
+    if args.alpha > 1:
+        found["dense entmax"] = None, args.alpha
+    for budget in args.budget:
+        found[f"TopPages({budget})"] = TopPages(budget), args.alpha
+    if args.alpha > 1:  # with alpha 1 there is no threshold, and Gaussian keeps every page
+        for budget in args.budget:
+            found[f"Gaussian, {budget} tokens"] = gaussian_reading(budget, q, paged, args.alpha), args.alpha
+        found["Gaussian()"] = Gaussian(), args.alpha
+    return found
 
 
-def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """A function that runs `call` and returns the milliseconds it took."""
-    if device == "cpu":
+def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[str, str]) -> list[dict]:
+    """One row for each method, the ops of a step behind it."""
+    q, k, v = inputs
+    paged = filled(case, inputs, room=args.repeats + 8)  # what is appended below, the warm-up included
+    others, own = peers(inputs, paged, args.alpha, notes), ways(q, paged, args)
+    ops = {name: stages(q, paged, *way) for name, way in own.items() if way[0]}
+    calls: dict[str, Callable[[], object]] = {name: peer.call for name, peer in others.items()}
+    calls |= {name: step(q, paged, *way) for name, way in own.items()}
+    calls |= {f"{op} of {name}": call for name, parts in ops.items() for op, call in parts.items()}
+    times = medians(calls, args.repeats, args.device)
+    best = min(times[name].us for name in others if name.startswith("softmax SDPA"))
 
-        def on_cpu() -> float:
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
+    def row(kind: str, method: str, alpha: float, time: Time, figures: dict) -> dict:
+        entry = asdict(case) | {"alpha": alpha, "kind": kind, "method": method, "timed": time.of, "us": time.us}
+        return entry | ({"ratio": time.us / best} if kind == "step" else {}) | figures
 
-        return on_cpu
+    @cache
+    def truth(alpha: float) -> Tensor:
+        return oracle(inputs, alpha)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    rubbish = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    found: list[dict] = []
+    for name, peer in others.items():
+        figures = {"error": error(peer.call(), truth(peer.alpha))}
+        if peer.alpha == 1:
+            figures["bytes"] = k.nbytes + v.nbytes
+        found.append(row("step", name, peer.alpha, times[name], figures))
+    for name, (select, alpha) in own.items():
+        measured = metrics.measure(q, paged, select=select, alpha=alpha)
+        figures = {
+            "bytes": measured.bytes_read,
+            "delta": measured.dropped_mass.mean().item(),
+            "error": measured.output_error.mean().item(),
+            "tokens": measured.tokens.double().mean().item(),
+        }
+        if isinstance(select, Gaussian) and math.isfinite(select.margin):
+            figures["margin"] = select.margin
+        found.append(row("step", name, alpha, times[name], figures))
+        if select:
+            for op, nbytes in zip(ops[name], stage_bytes(q, paged, select, measured), strict=True):
+                found.append(row("op", op, alpha, times[f"{op} of {name}"], {"of": name, "bytes": nbytes}))
 
-    def on_gpu() -> float:
-        rubbish.zero_()  # pushes everything out of L2, and lasts until the replay has been queued
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return on_gpu
-
-
-def median_ms(methods: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each method, the methods taking turns after one warm-up each."""
-    watches = {name: stopwatch(call, device) for name, call in methods.items()}
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name, watch in watches.items():
-            ms = watch()
-            if repeat > 0:
-                times[name].append(ms)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Softmax attention of q [batch, heads, head_dim] over k and v [batch, context, kv_heads, head_dim]."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    k_rows, v_rows = (x.transpose(1, 2).contiguous() for x in (k, v))
-    if q.device.type == "cpu":
-        q_rows = q.view(len(q), k.shape[2], -1, q.shape[2])
-        return {"softmax SDPA": lambda: sdpa(q_rows, k_rows, v_rows)}
-
-    def by(backend: SDPBackend) -> Callable[[], object]:
-        def call() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return sdpa(q[:, :, None], k_rows, v_rows, enable_gqa=True)
-
-        return call
-
-    methods = {}
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "math": SDPBackend.MATH,  # slow, but takes everything
-    }
-    for name, backend in backends.items():
-        call = by(backend)
-        try:
-            if name != "math" or not methods:
-                call()
-                methods[f"softmax SDPA, {name}"] = call
-        except RuntimeError:  # not for this dtype or head_dim
-            continue
-    return methods
-
-
-def measure(context: int, dtype: str, keys: str, args: argparse.Namespace) -> list[dict]:
-    """One row per method."""
-    torch.manual_seed(0)
-    shape = args.batch, context, args.kv_heads, args.head_dim
-    k = make_keys(shape, KEYS[keys], DTYPES[dtype], args.device)
-    v = torch.randn_like(k)
-    q = torch.randn(args.batch, args.heads, args.head_dim, dtype=k.dtype, device=args.device)
-    cache = entmaxkv.PagedKVCache(
-        args.batch,
-        context + 2 * APPENDS,
-        args.kv_heads,
-        args.head_dim,
-        page_size=args.page_size,
-        dtype=k.dtype,
-        device=args.device,
-    )
-    cache.append(k, v)
-    selectors = {
-        "dense entmax": None,
-        f"TopPages({args.budget})": entmaxkv.TopPages(args.budget),
-        "Gaussian()": entmaxkv.Gaussian(),
-    }
-
-    def decode(select: entmaxkv.select.Selector | None) -> Callable[[], object]:
-        return lambda: entmaxkv.decode(q, cache, alpha=args.alpha, select=select)
-
-    peers = softmax(q, k, v)
-    methods = peers | {name: decode(select) for name, select in selectors.items()}
-    times = median_ms(methods, args.repeats, args.device)
-    best = min(times[name] for name in peers)
-    found = {name: metrics.measure(q, cache, select=select, alpha=args.alpha) for name, select in selectors.items()}
-    k_new, v_new = k[:, :1].clone(), v[:, :1].clone()
-    times |= median_ms({"append one token": lambda: cache.append(k_new, v_new)}, APPENDS, args.device)
-
-    rows = []
-    for name, ms in times.items():
-        row = {"context": context, "dtype": dtype, "keys": keys, "method": name, "ms": ms}
-        if name in methods:
-            row["ratio"] = best / ms
-        if name in peers:
-            row["bytes"] = k.nbytes + v.nbytes
-        elif name in selectors:
-            row["bytes"] = int(found[name].bytes_read)
-            row["delta"] = float(found[name].dropped_mass.mean())
-            row["error"] = float(found[name].output_error.mean())
-        rows.append(row)
-    return rows
-
-
-def show(rows: list[dict], console: Console) -> None:
-    """Prints the rows as a table."""
-    table = Table("context", "dtype", "keys", "method", *("ms", "x softmax", "MB", "GB/s", "δ", "error"))
-    for column in table.columns[4:]:
-        column.justify = "right"
-    for row in rows:
-        rate = row["bytes"] / row["ms"] / 1e6 if "bytes" in row else None
-        figures = (
-            f"{row['ms']:.4f}",
-            f"{row['ratio']:.2f}" if "ratio" in row else "",
-            f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
-            f"{rate:.1f}" if rate else "",
-            f"{row['delta']:.4f}" if "delta" in row else "",
-            f"{row['error']:.4f}" if "error" in row else "",
+    if args.reference and args.alpha > 1:
+        results, failures = authors(
+            args.reference,
+            inputs._asdict(),
+            page_size=case.page_size,
+            budgets=args.budget,
+            alpha=args.alpha,
+            repeats=args.repeats,
         )
-        table.add_row(str(row["context"]), row["dtype"], row["keys"], row["method"], *figures)
+        notes |= failures
+        for name, result in results.items():
+            figures = {"error": error(result.out, truth(args.alpha)), "tokens": result.tokens}
+            entry = row("step", name, args.alpha, Time(result.us, result.timed), figures)
+            found.append(entry | {"dtype": result.dtype})
+
+    new = k[:, :1].clone(), v[:, :1].clone()
+    time = medians({"append_kv": lambda: paged.append(*new)}, args.repeats, args.device)["append_kv"]
+    return [*found, row("op", "append_kv", args.alpha, time, {"of": "one token", "bytes": append_bytes(paged, inputs)})]
+
+
+def complete(found: list[dict], device: str) -> float:
+    """Adds to the rows what follows from their bytes; returns GB/s of the fastest read of this run.
+
+    That is the sum of a large tensor, or on a GPU, where nothing is cached, softmax if it reads keys and values faster.
+    """
+    rate = read_rate(device)
+    for row in found:
+        if "bytes" in row:
+            row["gb_per_s"] = row["bytes"] / row["us"] / 1e3
+            if device == "cuda" and row["method"].startswith("softmax"):
+                rate = max(rate, row["gb_per_s"])
+    for row in found:
+        if "bytes" in row:
+            row["floor_us"] = row["bytes"] / rate / 1e3
+            row["fraction"] = row["floor_us"] / row["us"]
+    return rate
+
+
+def show(found: list[dict], console: Console) -> None:
+    """Prints the rows of one case as a table."""
+    case = Case(**{name: found[0][name] for name in Case.__dataclass_fields__})
+    table = Table(title=f"{case}, alpha {found[-1]['alpha']:g}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    formats = {"us": ".1f", "ratio": ".3f", "bytes": ".2f", "gb_per_s": ".1f", "fraction": ".2f", "tokens": ".0f"}
+    formats |= {"delta": ".4f", "error": ".2g"}
+    for title in ("µs", "of softmax", "MB", "GB/s", "of floor", "tokens", "δ", "error"):
+        table.add_column(title, justify="right")
+    for row in found:
+        name = row["method"] if row["kind"] == "step" else f"  {row['method']}"
+        shown = row | ({"bytes": row["bytes"] / 1e6} if "bytes" in row else {})
+        table.add_row(name, *(f"{shown[key]:{form}}" if key in shown else "" for key, form in formats.items()))
     console.print(table)
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses, before anything is measured, what could not be measured or written."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: expected a CUDA GPU, got none")
-    if args.budget < 1:
-        parser.error(f"expected --budget >= 1, got {args.budget}")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
-
-
-def report(rows: list[dict], shape: dict[str, int | float | str], args: argparse.Namespace, console: Console) -> None:
-    """Prints the machine, and writes it with shape and rows to --json."""
-    where = machine(args.device)
-    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": where, "shape": shape, "rows": rows}, indent=1) + "\n")
-
-
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", choices=CONTEXTS, default="cpu")
-    parser.add_argument("--batch", type=int, default=1, help="rows, all of the same length")
-    on_device = {"default": argparse.SUPPRESS}  # depends on the device
-    parser.add_argument("--context", type=int, nargs="+", help=f"tokens (default: {CONTEXTS})", **on_device)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"(default: {WIDTHS})", **on_device)
-    parser.add_argument("--keys", nargs="+", choices=KEYS, default=["normal"], help="how keys are drawn")
-    parser.add_argument("--heads", type=int, default=32, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16, help="tokens per page")
+    add_case_arguments(parser, f"{CONTEXTS}", f"{WIDTHS}")
     parser.add_argument("--alpha", type=float, default=1.5)
-    parser.add_argument("--budget", type=int, default=2048, help="tokens that TopPages reads")
+    parser.add_argument(
+        "--budget", type=positive, nargs="+", default=[2048], help="tokens that TopPages, and a tuned Gaussian, read"
+    )
     repeats = f"runs of each method, of which the median counts (default: {REPEATS})"
-    parser.add_argument("--repeats", type=int, help=repeats, **on_device)
+    parser.add_argument("--repeats", type=positive, help=repeats, default=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=Path, help="a checkout of the authors' entmaxkv, to time it too")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()
     check(parser, args)
-    for name, defaults in (("context", CONTEXTS), ("dtype", WIDTHS), ("repeats", REPEATS)):
-        setattr(args, name, getattr(args, name, defaults[args.device]))
-    for name in ("batch", "context", "heads", "kv_heads", "head_dim", "repeats"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"expected --{name.replace('_', '-')} >= 1, got {value}")
-    if args.heads % args.kv_heads:
-        parser.error(f"expected --heads to be a multiple of --kv-heads {args.kv_heads}, got {args.heads}")
+    args.context = getattr(args, "context", [rows(text) for text in CONTEXTS[args.device].split()])
+    args.dtype = getattr(args, "dtype", WIDTHS[args.device])
+    args.repeats = getattr(args, "repeats", REPEATS[args.device])
+    if not 1 <= args.alpha <= 2:
+        parser.error(f"expected --alpha in [1, 2], got {args.alpha}")
+    if args.reference and args.device == "cpu":
+        parser.error("--reference: expected --device cuda (theirs are Triton kernels), got cpu")
+    if args.reference and not (args.reference / "entmaxkv" / "attention_topk.py").is_file():
+        parser.error(f"--reference: expected a checkout of github.com/deep-spin/entmaxkv, got {args.reference}")
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    cases = [(context, dtype, keys) for keys in args.keys for dtype in args.dtype for context in args.context]
-    rows = [row for case in track(cases, "measuring", console=console) for row in measure(*case, args)]
-    show(rows, console)
-    shape = {name: getattr(args, name) for name in ("batch", "heads", "kv_heads", "head_dim", "page_size", "alpha")}
-    report(rows, shape, args, console)
+    chosen = cases(args)
+    of_model = [case for case in chosen if case.keys == "model"]
+    text = ModelText(of_model, args.device, console) if of_model else None
+    notes: dict[str, str] = {}
+    groups = []
+    for case in track(chosen, "measuring", console=console):
+        inputs = text.inputs(case) if text and case.keys == "model" else drawn(case, args.device)
+        groups.append(measure(case, inputs, args, notes))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the pools of this case's graphs
+    found = [row for group in groups for row in group]
+    rate = complete(found, args.device)
+    for group in groups:
+        show(group, console)
+    for name, reason in notes.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    report({"machine": machine(args.device) | {"read_gb_per_s": rate}, "rows": found}, args, console)
 
 
 if __name__ == "__main__":

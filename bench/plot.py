@@ -1,51 +1,200 @@
-"""Draws the README's figure from the JSON of bench/decode.py: time of a decode step against context."""
+"""Draws the README's figures and writes its tables, all from the JSON of bench/decode.py under bench/results.
+
+A table of the README stands between <!-- bench:NAME --> and <!-- /bench -->.
+"""
 
 import argparse
-import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import KEYS, OPS, OWN, TABLES, TOP, TUNED, Row, load, machine_line, places, size, standard, steps
 
+plt.rcParams["font.size"] = 8
 HERE = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+STAGES = {"whole": "0.65", "score": "C0", "select": "C1", "sparse": "C2"}
+STACKED = ["softmax SDPA, flash", "softmax SDPA, cuDNN", "dense softmax", *OWN]
 
 
-def draw(report: dict, to: Path) -> None:
-    """One panel per dtype: milliseconds against context, one line per method."""
-    keys = "clustered" if any(row["keys"] == "clustered" for row in report["rows"]) else report["rows"][0]["keys"]
-    rows = [row for row in report["rows"] if row["keys"] == keys]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(max(7, 4.5 * len(dtypes)), 3.8), sharey=True, squeeze=False)
-    for panel, dtype in zip(panels[0], dtypes, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            line = [row for row in rows if (row["dtype"], row["method"]) == (dtype, method)]
-            panel.loglog([row["context"] for row in line], [row["ms"] for row in line], "o-", label=method, base=2)
-        panel.set_title(dtype)
+def panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, sharex=True, sharey=True)
+    return figure, [list(line) for line in grid]
+
+
+def present(rows: list[Row]) -> list[str]:
+    """The kinds of keys that were measured, in the README's order."""
+    return [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
+
+
+def lines(rows: list[Row], keys: str) -> dict[str, list[Row]]:
+    """Single rows of a cache by method, short contexts first; an op only in the step that `OPS` names."""
+    found: dict[str, list[Row]] = {}
+    for (of, batch, _), here in places(rows).items():
+        for row in here if of == keys and batch == 1 else []:
+            if row["kind"] == "step" or OPS[row["method"]] == row["of"]:
+                found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def draw_steps(rows: list[Row]) -> Figure | None:
+    """Step time against context as a share of softmax, a step's stages by their share when timed alone."""
+    rows = standard(rows, "gpu", "bf16")
+    columns = list(dict.fromkeys(place[1:] for place in places(rows)))
+    methods = [method for method in STACKED if any(row["method"] == method for row in rows)]
+    if not rows:
+        return None
+    figure, grid = panels(
+        len(present(rows)), len(columns), width=2.4 + 2.1 * len(columns), height=0.8 + 2 * len(present(rows))
+    )
+    for line, keys in zip(grid, present(rows), strict=True):
+        for panel, (batch, context) in zip(line, columns, strict=True):
+            here = places(rows).get((keys, batch, context), [])
+            found = steps(here)
+            for y, method in enumerate(methods):
+                if method not in found:
+                    continue
+                ops = {row["method"]: row["us"] for row in here if row.get("of") == method}
+                stages = {op.split("_")[0]: us / sum(ops.values()) for op, us in ops.items()} or {"whole": 1.0}
+                left = 0.0
+                for stage, share in stages.items():
+                    width = share * found[method]["ratio"]
+                    panel.barh(y, width, left=left, color=STAGES[stage])
+                    left += width
+                panel.text(min(left, 1.75), y, f" {left:.2f}", va="center")
+            panel.axvline(1, color="black", linewidth=0.6)
+            panel.set_title(f"{KEYS[keys]}, {size(batch, context)}")
+    grid[0][0].set_yticks(range(len(methods)), [method.removeprefix("softmax ") for method in methods])
+    grid[0][0].invert_yaxis()
+    grid[0][0].set_xlim(0, 2)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
+    labels = ["whole step", "score pages", "select pages", "decode them"]
+    figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
+    figure.suptitle(f"time of a step, softmax = 1\n{machine_line(rows)}")
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
+    return figure
+
+
+def draw_floor(rows: list[Row]) -> Figure | None:
+    """How much of the machine's read rate each op and dense step reaches, against context."""
+    rows = standard(rows, "gpu", "bf16")
+    if not rows:
+        return None
+    figure, (line,) = panels(1, len(present(rows)), width=2 + 3.2 * len(present(rows)), height=3.8)
+    for panel, keys in zip(line, present(rows), strict=True):
+        found = lines(rows, keys)
+        for method in ("softmax SDPA, cuDNN", "dense softmax", "dense entmax", *OPS):
+            points = found.get(method, [])
+            style = "o--" if method in OPS else "o-"
+            panel.plot(
+                [row["context"] for row in points], [row["fraction"] for row in points], style, label=method, ms=4
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"{KEYS[keys]} keys")
         panel.set_xlabel("context, tokens")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("ms per step")
-    panels[0][0].set_yscale("log", base=10)
-    panels[0][-1].legend(fontsize=8)
-    shape, where = report["shape"], report["machine"]
-    figure.suptitle(
-        f"{shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch {shape['batch']}, "
-        f"{keys} keys\n{where.get('gpu') or where['cpu'] + ', ' + str(where['threads']) + ' threads'}",
-        fontsize=9,
-    )
+    line[0].set_ylabel("fraction of the floor")
+    line[0].set_ylim(0, 1.05)
+    line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"time to read the bytes at the machine's best / time taken\n{machine_line(rows)}")
     figure.tight_layout()
-    figure.savefig(to, dpi=120)
+    return figure
+
+
+def draw_delta(rows: list[Row]) -> Figure | None:
+    """What the selectors drop against the time they take, one point for each context."""
+    rows = standard(rows, "gpu", "bf16")
+    if not rows:
+        return None
+    figure, (line,) = panels(1, len(present(rows)), width=1 + 3.4 * len(present(rows)), height=3.8)
+    for panel, keys in zip(line, present(rows), strict=True):
+        found = lines(rows, keys)
+        for method in (TOP, TUNED, "Gaussian()", "dense entmax"):
+            points = found.get(method, [])
+            panel.plot([row["us"] for row in points], [row["delta"] for row in points], "o-", label=method, ms=4)
+            for row in points:
+                name = size(1, row["context"])
+                panel.annotate(name, (row["us"], row["delta"]), (3, 3), textcoords="offset points", fontsize=6)
+        panel.set_xscale("log")
+        panel.set_yscale("symlog", linthresh=1e-3)
+        panel.set_title(f"{KEYS[keys]} keys")
+        panel.set_xlabel("µs per step")
+        panel.grid(alpha=0.3)
+    line[0].set_ylim(-1e-4, 1.5)
+    line[0].set_ylabel("δ, mass dropped")
+    line[0].legend()
+    figure.suptitle(machine_line(rows))
+    figure.tight_layout()
+    return figure
+
+
+def draw_cpu(rows: list[Row]) -> Figure | None:
+    """Step time against context on the CPU, one panel for each dtype."""
+    by_dtype = {dtype: standard(rows, "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")}
+    by_dtype = {dtype: here for dtype, here in by_dtype.items() if here}
+    if not by_dtype:
+        return None
+    figure, (line,) = panels(1, len(by_dtype), width=max(7, 4.5 * len(by_dtype)), height=3.8)
+    for panel, (dtype, here) in zip(line, by_dtype.items(), strict=True):
+        keys = present(here)[0]
+        for method, points in lines(here, keys).items():
+            if method not in OPS:
+                panel.loglog(
+                    [row["context"] for row in points], [row["us"] / 1e3 for row in points], "o-", label=method, ms=4
+                )
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"{dtype}, {KEYS[keys]} keys")
+        panel.set_xlabel("context, tokens")
+        panel.grid(alpha=0.3)
+    line[0].set_ylabel("ms per step")
+    line[-1].legend()
+    figure.suptitle(machine_line(by_dtype[next(iter(by_dtype))]))
+    figure.tight_layout()
+    return figure
+
+
+FIGURES = {"steps.png": draw_steps, "floor.png": draw_floor, "delta.png": draw_delta, "cpu.png": draw_cpu}
+
+
+def with_tables(readme: Path, rows: list[Row]) -> str:
+    """The README's text with its tables written anew."""
+
+    def block(match: re.Match) -> str:
+        start, name, end = match.groups()
+        if name not in TABLES:
+            raise SystemExit(f"{readme}: expected bench:NAME to be one of {', '.join(TABLES)}, got bench:{name}")
+        if not (text := TABLES[name](rows)):
+            raise SystemExit(f"{readme}: bench:{name}: expected rows for it in the results, got none")
+        return f"{start}{text}\n{end}"
+
+    return BLOCK.sub(block, readme.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("json", type=Path, nargs="?", default=HERE / "results" / "cpu.json")
-    parser.add_argument("--out", type=Path, help="picture to write; default: beside the JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder of JSON; the figures go there too"
+    )
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="whose tables to write")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
     args = parser.parse_args()
-    if not args.json.is_file():
-        parser.error(f"expected a JSON file of bench/decode.py, got {args.json}")
-    report = json.loads(args.json.read_text())
-    if "method" not in report["rows"][0]:
-        parser.error(f"expected the rows of bench/decode.py, got {args.json} with {list(report['rows'][0])}")
-    draw(report, args.out or args.json.with_suffix(".png"))
+    rows = load(args.results)
+    if not rows:
+        parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
+    text = with_tables(args.readme, rows)
+    if args.check:
+        if text != args.readme.read_text():
+            raise SystemExit(f"{args.readme}: expected the tables of {args.results}, got others: run bench/plot.py")
+        return
+    args.readme.write_text(text)
+    for name, draw in FIGURES.items():
+        if figure := draw(rows):
+            figure.savefig(args.results / name, dpi=120)
+            print(args.results / name)
 
 
 if __name__ == "__main__":

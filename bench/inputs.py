@@ -1,0 +1,147 @@
+"""What is measured on: the cases, and the queries, keys and values of each.
+
+`normal` keys are i.i.d., `clustered` ones are alike from one to the next, `model` ones are those of the shipped model
+on real text (`model_text.py`). Queries and values of the first two are i.i.d. normal.
+"""
+
+import argparse
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import entmaxkv
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CORRELATION = {"normal": 0.0, "clustered": 0.97}  # of one key with the next
+PAGE_SIZES = [8, 16, 32, 64, 128]
+KEYS = [*CORRELATION, "model"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cache and its query: `batch` rows of `context` tokens."""
+
+    keys: str
+    dtype: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        rows = f"{self.batch} x " if self.batch > 1 else ""
+        return (
+            f"{rows}{self.context} tokens, {self.keys} keys, {self.dtype}, {self.heads} query and {self.kv_heads} KV "
+            f"heads of {self.head_dim}, pages of {self.page_size}"
+        )
+
+
+class Inputs(NamedTuple):
+    """q [batch, heads, head_dim], k and v [batch, context, kv_heads, head_dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Rows(NamedTuple):
+    """Rows of a cache; batch None leaves their number to --batch."""
+
+    batch: int | None
+    context: int
+
+
+class Heads(NamedTuple):
+    query: int
+    kv: int
+
+    def __repr__(self) -> str:
+        return f"{self.query}/{self.kv}"
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def rows(text: str) -> Rows:
+    """TOKENS, or BATCHxTOKENS."""
+    *batch, context = text.split("x")
+    if len(batch) > 1 or not all(part.isdecimal() and int(part) for part in (*batch, context)):
+        raise argparse.ArgumentTypeError(
+            f"expected tokens such as 32768, or rows of them such as 16x32768, got {text!r}"
+        )
+    return Rows(int(batch[0]) if batch else None, int(context))
+
+
+def heads(text: str) -> Heads:
+    """QUERY/KV."""
+    query, _, kv = text.partition("/")
+    if not (query.isdecimal() and kv.isdecimal() and int(kv)) or int(query) % int(kv) or not int(query):
+        raise argparse.ArgumentTypeError(
+            f"expected query and KV heads such as 32/8, the first a multiple of the second, got {text!r}"
+        )
+    return Heads(int(query), int(kv))
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, contexts: str, dtypes: str) -> None:
+    """The options that `cases` reads; contexts and dtypes say what is measured where they are not given."""
+    where, later = (
+        "tokens, or rows of tokens such as 16x32768",
+        argparse.SUPPRESS,
+    )  # the default may depend on the device
+    parser.add_argument("--context", type=rows, nargs="+", default=later, help=f"{where} (default: {contexts})")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows of each --context that names none")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=later, help=f"(default: {dtypes})")
+    parser.add_argument("--keys", nargs="+", choices=KEYS, default=["normal"], help="where keys come from")
+    parser.add_argument("--heads", type=heads, nargs="+", default=[Heads(32, 8)], help="query/KV heads")
+    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128])
+    parser.add_argument("--page-size", type=int, nargs="+", choices=PAGE_SIZES, default=[16], help="tokens per page")
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Every combination of what was asked for."""
+    sizes = [(batch, row.context) for row in args.context for batch in ([row.batch] if row.batch else args.batch)]
+    return [
+        Case(keys, dtype, pair.query, pair.kv, head_dim, page_size, batch, context)
+        for keys, dtype, pair, head_dim, page_size, (batch, context) in product(
+            args.keys, args.dtype, args.heads, args.head_dim, args.page_size, sizes
+        )
+    ]
+
+
+def drawn(case: Case, device: str) -> Inputs:
+    """Random inputs, the same at every call."""
+    torch.manual_seed(0)
+    batch, context, kv_heads, head_dim = case.batch, case.context, case.kv_heads, case.head_dim
+    k = torch.randn(batch, context, kv_heads, head_dim, device=device)
+    if correlation := CORRELATION[case.keys]:
+        decay = correlation ** torch.arange(256.0, device=device)  # older keys no longer count
+        kernel = decay.flip(0) * (1 - correlation**2) ** 0.5
+        series = k.permute(0, 2, 3, 1).reshape(-1, 1, context)
+        series = torch.nn.functional.conv1d(torch.nn.functional.pad(series, (255, 0)), kernel.view(1, 1, -1))
+        k = series.view(batch, kv_heads, head_dim, context).permute(0, 3, 1, 2)
+    k = k.to(DTYPES[case.dtype]).contiguous()
+    v = torch.randn_like(k)
+    return Inputs(torch.randn(batch, case.heads, head_dim, dtype=k.dtype, device=device), k, v)
+
+
+def filled(case: Case, inputs: Inputs, *, room: int = 0) -> entmaxkv.PagedKVCache:
+    """A cache that holds the keys and values, with room for so many tokens more."""
+    cache = entmaxkv.PagedKVCache(
+        case.batch,
+        case.context + room,
+        case.kv_heads,
+        case.head_dim,
+        page_size=case.page_size,
+        dtype=inputs.k.dtype,
+        device=inputs.k.device,
+    )
+    cache.append(inputs.k, inputs.v)
+    return cache

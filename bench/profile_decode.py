@@ -1,0 +1,95 @@
+"""Runs decode steps for a profiler, each op in a range named SELECTOR.OP.
+
+On a GPU the ranges are NVTX ranges, and the command lines for Nsight Systems and Nsight Compute are printed; on the CPU
+the table is that of torch.profiler.
+"""
+
+import argparse
+import shlex
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+from inputs import add_case_arguments, cases, drawn, filled, positive, rows
+from model_text import ModelText
+from report import check
+from rich.console import Console
+from steps import stages
+
+from entmaxkv import Gaussian, TopPages
+
+WARM_UP = 3
+
+
+def ranged(name: str, device: str) -> AbstractContextManager:
+    return torch.cuda.nvtx.range(name) if device == "cuda" else torch.profiler.record_function(name)
+
+
+def commands(ranges: list[str], arguments: list[str]) -> list[str]:
+    """The lines that profile this program, run with these arguments: all of it, and each kernel of the ranges."""
+    command = shlex.join(["python", *arguments])
+    included = " ".join(f"--nvtx-include {name}/" for name in ranges)  # the slash asks for a push/pop range
+    return [
+        f"nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi --output decode {command}",
+        f"ncu --set full --clock-control none --nvtx {included} --export decode {command}",
+    ]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_case_arguments(parser, "32768", "bf16")
+    parser.add_argument("--alpha", type=float, default=1.5)
+    parser.add_argument("--budget", type=positive, default=2048, help="tokens that TopPages reads")
+    parser.add_argument("--steps", type=positive, default=5, help="steps of each selector")
+    args = parser.parse_args()
+    args.json = None
+    check(parser, args)
+    args.context = getattr(args, "context", [rows("32768")])
+    args.dtype = getattr(args, "dtype", ["bf16"])
+    if not 1 < args.alpha <= 2:
+        parser.error(f"expected --alpha in (1, 2], got {args.alpha}")
+    chosen = cases(args)
+    if len(chosen) > 1:
+        parser.error(f"expected one case, got {len(chosen)}: {'; '.join(map(str, chosen))}")
+
+    (case,) = chosen
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    inputs = ModelText(chosen, args.device, console).inputs(case) if case.keys == "model" else drawn(case, args.device)
+    cache = filled(case, inputs)
+    selectors = {"dense": None, "TopPages": TopPages(args.budget), "Gaussian": Gaussian()}
+    ops = {
+        f"{name}.{op}": call
+        for name, select in selectors.items()
+        for op, call in stages(inputs.q, cache, select, args.alpha).items()
+    }
+    for _ in range(WARM_UP):
+        for call in ops.values():
+            call()
+
+    def run() -> None:
+        for _ in range(args.steps):
+            for name, call in ops.items():
+                with ranged(name, args.device):
+                    call()
+
+    console.print(f"{args.steps} steps of each selector: {case}")
+    if args.device == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+        columns = {"sort_by": "cpu_time_total", "row_limit": 2 * len(ops), "max_name_column_width": 40}
+        print(profile.key_averages().table(**columns))
+        return
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+    print("\n".join(commands(list(ops), sys.argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The authors' entmaxkv (github.com/deep-spin/entmaxkv), timed on the same inputs in a process of its own.
+
+Its package has the name of ours: `authors` runs this file as a program that finds theirs first, hands it the inputs in
+a file, and reads back times and outputs; each case anew, so that their kernels' search for launches is made for it.
+Its functions are called as its tests do: two refinements of the threshold, the cache filled beforehand, and float16
+where the inputs are bfloat16 (they know float16 and float32). Their paged kernel takes groups of query heads, and every
+page makes it dense; their selectors take none, so that the heads of a group become rows of a batch over the same keys,
+each with a budget of its own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from timing import medians
+from torch import Tensor
+
+REFINEMENTS = 2
+SPLITS, BINS = 32, 16  # the defaults of their decode functions
+
+
+class Result(NamedTuple):
+    """One of their methods: figures as in the rows of bench/decode.py, and out [batch, heads, head_dim]."""
+
+    dtype: str
+    us: float
+    timed: str
+    tokens: float
+    out: Tensor
+
+
+def authors(
+    path: Path, inputs: dict[str, Tensor], *, page_size: int, budgets: list[int], alpha: float, repeats: int
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Results, and reasons why there is none, by the name of the method; inputs are q, k and v."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({name: x.contiguous() for name, x in inputs.items()}, Path(folder) / "inputs")
+        order = {"page_size": page_size, "budgets": budgets, "alpha": alpha, "repeats": repeats}
+        (Path(folder) / "order").write_text(json.dumps(order))
+        paths = [str(path.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        ran = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True)
+        if ran.returncode:
+            last = (ran.stderr.strip() or f"ended with code {ran.returncode}").splitlines()[-1]
+            return {}, {"the authors' entmaxkv": last}
+        answer = json.loads((Path(folder) / "answer").read_text())
+        outs = load_file(Path(folder) / "outs", device=str(inputs["q"].device))
+        return {name: Result(**row, out=outs[name]) for name, row in answer["rows"].items()}, answer["failures"]
+
+
+class Method(NamedTuple):
+    """A step, the output that it leaves [batch, heads, head_dim], and the tokens that a head reads."""
+
+    call: Callable[[], object]
+    out: Callable[[], Tensor]
+    tokens: Callable[[], float]
+
+
+def filled(k: Tensor, v: Tensor, page_size: int) -> Any:
+    """Their cache of k and v [rows, kv_heads, tokens, head_dim].
+
+    The statistics are those of its `initialize`, which goes through the tokens page by page and takes seconds for a
+    million.
+    """
+    from entmaxkv import PagedKVCache
+
+    cache = PagedKVCache(page_size=page_size)
+    cache.k_cache, cache.v_cache = k, v
+    own = k[:1] if k.stride(0) == 0 else k  # rows that share keys share statistics
+    pages = own.unflatten(2, (-1, page_size))
+    statistics = pages.amin(3), pages.amax(3), pages.mean(3), pages.std(3, correction=0).clamp(min=1e-6)
+    whole = (x.expand(len(k), -1, -1, -1).contiguous() for x in statistics)
+    cache.k_min, cache.k_max, cache.k_mean, cache.k_std = whole
+    return cache
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float) -> Method:
+    """Every page by their paged kernel; q [batch, heads, head_dim], k and v [batch, kv_heads, tokens, head_dim]."""
+    from entmaxkv.kernels.adadecode_paged import make_adadecode_paged_workspace, sparse_attention_decode_paged
+
+    batch, heads, head_dim = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
+    pages = torch.arange(tokens // page_size, dtype=torch.int32, device=q.device)
+    pages = pages.expand(batch, kv_heads, -1).contiguous()
+    workspace = make_adadecode_paged_workspace(batch, heads, head_dim, SPLITS, BINS, device=q.device, dtype=q.dtype)
+    query = q[:, :, None].contiguous()
+    out = torch.empty_like(query)
+
+    def call() -> None:
+        sparse_attention_decode_paged(
+            q=query,
+            k_cache=k,
+            v_cache=v,
+            out=out,
+            cache_seqlens=lengths,
+            page_indices=pages,
+            page_size=page_size,
+            alpha=alpha,
+            niter=REFINEMENTS,
+            max_splits=SPLITS,
+            bins=BINS,
+            q_seqlens=lengths,
+            workspace=workspace,
+        )
+
+    return Method(call, lambda: out[:, :, 0], lambda: tokens)
+
+
+def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, budgets: list[int]) -> dict[str, Method]:
+    """Their selectors; shapes as in `dense`."""
+    from entmaxkv import sparse_attention_decode_gaussian_aware_entmax, sparse_attention_decode_paged
+
+    batch, kv_heads, tokens = k.shape[:3]
+    group = q.shape[1] // kv_heads
+    rows = q.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)[:, :, None].contiguous()
+    k, v = (x[:, None].expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (k, v))
+    cache = filled(k, v, page_size)
+    lengths = torch.full((len(rows),), tokens, dtype=torch.int32, device=q.device)
+    result = torch.empty_like(rows)
+    shared = {"q": rows, "kv_cache": cache, "k_new": None, "v_new": None, "out": result, "alpha": alpha}
+    shared |= {"q_seqlens": lengths, "append_cache": False, "niter": REFINEMENTS}
+
+    def out() -> Tensor:
+        return result[:, :, 0].unflatten(0, (batch, group)).transpose(1, 2).flatten(1, 2)
+
+    def top_pages(budget: int) -> Method:
+        best = max(budget - page_size, 0)  # the last page comes on top
+        read = page_size * (1 + min(best // page_size, tokens // page_size - 1))
+        shorter = torch.full_like(lengths, read)
+
+        def call() -> None:
+            sparse_attention_decode_paged(**shared, token_budget=best, cache_seqlens=shorter)
+
+        return Method(call, out, lambda: read)
+
+    def gaussian(tau: str) -> Method:
+        def call() -> None:
+            sparse_attention_decode_gaussian_aware_entmax(**shared, tau_mode=tau)
+
+        return Method(call, out, lambda: page_size * cache.last_num_selected_per_head.double().mean().item())
+
+    methods = {f"authors, top pages, {budget} tokens": top_pages(budget) for budget in budgets}
+    return methods | {f"authors, Gaussian, {tau} tau": gaussian(tau) for tau in ("exact", "corrected")}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Runs in their process: reads order and inputs from the folder, and writes answer and outs there."""
+    parser = argparse.ArgumentParser(description="The other half of bench/decode.py --reference, which runs it.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    order = json.loads((folder / "order").read_text())
+    inputs = load_file(folder / "inputs", device="cuda")
+    dtype = torch.float16 if inputs["q"].dtype == torch.bfloat16 else inputs["q"].dtype
+    q, k, v = (inputs[name].to(dtype) for name in "qkv")
+    k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
+    if k.shape[2] % order["page_size"]:
+        raise SystemExit(f"expected whole pages of {order['page_size']} tokens, got {k.shape[2]} tokens")
+    shared = q, k, v, order["page_size"], order["alpha"]
+    methods = {"authors, dense entmax": dense(*shared)} | selecting(*shared, order["budgets"])
+
+    failures, outs, read = {}, {}, {}
+    for name, method in list(methods.items()):
+        try:
+            method.call()
+            outs[name], read[name] = method.out().contiguous(), method.tokens()
+        except Exception as error:  # one method that fails here must not keep the others from being measured
+            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            del methods[name]
+    times = medians({name: method.call for name, method in methods.items()}, order["repeats"], "cuda")
+    short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    rows = {
+        name: {"dtype": short, "us": time.us, "timed": time.of, "tokens": read[name]} for name, time in times.items()
+    }
+    save_file(outs, folder / "outs")
+    (folder / "answer").write_text(json.dumps({"rows": rows, "failures": failures}))
+
+
+if __name__ == "__main__":
+    main()

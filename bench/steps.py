@@ -1,0 +1,86 @@
+"""The ways of one decode step, the ops that each consists of, and the bytes that each op has to move."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from inputs import Inputs
+from torch import Tensor
+
+import entmaxkv
+from entmaxkv import Gaussian, PagedKVCache, TopPages, ops
+from entmaxkv.metrics import Metrics
+
+MOST_HALVINGS = 30
+
+
+def stages(
+    q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian | None, alpha: float
+) -> dict[str, Callable[[], object]]:
+    """A step's ops by name, each on what the ones before it return."""
+    lengths, sizes = (cache.page_table, cache.seq_lens), (cache.seq_lens, cache.kv_heads, cache.page_size)
+    if select is None:
+        return {"dense_decode": partial(ops.dense_decode, q, cache.k_pages, cache.v_pages, *lengths, alpha)}
+    if isinstance(select, TopPages):
+        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size)
+        pick = partial(ops.select_pages, score(), *sizes, select.budget)
+    else:
+        score = partial(ops.score_gaussian, q, cache.k_mean, cache.k_std, *lengths, cache.page_size)
+        pick = partial(ops.select_gaussian, *score(), *sizes, alpha, select.quantile, select.margin)
+    decode = partial(ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *pick(), alpha)
+    kind = "pages" if isinstance(select, TopPages) else "gaussian"
+    return {f"score_{kind}": score, f"select_{kind}": pick, "sparse_decode": decode}
+
+
+def stage_bytes(q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian, found: Metrics) -> list[int]:
+    """Bytes that the three ops of `stages` have to read and write, in their order.
+
+    Scores and selections are written by one op and read by the next, statistics only read.
+    """
+    pages = sum(-(-tokens // cache.page_size) for tokens in cache.seq_lens.tolist())
+    statistics = 2 * pages * cache.k_pages[0, :, 0].nbytes
+    scores = pages * q.shape[1] * 4 * (1 if isinstance(select, TopPages) else 2)
+    selected = sum(x.nbytes for x in select.pages(q, cache))
+    return [statistics + scores, scores + selected, selected + found.bytes_read - statistics + 2 * q.nbytes]
+
+
+def append_bytes(cache: PagedKVCache, inputs: Inputs) -> int:
+    """Bytes of one token's keys and values, read and written, and of the statistics of its page, written."""
+    token = inputs.k[:, 0].nbytes
+    return 4 * token + sum(x is not None for x in (cache.k_min, cache.k_max, cache.k_mean, cache.k_std)) * token
+
+
+def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) -> Gaussian:
+    """The `Gaussian` whose margin makes it read about so many tokens per KV head, in the mean over rows and heads.
+
+    A margin that keeps every page where there are no more tokens than that.
+    """
+    mean, std = ops.score_gaussian(q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size)
+
+    def read(margin: float) -> float:
+        counts = ops.select_gaussian(mean, std, cache.seq_lens, cache.kv_heads, cache.page_size, alpha, margin=margin)[
+            1
+        ]
+        return cache.page_size * counts.double().mean().item()
+
+    if read(math.inf) <= tokens:
+        return Gaussian(margin=math.inf)
+    low = high = 0.0
+    step = 1.0
+    while read(low) > tokens and step < 1e6:
+        low, step = low - step, 2 * step
+    step = 1.0
+    while read(high) < tokens and step < 1e6:
+        high, step = high + step, 2 * step
+    for _ in range(MOST_HALVINGS):
+        margin = (low + high) / 2
+        now = read(margin)
+        if abs(now - tokens) <= 0.005 * tokens:
+            break
+        low, high = (low, margin) if now > tokens else (margin, high)
+    return Gaussian(margin=margin)
+
+
+def step(q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian | None, alpha: float) -> Callable[[], Tensor]:
+    """The whole step, from q to out."""
+    return partial(entmaxkv.decode, q, cache, alpha=alpha, select=select)

@@ -1,0 +1,212 @@
+"""The rows of bench/decode.py under bench/results, and the README's tables of them.
+
+`TABLES` holds a function for each name that may stand in <!-- bench:NAME -->; it returns "" where there are no rows.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table but `shapes`
+CASE = (*SHAPE, "dtype", "keys", "batch", "context")
+KEYS = {"model": "model", "clustered": "clustered", "normal": "i.i.d."}  # as the README calls them, in its order
+TIMES = "\N{MULTIPLICATION SIGN}"
+BUDGET = 2048
+TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
+OWN = {  # our steps, as the README calls them
+    "dense entmax": "dense entmax",
+    TOP: f"`{TOP}`",
+    TUNED: f"`Gaussian`, {BUDGET} tokens",
+    "Gaussian()": "`Gaussian()`",
+}
+OPS = {  # and the step that each op is shown in
+    "score_pages": TOP,
+    "select_pages": TOP,
+    "sparse_decode": TOP,
+    "score_gaussian": TUNED,
+    "select_gaussian": TUNED,
+    "append_kv": "one token",
+}
+
+Row = dict[str, Any]
+Place = tuple[str, int, int]  # keys, batch, context
+
+
+def load(folder: Path) -> list[Row]:
+    """The rows of every report, with its machine; where two files hold the same row, that of the last by name."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        for row in report.get("rows", []):
+            if "us" in row and row["alpha"] == (1 if "softmax" in row["method"] else 1.5):
+                device = "gpu" if "gpu" in report["machine"] else "cpu"
+                what = (device, *(row[name] for name in (*CASE, "kind", "method")), row.get("of"))
+                found[what] = row | {"device": device, "machine": report["machine"]}
+    return list(found.values())
+
+
+def standard(rows: list[Row], device: str, dtype: str) -> list[Row]:
+    """Those of the usual shape."""
+    wanted = SHAPE | {"device": device, "dtype": dtype}
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def places(rows: list[Row]) -> dict[Place, list[Row]]:
+    """The rows of each place: model keys first, then single rows, then short contexts."""
+    found: dict[Place, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (list(KEYS).index(row["keys"]), row["batch"], row["context"])):
+        found.setdefault((row["keys"], row["batch"], row["context"]), []).append(row)
+    return found
+
+
+def steps(rows: list[Row]) -> dict[str, Row]:
+    """The rows of one place that are whole steps, by method."""
+    return {row["method"]: row for row in rows if row["kind"] == "step"}
+
+
+def best_softmax(rows: list[Row]) -> Row:
+    """The row that ratios refer to."""
+    return min((row for name, row in steps(rows).items() if name.startswith("softmax SDPA")), key=lambda row: row["us"])
+
+
+def by_authors(row: Row) -> bool:
+    return row["method"].startswith("authors")
+
+
+def size(batch: int, context: int) -> str:
+    """16K, 1M, 16 rows of 32K."""
+    unit, divisor = next(pair for pair in (("M", 1 << 20), ("K", 1 << 10), ("", 1)) if context >= pair[1])
+    return (f"{batch} rows of " if batch > 1 else "") + f"{context / divisor:g}{unit}"
+
+
+def where(keys: str, batch: int, context: int) -> str:
+    return f"{KEYS[keys]}, {size(batch, context)}"
+
+
+def machine_line(rows: list[Row]) -> str:
+    """Where the rows were measured, and how fast that machine reads."""
+    lines: dict[str, None] = {}
+    for row in rows:
+        facts = row["machine"]
+        processor = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}, {facts['read_gb_per_s']:.0f} GB/s"] = (
+            None
+        )
+    return "; ".join(lines)
+
+
+def digits(value: float) -> str:
+    """Two significant digits."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def us(row: Row | None) -> str:
+    return f"{row['us']:.1f}" if row and row["us"] < 1000 else f"{row['us']:.0f}" if row else ""
+
+
+def speed(row: Row | None) -> str:
+    """How many times as fast as softmax."""
+    return f"{1 / row['ratio']:.2f}" if row else ""
+
+
+def delta(row: Row | None) -> str:
+    return digits(row["delta"]) if row and "delta" in row else ""
+
+
+def table(titles: list[str], lines: list[list[str]], rows: list[Row]) -> str:
+    """Markdown, and the machine of the rows below it."""
+    both = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in both) + f"\n\n{machine_line(rows)}" if lines else ""
+
+
+def table_of_steps(rows: list[Row]) -> str:
+    """Whole steps: µs, how many times as fast as softmax, and what is dropped."""
+    rows = standard(rows, "gpu", "bf16")
+    titles = ["keys, tokens", "softmax µs", "dense entmax, exact, µs", TIMES]
+    titles += [title for name in (TOP, TUNED, "Gaussian()") for title in (f"{OWN[name]} µs", TIMES, "δ")]
+    lines = []
+    for place, here in places(rows).items():
+        found = steps(here)
+        dense = found.get("dense entmax")
+        line = [where(*place), us(best_softmax(here)), us(dense), speed(dense)]
+        for name in (TOP, TUNED, "Gaussian()"):
+            line += [us(found.get(name)), speed(found.get(name)), delta(found.get(name))]
+        lines.append(line)
+    return table(titles, lines, rows)
+
+
+def table_of_ops(rows: list[Row]) -> str:
+    """Each op's µs, and the share of them that its bytes would take at the machine's best."""
+    rows = standard(rows, "gpu", "bf16")
+    lines = []
+    for place, here in places(rows).items():
+        found = {row["method"]: row for row in here if row["kind"] == "op" and OPS[row["method"]] == row["of"]}
+        cells = [f"{us(found[op])} ({found[op]['fraction']:.0%})" if op in found else "" for op in OPS]
+        lines.append([where(*place), *cells])
+    return table(["keys, tokens", *(f"`{op}`" for op in OPS)], lines, rows)
+
+
+def table_of_peers(rows: list[Row]) -> str:
+    """Every implementation's µs and output error, on the keys that come first."""
+    rows = [row for row in rows if row["dtype"] == "bf16" or by_authors(row)]
+    whole = places([row for row in rows if standard([row], "gpu", row["dtype"])])
+    first = next(iter(whole), ("", 0, 0))[0]
+    here = {place: steps(found) for place, found in whole.items() if place[0] == first}
+    lines = [
+        [method]
+        + [
+            f"{us(found[method])} ({digits(found[method]['error'])})" if method in found else ""
+            for found in here.values()
+        ]
+        for method in dict.fromkeys(method for found in here.values() for method in found)
+    ]
+    used = [row for found in here.values() for row in found.values()]
+    return table([f"{KEYS.get(first)} keys", *(size(*place[1:]) for place in here)], lines, used)
+
+
+def table_of_shapes(rows: list[Row]) -> str:
+    """Other shapes and dtypes: µs, and how many times as fast as softmax."""
+    others: dict[tuple, list[Row]] = {}
+    for row in rows:
+        case = tuple(row[name] for name in CASE)
+        if row["device"] == "gpu" and not by_authors(row) and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
+            others.setdefault(case, []).append(row)
+    lines = []
+    for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
+        shape = f"{heads}/{kv_heads} heads of {head_dim}, page {page_size}, {dtype}"
+        found = [steps(here).get(name) for name in OWN]
+        cells = [f"{us(row)} ({speed(row)} {TIMES})" if row else "" for row in found]
+        lines.append([shape, where(*place), us(best_softmax(here)), *cells])
+    used = [row for here in others.values() for row in here]
+    return table(["query/KV heads", "keys, tokens", "softmax µs", *OWN.values()], lines, used)
+
+
+def table_of_cpu(rows: list[Row]) -> str:
+    """The longest context on the CPU: times with the keys that come first, δ with all."""
+    by_dtype = {dtype: places(standard(rows, "cpu", dtype)) for dtype in ("fp32", "bf16")}
+    if not all(by_dtype.values()):
+        return ""
+    longest = max(context for _, _, context in by_dtype["fp32"])
+    here = {
+        dtype: {keys: steps(found) for (keys, batch, context), found in of.items() if (batch, context) == (1, longest)}
+        for dtype, of in by_dtype.items()
+    }
+    first = next(iter(here["fp32"]))
+    titles = [where(first, 1, longest), "fp32 ms", TIMES, "bf16 ms", TIMES, "bytes of K+V read"]
+    titles += [f"δ, {KEYS[keys]} keys" for keys in here["fp32"]]
+    lines = []
+    for name in ("softmax SDPA", "dense softmax", *OWN):
+        found = {dtype: of[first][name] for dtype, of in here.items()}
+        times = [cell for row in found.values() for cell in (f"{row['us'] / 1e3:.1f}", speed(row))]
+        share = found["fp32"]["bytes"] / here["fp32"][first]["softmax SDPA"]["bytes"]
+        lines.append([OWN.get(name, name), *times, f"{share:.1%}", *(delta(of[name]) for of in here["fp32"].values())])
+    return table(titles, lines, [row for of in here.values() for row in of[first].values()])
+
+
+TABLES = {
+    "steps": table_of_steps,
+    "ops": table_of_ops,
+    "peers": table_of_peers,
+    "shapes": table_of_shapes,
+    "cpu": table_of_cpu,
+}

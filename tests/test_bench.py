@@ -1,0 +1,190 @@
+"""The programs of bench/ run, and say what they were given wrong."""
+
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+inputs, model_text, profile_decode, reference, tables, timing = (
+    importlib.import_module(name)
+    for name in ("inputs", "model_text", "profile_decode", "reference", "tables", "timing")
+)
+sys.path.remove(str(BENCH))
+SMALL = shlex.split("--context 300 2x128 --dtype bf16 --heads 4/2 --head-dim 64 --budget 64 --repeats 1")
+
+
+def run(program, monkeypatch, *arguments):
+    """Runs a program of bench/ as from the command line, in this process."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+    importlib.import_module(program).main()
+
+
+def refused(program, monkeypatch, capsys, *arguments):
+    """What a program says when it ends without a result."""
+    with pytest.raises(SystemExit) as ended:
+        run(program, monkeypatch, *arguments)
+    assert ended.value.code not in (None, 0)
+    return f"{capsys.readouterr().err}{ended.value.code}"
+
+
+def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
+    path = tmp_path / "out.json"
+    run("decode", monkeypatch, *SMALL, "--keys", "normal", "clustered", "model", "--json", path)
+    report = json.loads(path.read_text())
+    assert {"cpu", "threads", "torch", "commit", "read_gb_per_s"} == set(report["machine"])
+    rows = report["rows"]
+    assert {(row["keys"], row["batch"], row["context"]) for row in rows} == {
+        (keys, *shape) for keys in inputs.KEYS for shape in ((1, 300), (2, 128))
+    }
+    here = [row for row in rows if (row["keys"], row["batch"]) == ("model", 1)]
+    steps = tables.steps(here)
+    selecting = ["TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
+    assert list(steps) == ["softmax SDPA", "dense softmax", "dense entmax", *selecting]
+    names = {*inputs.Case.__dataclass_fields__, "alpha", "kind", "method", "timed", "us"}
+    for row in rows:
+        measured = {"bytes", "gb_per_s", "floor_us", "fraction"}
+        of_kind = {"of"} if row["kind"] == "op" else {"ratio", "error"}
+        assert names | measured | of_kind <= set(row)
+        assert row["us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["us"], rel=1e-4)
+    for name in ("dense softmax", "dense entmax", *selecting):
+        assert {"delta", "tokens"} <= set(steps[name])
+    assert steps["dense entmax"]["delta"] == 0 and steps["dense entmax"]["error"] < 0.01
+    assert steps["softmax SDPA"]["error"] < 0.01 and steps["softmax SDPA"]["ratio"] == 1
+    assert steps["TopPages(64)"]["tokens"] <= 64
+    assert steps["Gaussian, 64 tokens"]["tokens"] == pytest.approx(64, abs=16)
+    ops = [(row["of"], row["method"]) for row in here if row["kind"] == "op"]
+    assert ops == [
+        ("TopPages(64)", "score_pages"),
+        ("TopPages(64)", "select_pages"),
+        ("TopPages(64)", "sparse_decode"),
+        *((name, op) for name in selecting[1:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
+        ("one token", "append_kv"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--budget", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--context", "4x"], "expected tokens such as 32768, or rows of them such as 16x32768, got '4x'"),
+        (["--heads", "3/2"], "expected query and KV heads such as 32/8"),
+        (["--alpha", "3"], "expected --alpha in [1, 2], got 3.0"),
+        (["--json", "nowhere/out.json"], "expected a file in a directory that exists, got nowhere/out.json"),
+        (["--reference", "."], "--reference: expected --device cuda"),
+        (["--keys", "model", "--head-dim", "80"], "expected --head-dim to be a multiple of 64, got 80"),
+    ],
+)
+def test_decode_says_what_it_expected(arguments, expected, monkeypatch, capsys):
+    assert expected in refused("decode", monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def model_inputs():
+    cases = [inputs.Case("model", "fp32", *shape) for shape in ((4, 2, 64, 16, 2, 100), (14, 7, 128, 16, 1, 70))]
+    text = model_text.ModelText(cases, "cpu", model_text.Console(quiet=True))
+    return [(case, text.inputs(case)) for case in cases]
+
+
+def test_model_keys_have_the_case_s_shape(model_inputs):
+    for case, (q, k, v) in model_inputs:
+        assert q.shape == (case.batch, case.heads, case.head_dim)
+        assert k.shape == v.shape == (case.batch, case.context, case.kv_heads, case.head_dim)
+        assert all(x.isfinite().all() and x.std() > 0.1 for x in (q, k, v))
+
+
+def test_model_keys_are_the_model_s(model_inputs):
+    """Wider heads are two of the model's side by side, and what it lacks comes from the next text."""
+    (_, narrow), (_, wide) = model_inputs
+    assert torch.equal(wide.k[0, :, 0, :64], narrow.k[0, -70:, 0])
+    assert torch.equal(wide.k[0, :, 0, 64:], narrow.k[0, -70:, 1])
+    assert torch.equal(wide.q[0, :2, :64], narrow.q[0, :2]) and torch.equal(wide.q[0, :2, 64:], narrow.q[0, 2:])
+    assert torch.equal(wide.v[0, :, 6, :64], narrow.v[1, -70:, 0])
+
+
+def test_medians_leave_out_the_first_round(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) ** 2 / 1e6)
+    (found,) = timing.medians({"a": lambda: None}, 3, "cpu").values()
+    assert found.us == pytest.approx(9) and found.of == "call"  # of 1, 5, 9 and 13
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="theirs would be looked for on the GPU")
+def test_authors_who_cannot_run_are_a_note(tmp_path):
+    given = inputs.drawn(inputs.Case("normal", "bf16", 2, 1, 16, 16, 1, 32), "cpu")._asdict()
+    results, failures = reference.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
+    assert results == {} and list(failures) == ["the authors' entmaxkv"]
+
+
+def test_profile_decode_names_each_op(monkeypatch, capsys):
+    run("profile_decode", monkeypatch, *shlex.split("--context 200 --heads 4/2 --head-dim 64 --steps 1"))
+    shown = capsys.readouterr().out
+    ops = ["dense.dense_decode", "TopPages.score_pages", "TopPages.sparse_decode", "Gaussian.select_gaussian"]
+    assert all(name in shown for name in ops)
+    nsys, ncu = profile_decode.commands(ops, ["bench/profile_decode.py", "--device", "cuda"])
+    assert nsys.startswith("nsys profile --trace cuda,nvtx") and nsys.endswith("bench/profile_decode.py --device cuda")
+    assert "--clock-control none --nvtx --nvtx-include dense.dense_decode/ " in ncu
+
+
+def test_profile_decode_takes_one_case(monkeypatch, capsys):
+    assert "expected one case, got 2" in refused("profile_decode", monkeypatch, capsys, "--batch", "1", "2")
+
+
+def recorded(device):
+    """A report as bench/decode.py writes it, of two contexts and two kinds of keys."""
+    softmax = "softmax SDPA, cuDNN" if device == "gpu" else "softmax SDPA"
+    machine = {"torch": "2", "commit": "abc", "read_gb_per_s": 4000.0, device: "a processor", "threads": 1}
+    rows = []
+    for keys in ("model", "normal"):
+        for dtype in ("fp32", "bf16"):
+            for context in (1024, 2048):
+                shape = {"keys": keys, "dtype": dtype, "batch": 1, "context": context}
+                shape |= tables.SHAPE | {"timed": "call", "us": 10.0, "bytes": 100, "fraction": 0.5}
+                step = shape | {"kind": "step", "ratio": 0.5, "error": 0.1}
+                rows += [step | {"alpha": 1, "method": softmax}, step | {"alpha": 1, "method": "dense softmax"}]
+                rows += [step | {"alpha": 1.5, "method": name, "delta": 0.25} for name in tables.OWN]
+                rows += [shape | {"alpha": 1.5, "kind": "op", "method": op, "of": of} for op, of in tables.OPS.items()]
+    return {"machine": machine, "rows": rows}
+
+
+@pytest.fixture
+def recorded_results(tmp_path):
+    for device in ("gpu", "cpu"):
+        (tmp_path / f"{device}.json").write_text(json.dumps(recorded(device)))
+    (tmp_path / "tests.json").write_text(json.dumps({"machine": {}, "rows": [{"passed": 3}]}))
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"<!-- bench:{name} -->\nold\n<!-- /bench -->\n" for name in tables.TABLES))
+    return ["--results", tmp_path, "--readme", readme]
+
+
+def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkeypatch, capsys):
+    assert "expected the tables of" in refused("plot", monkeypatch, capsys, *recorded_results, "--check")
+    assert not list(tmp_path.glob("*.png"))
+    run("plot", monkeypatch, *recorded_results)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"steps.png", "floor.png", "delta.png", "cpu.png"}
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text
+    assert "| model, 2K | 10.0 | 10.0 | 2.00 | 10.0 | 2.00 | 0.25 |" in text
+    assert "| model, 1K | 10.0 (50%) |" in text
+    assert "a processor, torch 2, commit abc, 4000 GB/s" in text
+    run("plot", monkeypatch, *recorded_results, "--check")
+
+
+def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
+    said = refused("plot", monkeypatch, capsys, *recorded_results)
+    assert "expected bench:NAME to be one of steps, ops, peers, shapes, cpu, got bench:speed" in said
+    (tmp_path / "gpu.json").unlink()
+    readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")
+    assert "bench:ops: expected rows for it in the results" in refused("plot", monkeypatch, capsys, *recorded_results)
+    (tmp_path / "cpu.json").unlink()
+    assert "expected JSON of bench/decode.py, got none in" in refused("plot", monkeypatch, capsys, *recorded_results)
