@@ -59,8 +59,8 @@ struct Mixture {
   }
 };
 
-/// A head wants the pages whose expected best z, from (alpha-1) centre on, is above `least`.
-struct Threshold {
+/// A head wants the pages whose expected best z, from (alpha-1) centre on, is above `least`. Read 16 bytes at a time.
+struct alignas(16) Threshold {
   float gap;     // alpha - 1
   float centre;  // the best page mean
   float least;
