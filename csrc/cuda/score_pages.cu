@@ -11,7 +11,7 @@ namespace entmaxkv::cuda {
 namespace {
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanBlocks<Layout>) score(ScorePages op) {
+__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScorePages op) {
   take_turn();
   __shared__ Queries<T, Layout> s_q[2];  // q+ and q-
   const PageTiles tiles(op);

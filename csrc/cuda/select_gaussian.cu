@@ -34,7 +34,8 @@ struct Mixture {
 
   /// A lane's part of what the pages begin, begin + step, ... before end expect above a threshold.
   template <typename Real>
-  __device__ Excess<double> excess(const Entmax<Real>& entmax, double threshold, int begin, int end, int step) const {
+  __device__ ENTMAXKV_NOINLINE Excess<double> excess(const Entmax<Real>& entmax, double threshold, int begin, int end,
+                                                     int step) const {
     Excess<Real> own;
     for (int page = begin; page < end; page += step) add(own, entmax, page, static_cast<Real>(threshold), Real(1));
     return {own.mass, own.slope};
@@ -42,7 +43,7 @@ struct Mixture {
 
   /// Where a sample of the pages puts the threshold. All lanes of a warp call.
   template <typename Real>
-  __device__ Real guess(const Entmax<Real>& entmax) const {
+  __device__ ENTMAXKV_NOINLINE Real guess(const Entmax<Real>& entmax) const {
     constexpr int kSample = 64, kMostSteps = 32;
     const int sample = min(pages, kSample);
     Real threshold = -1;

@@ -259,7 +259,7 @@ struct Living {
 };
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanBlocks<Layout>)
+__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>)
     score(SparseDecode op, Scratch scratch) {
   take_turn();
   using Slots = ScanRing<T, Layout>;

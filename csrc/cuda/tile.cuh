@@ -186,6 +186,14 @@ using ScanRing = Ring<T, Layout, 4>;
 template <typename Layout>
 constexpr int kScanBlocks = Layout::kRounds == 8 ? 2 : 3;
 
+/// How many of them registers must suffice for: compute capability 12.0 has shared memory for one.
+template <typename Layout>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kScanOccupancy = 1;
+#else
+constexpr int kScanOccupancy = kScanBlocks<Layout>;
+#endif
+
 /// A warp's tiles on their way through its ring: kSlots of them are being loaded at any time. lookup(n) finds in memory
 /// what row_of(n, found) needs to know where this lane's row of the nth tile is; it is called one tile before.
 template <typename Slots, typename Lookup, typename RowOf>
@@ -298,7 +306,7 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
   } else {
     const int lane = threadIdx.x % 32;
     const auto* queries = reinterpret_cast<const uint4*>(q.values) + lane / 4 * (Layout::kDims / 8) + lane % 4;
-#pragma unroll
+#pragma unroll(Layout::kRounds == 8 ? 1 : 4)  // as far as there are registers
     for (int round = 0; round < Layout::kRounds; ++round) {
       const uint4 weights = queries[4 * round];
 #pragma unroll
