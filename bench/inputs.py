@@ -92,10 +92,8 @@ def heads(text: str) -> Heads:
 
 def add_case_arguments(parser: argparse.ArgumentParser, contexts: str, dtypes: str) -> None:
     """The options that `cases` reads; contexts and dtypes say what is measured where they are not given."""
-    where, later = (
-        "tokens, or rows of tokens such as 16x32768",
-        argparse.SUPPRESS,
-    )  # the default may depend on the device
+    where = "tokens, or rows of tokens such as 16x32768"
+    later = argparse.SUPPRESS  # the default may depend on the device
     parser.add_argument("--context", type=rows, nargs="+", default=later, help=f"{where} (default: {contexts})")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows of each --context that names none")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=later, help=f"(default: {dtypes})")

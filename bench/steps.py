@@ -58,9 +58,8 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
     mean, std = ops.score_gaussian(q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size)
 
     def read(margin: float) -> float:
-        counts = ops.select_gaussian(mean, std, cache.seq_lens, cache.kv_heads, cache.page_size, alpha, margin=margin)[
-            1
-        ]
+        sizes = cache.kv_heads, cache.page_size
+        _, counts = ops.select_gaussian(mean, std, cache.seq_lens, *sizes, alpha, margin=margin)
         return cache.page_size * counts.double().mean().item()
 
     if read(math.inf) <= tokens:

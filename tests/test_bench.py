@@ -178,6 +178,10 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     run("plot", monkeypatch, *recorded_results, "--check")
 
 
+def test_the_readme_has_the_committed_figures(monkeypatch):
+    run("plot", monkeypatch, "--check")
+
+
 def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")

@@ -96,7 +96,9 @@ void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStr
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = !is_hopper_or_later() ? 0 : grid.cluster == 1 ? 1 : 2;
-  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared));
+  if (grid.shared > 0) {
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared));
+  }
   check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 

@@ -6,8 +6,7 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kFewTokens = 512;  // that one block can hold, and one warp find the threshold of
-constexpr int kShort = 4096;     // tokens of a list whose scores all fit a block's shared memory
+constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
 static_assert(kThreads >= kFewTokens && kShort % kThreads == 0);
 
 /// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
@@ -26,9 +25,13 @@ struct HeldTokens {
   int32_t places[kFewTokens];
 };
 
-/// Rounded so that no token with weight is missed.
+/// How far below the best score a token can have weight, rounded up: what is kept in vain gets the weight 0.
+__device__ inline float reach_of(const Entmax<double>& entmax) {
+  return static_cast<float>(entmax.beta) * (1 + 0x1p-22f);
+}
+
 __device__ inline bool is_near(const Entmax<double>& entmax, float score, float best) {
-  return score > kNothing && score >= __fsub_rd(best, static_cast<float>(entmax.beta) * (1 + 0x1p-22f));
+  return score > kNothing && score >= __fsub_rd(best, reach_of(entmax));
 }
 
 /// The near tokens of at most kShort with all their scores, by one block. All threads call.
@@ -104,7 +107,7 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   if (part.total > kFewTokens && team.size > 1 && !entmax.is_softmax()) {
     // With more tokens the threshold would only rise: a token below that of one block's has no weight.
     Team block = Team::block();
-    const Weights own = find_weights<kFewTokens>(block, entmax, best, {own_scores, count}, count <= kFewTokens);
+    const Weights own = find_weights(block, entmax, best, {own_scores, count}, count <= kFewTokens);
     const float least = team.largest(static_cast<float>(best + (own.threshold - 1e-6) * entmax.beta));
     count = pack(own_scores, own_places, count,
                  [&](int i) { return Entry{own_scores[i] < least ? kNothing : own_scores[i], own_places[i]}; });

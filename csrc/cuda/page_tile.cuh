@@ -86,19 +86,6 @@ struct PageTiles : HeadGroup {
     }
   }
 
-  /// The ALiBi slopes of this lane's heads.
-  struct Slopes {
-    float of[2] = {};
-  };
-
-  __device__ Slopes slopes(const Scoring& scoring) const {
-    Slopes slopes;
-    for (int j = 0; j < 2; ++j) {
-      if (Products::head(j) < heads) slopes.of[j] = scoring.slope(first_head + Products::head(j));
-    }
-    return slopes;
-  }
-
   /// Position of a page's first token, from the query's on.
   __device__ int oldest(int nth, int i, int page_size) const {
     return (page(nth) + Products::row(i)) * page_size - (seq_len - 1);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
   const float scale = op.scoring.scale;
-  const auto slopes = tiles.slopes(op.scoring);
+  const LaneSlopes slopes(op.scoring, tiles);
   Products products;
   auto stream = tiles.stream<T, Layout>(op.k_mean, op.k_std, op.head_dim);
   stream.run(

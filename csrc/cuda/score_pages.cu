@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
   const float scale = fabsf(op.scoring.scale), sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
-  const auto slopes = tiles.slopes(op.scoring);
+  const LaneSlopes slopes(op.scoring, tiles);
   Products products;
   auto stream = tiles.stream<T, Layout>(op.k_max, op.k_min, op.head_dim);
   stream.run(

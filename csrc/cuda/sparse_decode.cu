@@ -11,7 +11,7 @@
 //   2. solve: a cluster per (row, query head) takes the scores that are alive, in the order of the list, finds the
 //      threshold, and adds up the values of the tokens with p > 0. Few tokens are left to one block.
 // What is alive depends on timing, but a token that has weight always is, and no sum depends on the others or on other
-// rows. So the bits of a row are always the same.
+// rows. So with the same room in its table a row always has the same bits.
 #include "head_output.cuh"
 #include "kernels.h"
 
@@ -22,15 +22,11 @@ namespace {
 /// What makes scores of a lane's products.
 struct LaneScoring {
   float scale;
-  float slopes[2];
+  LaneSlopes slopes;
   bool biased;
 
   __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
-      : scale(op.scoring.scale), slopes{}, biased(op.scoring.alibi_slopes) {
-    for (int j = 0; j < 2; ++j) {
-      if (Products::head(j) < group.heads) slopes[j] = op.scoring.slope(group.first_head + Products::head(j));
-    }
-  }
+      : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
 
   /// Of the products of a tile of the list.
   __device__ void score(const TokenList& list, int tile, Products& products) const {
@@ -39,7 +35,7 @@ struct LaneScoring {
       const int place = min(tile * kTileRows + Products::row(i), list.tokens - 1);
       const auto distance = biased ? static_cast<float>(list.position(place) - (list.seq_len - 1)) : 0.0f;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) products.of[i][j] = fmaf(slopes[j], distance, scale * products.of[i][j]);
+      for (int j = 0; j < 2; ++j) products.of[i][j] = fmaf(slopes.of[j], distance, scale * products.of[i][j]);
     }
   }
 };
@@ -50,9 +46,7 @@ template <typename T, typename Layout>
 using ShortRing = Ring<T, Layout, kThreads / 32>;
 
 /// Heads of a group whose scores one block takes.
-__host__ __device__ inline int heads_of_block(const Sizes& sizes, int blocks) {
-  return ceil_div(min(sizes.group, kTileHeads), blocks);
-}
+int heads_of_block(const Sizes& sizes, int blocks) { return ceil_div(std::min(sizes.group, kTileHeads), blocks); }
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int capacity, bool vectors) {
@@ -68,7 +62,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int
   const QueryLoad<T, Layout, kThreads> queries(op.q, row, group, op.head_dim);
   const TokenList list(op, row, group.kv_head);
   const LaneScoring scoring(op, group);
-  Entmax<double> entmax(op.alpha.of(group.first_head + min(cluster::rank(), group.heads - 1)));
   const int warp = threadIdx.x / 32, rank = cluster::rank(), blocks = cluster::size();
   const int first = rank * Slots::kWarps + warp, step = blocks * Slots::kWarps;
   const auto tile = [=](int n) { return first + n * step; };
@@ -99,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int
   cluster::sync();
   for (int h = rank; h < group.heads; h += blocks) {
     const int head = group.first_head + h;
-    if (h != rank) entmax = Entmax<double>(op.alpha.of(head));
+    const Entmax<double> entmax(op.alpha.of(head));
     auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // where the keys were
     Team team = Team::block();
     const NearTokens near =
@@ -185,9 +178,9 @@ struct Living {
   __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
                     uint32_t* s_best)
       : scratch(scratch), first(row * op.q_heads + group.first_head), heads(group.heads), s_best(s_best) {
-    for (int j = 0; j < 2; ++j) {  // rounded up: what lives in vain falls to the exact test in solve
+    for (int j = 0; j < 2; ++j) {
       const int head = group.first_head + min(Products::head(j), heads - 1);
-      reach[j] = static_cast<float>(Entmax<double>(op.alpha.of(head)).beta) * (1 + 0x1p-22f);
+      reach[j] = reach_of(Entmax<double>(op.alpha.of(head)));
     }
   }
 

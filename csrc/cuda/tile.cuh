@@ -1,7 +1,7 @@
 // Dot products of tiles of 32 rows (keys, or statistics of pages) with the query heads of a group, by one warp.
 // Rows come through a ring of slots in shared memory, filled ahead by asynchronous copies of 16 bytes, of which the
 // lanes of a warp take neighbouring ones: on an H200 copies of 64 bytes of a row at a time reach 3.0 TB/s, those of
-// whole rows 4.0. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares, are
+// whole rows 3.8. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares, are
 // multiplied in fp32.
 //   A lane has the products of rows 4 g ... 4 g + 3, g = lane / 4, with heads 2 p and 2 p + 1, p = lane % 4. Of each 32
 // dimensions it multiplies 8. A dot product does not care for the order of its dimensions: the 8 that lie together in
@@ -60,6 +60,17 @@ struct Products {
 
   static __device__ int row(int i) { return static_cast<int>(threadIdx.x % 32) / 4 * 4 + i; }
   static __device__ int head(int j) { return static_cast<int>(threadIdx.x % 4) * 2 + j; }
+};
+
+/// The ALiBi slopes of this lane's heads, 0 for heads that are not there.
+struct LaneSlopes {
+  float of[2] = {};
+
+  __device__ LaneSlopes(const Scoring& scoring, const HeadGroup& group) {
+    for (int j = 0; j < 2; ++j) {
+      if (Products::head(j) < group.heads) of[j] = scoring.slope(group.first_head + Products::head(j));
+    }
+  }
 };
 
 /// Queries of a group in shared memory, zeros behind head_dim.

@@ -5,7 +5,8 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 4;  // entries, kThreads apart, that a thread takes at once
+constexpr int kRun = 4;          // entries, kThreads apart, that a thread takes at once
+constexpr int kFewTokens = 512;  // that one block can hold, and one warp find the threshold of
 
 /// A token of a list: its score or weight, and where it stands.
 struct Entry {
@@ -93,9 +94,9 @@ __device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_a
 }
 
 /// By the first warp, which holds all candidates: few, and all in this block. All threads call.
-template <bool kSquare, int kFew, typename Real>
+template <bool kSquare, typename Real>
 __device__ Solution<Real> solve_few(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
-  constexpr int kHeld = kFew / 32;  // of a lane
+  constexpr int kHeld = kFewTokens / 32;  // of a lane
   __shared__ Solution<Real> s_solution;
   if (threadIdx.x < 32) {
     Real held[kHeld];
@@ -160,11 +161,10 @@ struct Weights {
   }
 };
 
-/// The weights of a head whose scores within beta of the best are the candidates: up to kFew of them, and all in this
-/// block, or any number over the team. All threads call, of the block or of the team.
-template <int kFew>
-__device__ Weights find_weights(Team& team, const Entmax<double>& entmax, float best, const Candidates& candidates,
-                                bool few) {
+/// The weights of a head whose scores within beta of the best are the candidates: up to kFewTokens of them, and all in
+/// this block, or any number over the team. All threads call, of the block or of the team.
+__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, float best,
+                                       const Candidates& candidates, bool few) {
   Weights weights{entmax, best, 0, 0, 0};
   if (entmax.is_softmax()) {
     double own = 0;
@@ -177,7 +177,7 @@ __device__ Weights find_weights(Team& team, const Entmax<double>& entmax, float 
   }
   const auto solve_by = [&](const auto& real, auto square) {
     const auto solution =
-        few ? solve_few<square, kFew>(real, best, candidates) : solve_many<square>(team, real, best, candidates);
+        few ? solve_few<square>(real, best, candidates) : solve_many<square>(team, real, best, candidates);
     weights.threshold = solution.threshold;
     weights.mass = solution.mass;
   };
