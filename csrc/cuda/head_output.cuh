@@ -74,7 +74,7 @@ struct HeadOutput {
     const bool few = near.are_few(), own = few && static_cast<int>(threadIdx.x) < near.count;
     // Where a thread's own value lies is looked up while the threshold is sought.
     const T* value = own ? list.row<T>(op.v_pages, kv_head, near.places[threadIdx.x]) : nullptr;
-    const Weights weights = find_weights(team, entmax, near.best, {near.scores, near.count}, few);
+    const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin}, few);
     float total = 0;
     int support;
     if (few) {

@@ -11,9 +11,9 @@ static_assert(kThreads >= kFewTokens && kShort % kThreads == 0);
 
 /// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
 struct NearTokens {
-  float best;
-  int total;  // of all blocks of the team
-  int count;  // of this block
+  float origin;  // Candidates
+  int total;     // of all blocks of the team
+  int count;     // of this block
   float* scores;
   int32_t* places;
 
@@ -30,15 +30,68 @@ __device__ inline float reach_of(const Entmax<double>& entmax) {
   return static_cast<float>(entmax.beta) * (1 + 0x1p-22f);
 }
 
-__device__ inline bool is_near(const Entmax<double>& entmax, float score, float best) {
-  return score > kNothing && score >= __fsub_rd(best, reach_of(entmax));
-}
+/// Levels below the best score, kLevels to the last one where a token can have weight. A head's threshold is at least
+/// the first level where the tokens above it, each taken to be at the level below its own score, have a mass of 1; and
+/// by less than two levels above it. With more tokens a threshold only rises.
+class Levels {
+ public:
+  static constexpr int kLevels = 32;              // a lane's each
+  static constexpr float kStep = 1.0f / kLevels;  // of beta
+
+  /// All threads call, and then __syncthreads.
+  __device__ explicit Levels(const Entmax<double>& entmax)
+      : counts_(counts()), entmax_(entmax), per_level_(static_cast<float>(kLevels * entmax.gap)) {
+    if (threadIdx.x < kLevels) counts_[threadIdx.x] = 0;
+  }
+
+  /// Takes a token into account.
+  __device__ void count(float best, float score) const {
+    const float below = (best - score) * per_level_;
+    if (below < kLevels) atomicAdd(&counts_[static_cast<int>(fmaxf(below, 0))], 1);
+  }
+
+  /// The score of the level, of all blocks' tokens. All threads of the team call.
+  __device__ float least(Team& team, float best) const {
+    constexpr float kEnough = 1 + 1e-4f;  // mass, rounding included
+    __shared__ float s_weights[2 * kLevels], s_least;
+    const int lane = threadIdx.x;
+    if (lane < kLevels) {
+      s_weights[lane] = 0;
+      s_weights[kLevels + lane] = power(lane * kStep, static_cast<float>(entmax_.beta));
+    }
+    team.sync();
+    if (lane < kLevels) {
+      const int own = team.sum_of(counts_[lane]);
+      float mass = 0;
+#pragma unroll 8
+      for (int level = 0; level < kLevels; ++level) {
+        mass += static_cast<float>(__shfl_sync(kAllLanes, own, level)) * s_weights[kLevels + lane - level];
+      }
+      const uint32_t enough = __ballot_sync(kAllLanes, mass >= kEnough);
+      const int level = enough ? __ffs(enough) : kLevels;
+      if (lane == 0) s_least = __fsub_rd(best, static_cast<float>(level * kStep * entmax_.beta));
+    }
+    __syncthreads();
+    return entmax_.is_softmax() ? kNothing : s_least;
+  }
+
+ private:
+  static __device__ int* counts() {
+    __shared__ int s_counts[kLevels];
+    return s_counts;
+  }
+
+  int* counts_;
+  const Entmax<double>& entmax_;
+  float per_level_;
+};
 
 /// The near tokens of at most kShort with all their scores, by one block. All threads call.
 __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
                                            int32_t* places, HeldTokens& held) {
   constexpr int kOwn = kShort / kThreads;
   const int thread = threadIdx.x;
+  const Levels levels(entmax);
   float own[kOwn];
   float best = kNothing;
 #pragma unroll
@@ -47,9 +100,13 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
     best = larger(best, own[i]);
   }
   best = block.largest(best);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) levels.count(best, own[i]);
+  const float least = levels.least(block, best);
+  const float origin = entmax.is_softmax() ? best : least;
   bool near[kOwn];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) near[i] = is_near(entmax, own[i], best);
+  for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= least;
   const Places<kThreads, kOwn> to(near);
   if (to.count <= kFewTokens) {
     scores = held.scores;
@@ -62,30 +119,39 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
     places[to.place[i]] = i * kThreads + thread;
   }
   __syncthreads();
-  return {best, to.count, to.count, scores, places};
+  return {origin, to.count, to.count, scores, places};
 }
 
 /// Lists the places, from `first` on, whose bits are set; returns how many. All threads call.
 __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, int32_t* places) {
-  const int thread = threadIdx.x;
+  constexpr int kWords = 4;  // of a thread at a time
   int count = 0;
-  uint32_t next = thread < tiles ? alive[thread] : 0;
-  for (int from = 0; from < tiles; from += kThreads) {
-    const int tile = from + thread;
-    uint32_t mask = next;
-    next = tile + kThreads < tiles ? alive[tile + kThreads] : 0;
+  for (int from = kWords * static_cast<int>(threadIdx.x); from - kWords * static_cast<int>(threadIdx.x) < tiles;
+       from += kWords * kThreads) {
+    uint32_t masks[kWords];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      masks[i] = from + i < tiles ? alive[from + i] : 0;
+      own += __popc(masks[i]);
+    }
     int more;
-    int to = count + exclusive_scan<kThreads>(__popc(mask), more);
+    int to = count + exclusive_scan<kThreads>(own, more);
     count += more;
-    for (; mask; mask &= mask - 1) places[to++] = first + tile * kTileRows + __ffs(mask) - 1;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) {
+        places[to++] = first + (from + i) * kTileRows + __ffs(mask) - 1;
+      }
+    }
   }
   __syncthreads();
   return count;
 }
 
-/// The near tokens of those that are alive, by a team; few of them come to its first block. The best score, if it is
-/// not known, is kNothing. scores and places are those of the head, of which each block rewrites its part. All threads
-/// of the team call.
+/// The tokens that can have weight of those that are alive, by a team; few of them come to its first block. The best
+/// score, if it is not known, is kNothing. scores and places are those of the head, of which each block rewrites its
+/// part. All threads of the team call.
 __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
                                            int tiles, float* scores, int32_t* places, HeldTokens& held) {
   const auto begin = static_cast<int>(int64_t{tiles} * team.rank / team.size);
@@ -93,34 +159,30 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   const int first = begin * kTileRows;
   int32_t* own_places = places + first;
   float* own_scores = scores + first;
+  const Levels levels(entmax);
   const int living = list_alive(alive + begin, end - begin, first, own_places);
   if (best == kNothing) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < living; i += kThreads) best = larger(best, scores[own_places[i]]);
     best = team.largest(best);
   }
-  int count = pack(own_scores, own_places, living, [&](int i) {
-    const float score = scores[own_places[i]];
-    return Entry{is_near(entmax, score, best) ? score : kNothing, own_places[i]};
+#pragma unroll 4
+  for (int i = threadIdx.x; i < living; i += kThreads) levels.count(best, scores[own_places[i]]);
+  const float least = levels.least(team, best);
+  const float origin = entmax.is_softmax() ? best : least;
+  const int count = pack(own_scores, own_places, living, [&](int i) {
+    const float its_score = scores[own_places[i]];
+    return Entry{its_score >= least ? its_score : kNothing, own_places[i]};
   });
-  Team::Part part = team.part(count);
-  if (part.total > kFewTokens && team.size > 1 && !entmax.is_softmax()) {
-    // With more tokens the threshold would only rise: a token below that of one block's has no weight.
-    Team block = Team::block();
-    const Weights own = find_weights(block, entmax, best, {own_scores, count}, count <= kFewTokens);
-    const float least = team.largest(static_cast<float>(best + (own.threshold - 1e-6) * entmax.beta));
-    count = pack(own_scores, own_places, count,
-                 [&](int i) { return Entry{own_scores[i] < least ? kNothing : own_scores[i], own_places[i]}; });
-    part = team.part(count);
-  }
-  if (part.total > kFewTokens) return {best, part.total, count, own_scores, own_places};
+  const Team::Part part = team.part(count);
+  if (part.total > kFewTokens) return {origin, part.total, count, own_scores, own_places};
   if (static_cast<int>(threadIdx.x) < count) {
     const int to = part.before + static_cast<int>(threadIdx.x);
     cluster::of(0, held.scores[to]) = own_scores[threadIdx.x];
     cluster::of(0, held.places[to]) = own_places[threadIdx.x];
   }
   cluster::sync();
-  return {best, part.total, part.total, held.scores, held.places};
+  return {origin, part.total, part.total, held.scores, held.places};
 }
 
 }  // namespace entmaxkv::cuda

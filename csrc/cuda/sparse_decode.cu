@@ -106,13 +106,15 @@ __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int
 
 /// Results between the launches, per (row, query head).
 struct Scratch {
+  static constexpr int kBests = 128;
+
   int capacity;     // tokens of the longest list, in whole tiles
   float* scores;    // [batch, q_heads, capacity] where alive
-  int32_t* places;  // [batch, q_heads, capacity] in the list, of the near tokens
+  int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens that can have weight
   uint32_t* alive;  // [batch, q_heads, capacity / 32]
-  // [batch, q_heads] best score, ordered; zeros before step 1. Null: blocks do not tell each other, as is best for
-  // lists of a few selected pages.
-  uint32_t* best;
+  // [batch, q_heads, kBests] best scores of different parts of the list, ordered; zeros before step 1. Null: blocks do
+  // not tell each other, as is best for lists of a few selected pages.
+  uint32_t* bests;
 
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
 
@@ -124,11 +126,11 @@ struct Scratch {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + bytes);
       bytes += heads * count * 4;
     };
+    take(bests, op.selection ? 0 : kBests);
     take(scores, capacity);
     take(places, capacity);
     take(alive, tiles());
-    take(best, 1);
-    if (op.selection) best = nullptr;
+    if (op.selection) bests = nullptr;
     return bytes;
   }
 };
@@ -164,58 +166,56 @@ struct Share {
   }
 };
 
-/// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen. What
-/// other blocks have seen comes from time to time, through one line of memory that all multiprocessors ask for: asked
-/// before every tile, it cost 60 of 600 us at 1M tokens on an H200.
-struct Living {
-  const Scratch& scratch;
-  int64_t first;  // head of the group, rows counted in
-  int heads;
-  uint32_t* s_best;  // [kTileHeads] ordered
-  float reach[2];    // how far below the best score a token is alive
-  uint32_t news = 0;
+/// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen, and
+/// below which score no token of a head has weight. From time to time they tell the other blocks their best, through
+/// memory that all multiprocessors ask for: one line of it, asked before every tile, cost 60 of 600 us at 1M tokens on
+/// an H200.
+class Living {
+ public:
+  struct Shared {
+    uint32_t best[kTileHeads], least[kTileHeads];  // scores, ordered
+  };
 
-  __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
-                    uint32_t* s_best)
-      : scratch(scratch), first(row * op.q_heads + group.first_head), heads(group.heads), s_best(s_best) {
+  __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group, Shared& shared)
+      : scratch_(scratch), group_(group), first_(row * op.q_heads + group.first_head), alpha_(op.alpha), s_(shared) {
+#pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int head = group.first_head + min(Products::head(j), heads - 1);
-      reach[j] = reach_of(Entmax<double>(op.alpha.of(head)));
+      const int head = group.first_head + min(Products::head(j), group.heads - 1);
+      reach_[j] = reach_of(Entmax<double>(op.alpha.of(head)));
     }
   }
 
   /// Before the first tile. All threads call, and then __syncthreads.
-  __device__ void begin() {
-    const int h = threadIdx.x;
-    if (h < kTileHeads) s_best[h] = scratch.best && h < heads ? __ldcg(scratch.best + first + h) : 0;
+  __device__ void begin() const {
+    if (threadIdx.x < kTileHeads) s_.best[threadIdx.x] = s_.least[threadIdx.x] = 0;
   }
 
-  /// Exchanges best scores with the other blocks, in time for the next call. All lanes call.
-  __device__ void exchange_best() {
-    const int lane = threadIdx.x % 32;
-    if (!scratch.best || lane >= heads) return;
-    atomicMax(&s_best[lane], news);
-    const uint32_t own = s_best[lane];
-    if (own > news) atomicMax(scratch.best + first + lane, own);
-    news = __ldcg(scratch.best + first + lane);
-  }
-
-  /// Takes the best scores of a tile into account. All lanes call.
-  __device__ void learn(const Products& scores) const {
-    float best[2];
-    bool better = false;
+  /// Takes the scores of a tile into account, of its first `tokens` tokens. All lanes call.
+  __device__ void learn(int tokens, const Products& scores) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      best[j] = larger(larger(scores.of[0][j], scores.of[1][j]), larger(scores.of[2][j], scores.of[3][j]));
-      better |= Products::head(j) < heads && ordered(best[j]) > s_best[Products::head(j)];
-    }
-    if (!__ballot_sync(kAllLanes, better)) return;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      for (int distance = 4; distance < 32; distance *= 2) best[j] = larger(best[j], shuffle_xor(best[j], distance));
-      if (threadIdx.x % 32 < 4 && Products::head(j) < heads) atomicMax(&s_best[Products::head(j)], ordered(best[j]));
+      for (int i = 0; i < 4; ++i) {
+        if (Products::row(i) < tokens) best_[j] = larger(best_[j], scores.of[i][j]);
+      }
+      const int h = Products::head(j);
+      if (h < group_.heads && ordered(best_[j]) > s_.best[h]) atomicMax(&s_.best[h], ordered(best_[j]));
     }
     __syncwarp();
+  }
+
+  /// Tells the other blocks, after the nth of this warp's tiles ever more rarely, and learns from them. All lanes call.
+  __device__ void exchange(int n, bool last) {
+    if (!scratch_.bests || !(last || (n & (n + 1)) == 0)) return;
+    const int warps = blockDim.x / 32, warp = blockIdx.x * warps + threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int h = Products::head(j);
+      if (h >= group_.heads || ordered(best_[j]) <= told_[j]) continue;
+      told_[j] = ordered(best_[j]);
+      atomicMax(bests(h) + (8 * warp + lane / 4) % Scratch::kBests, told_[j]);
+    }
+    if (n == 0 || (!last && __popc(n) % warps == warp % warps)) hear();
   }
 
   /// Writes the scores of a tile that are alive, and which they are. All lanes call.
@@ -224,11 +224,11 @@ struct Living {
     bool lives[4][2], any = false;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float least = __fsub_rd(from_ordered(s_best[Products::head(j)]), reach[j]);
+      const int h = Products::head(j);
+      const float least = fmaxf(__fsub_rd(from_ordered(s_.best[h]), reach_[j]), from_ordered(s_.least[h]));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        lives[i][j] = Products::head(j) < heads && tile * kTileRows + Products::row(i) < tokens &&
-                      !(scores.of[i][j] < least);  // NaN lives
+        lives[i][j] = h < group_.heads && Products::row(i) < tokens && !(scores.of[i][j] < least);  // NaN lives
         any |= lives[i][j];
       }
     }
@@ -241,14 +241,76 @@ struct Living {
           const uint32_t all = __ballot_sync(kAllLanes, lives[i][j]);  // bit 4 g + p: row 4 g + i, head 2 p + j
           if (lane % 2 == j) alive |= (all >> lane / 2 % 4 & 0x11111111u) << i;
           if (lives[i][j]) {
-            scratch.scores[(first + Products::head(j)) * scratch.capacity + tile * kTileRows + Products::row(i)] =
+            scratch_.scores[(first_ + Products::head(j)) * scratch_.capacity + tile * kTileRows + Products::row(i)] =
                 scores.of[i][j];
           }
         }
       }
     }
-    if (lane < heads) scratch.alive[(first + lane) * scratch.tiles() + tile] = alive;
+    if (lane < group_.heads) scratch_.alive[(first_ + lane) * scratch_.tiles() + tile] = alive;
   }
+
+ private:
+  __device__ uint32_t* bests(int h) const { return scratch_.bests + (first_ + h) * Scratch::kBests; }
+
+  /// Takes all blocks' best scores into account. Of `tokens` of them that are at most `below` beneath the best, the
+  /// threshold is no lower than where they have a mass of 1, were they all down there. All lanes call.
+  __device__ void hear() const {
+    constexpr int kHeads = 4, kLanes = 32 / kHeads;  // at once, and of each
+    constexpr int kOwn = Scratch::kBests / kLanes / 4;
+    constexpr int kDepths = 4, kBits = 8;
+    constexpr float kDepth = 1.0f / 8, kMargin = 1e-3f + 2 * Levels::kStep;  // of beta
+    static_assert(Scratch::kBests < 1 << kBits);
+    const int lane = threadIdx.x % 32;
+    for (int first = 0; first < group_.heads; first += kHeads) {
+      const int h = min(first + lane / kLanes, group_.heads - 1);
+      const Entmax<float> entmax{Entmax<double>(alpha_.of(group_.first_head + h))};
+      uint4 words[kOwn];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        words[i] = __ldcg(reinterpret_cast<const uint4*>(bests(h)) + i * kLanes + lane % kLanes);
+      uint32_t best = 0;
+#pragma unroll
+      for (const uint4& word : words) best = max(best, max(max(word.x, word.y), max(word.z, word.w)));
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) best = max(best, shuffle_xor(best, distance));
+      const float top = from_ordered(best);
+      uint32_t least[kDepths], counts = 0;
+#pragma unroll
+      for (int depth = 0; depth < kDepths; ++depth)
+        least[depth] = ordered(-__fsub_rd((depth + 1) * kDepth * entmax.beta, top));
+#pragma unroll
+      for (const uint4& word : words) {
+        for (const uint32_t key : {word.x, word.y, word.z, word.w}) {
+#pragma unroll
+          for (int depth = 0; depth < kDepths; ++depth) counts += key >= least[depth] ? 1u << depth * kBits : 0;
+        }
+      }
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) counts += shuffle_xor(counts, distance);
+      float threshold = -1;
+#pragma unroll
+      for (int depth = 0; depth < kDepths; ++depth) {
+        const auto tokens = static_cast<float>(counts >> depth * kBits & ((1 << kBits) - 1));
+        threshold = fmaxf(threshold, -(depth + 1) * kDepth - __powf(tokens, -entmax.gap));
+      }
+      if (lane % kLanes == 0) {
+        atomicMax(&s_.best[h], best);
+        const float safe = __fsub_rd(top, (kMargin - threshold) * entmax.beta);
+        if (Weights::are_in_float(entmax) && safe > kNothing) atomicMax(&s_.least[h], ordered(safe));
+      }
+    }
+    __syncwarp();
+  }
+
+  const Scratch& scratch_;
+  const HeadGroup& group_;
+  int64_t first_;  // head of the group, rows counted in
+  const Alpha& alpha_;
+  Shared& s_;
+  float reach_[2];                        // how far below the best score a token is alive
+  float best_[2] = {kNothing, kNothing};  // of this lane's rows
+  uint32_t told_[2] = {0, 0};             // of those
 };
 
 template <typename T, typename Layout>
@@ -256,9 +318,8 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
     score(SparseDecode op, Scratch scratch) {
   take_turn();
   using Slots = ScanRing<T, Layout>;
-  constexpr int kTilesPerExchange = 8;
   __shared__ Queries<T, Layout> s_q;
-  __shared__ uint32_t s_best[kTileHeads];
+  __shared__ Living::Shared s_living;
   const int warp = threadIdx.x / 32, groups = HeadGroup::per_row(op);
   Share share = Share::of_block<32 * Slots::kWarps>(op.batch * groups, [&](int index) {
     return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
@@ -274,7 +335,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
     const int tiles = max(0, ceil_div(end - first, Slots::kWarps));
     const QueryLoad<T, Layout, 32 * Slots::kWarps> queries(op.q, row, group, op.head_dim);
     const LaneScoring scoring(op, group);
-    Living living(op, scratch, row, group, s_best);
+    Living living(op, scratch, row, group, s_living);
     Products scores;
     auto stream = list.keys<Slots>(op.k_pages, group.kv_head, tiles, op.head_dim, tile);
     stream.run(
@@ -290,11 +351,10 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
         },
         [&](int n) {
           scoring.score(list, tile(n), scores);
-          living.learn(scores);
-          // The first tile of a warp waits for what the others have seen in theirs.
-          if (n % kTilesPerExchange == 0 || n == tiles - 1) living.exchange_best();
-          if (n == 0) living.exchange_best();
-          living.keep(tile(n), list.tokens, scores);
+          const int tokens = list.tokens - tile(n) * kTileRows;
+          living.learn(tokens, scores);
+          living.exchange(n, n == tiles - 1);
+          living.keep(tile(n), tokens, scores);
         });
   }
 }
@@ -310,7 +370,11 @@ __global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch sc
   const TokenList list(op, row, kv_head);
   Team team = Team::cluster();
   const Entmax<double> entmax(op.alpha.of(head));
-  const float best = scratch.best ? from_ordered(scratch.best[at]) : kNothing;
+  float best = kNothing;
+  if (scratch.bests) {
+    const uint32_t own = threadIdx.x < Scratch::kBests ? scratch.bests[at * Scratch::kBests + threadIdx.x] : 0;
+    best = largest<kThreads>(own ? from_ordered(own) : kNothing);
+  }
   const NearTokens near =
       near_of_alive(team, entmax, best, scratch.alive + at * scratch.tiles(), list.tiles(),
                     scratch.scores + at * scratch.capacity, scratch.places + at * scratch.capacity, s_held);
@@ -342,8 +406,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const bool short_lists = is_short(op);
   const int groups = HeadGroup::per_row(op), most_blocks = cluster::most_blocks();
-  if (!short_lists && scratch.best) {
-    check(name, cudaMemsetAsync(scratch.best, 0, int64_t{op.batch} * op.q_heads * 4, stream));
+  if (!short_lists && scratch.bests) {
+    check(name, cudaMemsetAsync(scratch.bests, 0, int64_t{op.batch} * op.q_heads * Scratch::kBests * 4, stream));
   }
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);

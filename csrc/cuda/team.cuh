@@ -36,6 +36,22 @@ class Team {
     return reduce(value, [](float a, float b) { return larger(a, b); });
   }
 
+  __device__ void sync() const {
+    if (size == 1) {
+      __syncthreads();
+    } else {
+      cluster::sync();
+    }
+  }
+
+  /// The sum over the blocks of a number in shared memory, which must be there: for few threads.
+  __device__ int sum_of(const int& s_number) const {
+    if (size == 1) return s_number;
+    int sum = 0;
+    for (int other = 0; other < size; ++other) sum += cluster::of(other, s_number);
+    return sum;
+  }
+
   /// How many items the blocks have before this one, and all together.
   struct Part {
     int before, total;

@@ -47,6 +47,7 @@ __device__ int pack(float* values, int32_t* places, int count, Read read) {
 struct Candidates {
   const float* scores;
   int count;
+  float origin;  // a score at or below the threshold, from which it counts; the best one for softmax
 
   /// Calls body(run) for all of this thread's, kRun at once, kNothing where there are no more.
   template <typename Body>
@@ -63,10 +64,10 @@ struct Candidates {
 /// A threshold, and the mass of the tokens above it.
 template <typename Real>
 struct Solution {
-  Real threshold, mass;  // threshold relative to (alpha-1) best
+  Real threshold, mass;  // threshold from (alpha-1) origin on
 };
 
-/// Adds a token with x = (alpha-1)(score - best) to those above a threshold.
+/// Adds a token with x = (alpha-1)(score - origin) to those above a threshold.
 template <bool kSquare, typename Real>
 __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
   const Real y = x - threshold;
@@ -80,34 +81,32 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
 /// Newton's steps from the left (entmax.h), with a function that returns the excess of all tokens above a threshold.
 template <typename Real, typename ExcessAbove>
 __device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_above) {
-  constexpr Real kStill = sizeof(Real) == 4 ? Real(1e-7) : Real(1e-12);  // relative to the threshold
-  constexpr int kMostSteps = 64;                                         // a guard: convergence is quadratic
-  Solution<Real> solution{-1, 1};
+  constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
+  Solution<Real> solution{0, 1};
   for (int step = 0; step < kMostSteps; ++step) {
     const auto all = excess_above(solution.threshold);
     solution.mass = static_cast<Real>(all.mass);
-    const Real move = entmax.step({solution.mass, static_cast<Real>(all.slope)});
-    if (!(move > kStill * fabs(solution.threshold))) break;
-    solution.threshold += move;
+    const Real next = solution.threshold + entmax.step({solution.mass, static_cast<Real>(all.slope)});
+    if (!(next > solution.threshold)) break;
+    solution.threshold = next;
   }
   return solution;
 }
 
 /// By the first warp, which holds all candidates: few, and all in this block. All threads call.
-template <bool kSquare, typename Real>
-__device__ Solution<Real> solve_few(const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+template <bool kSquare>
+__device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidates& candidates) {
   constexpr int kHeld = kFewTokens / 32;  // of a lane
-  __shared__ Solution<Real> s_solution;
+  __shared__ Solution<float> s_solution;
   if (threadIdx.x < 32) {
-    Real held[kHeld];
+    float held[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int entry = i * 32 + static_cast<int>(threadIdx.x);
-      held[i] = entry < candidates.count ? entmax.gap * (static_cast<Real>(candidates.scores[entry]) - best)
-                                         : Real(-1);  // above no threshold
+      held[i] = entry < candidates.count ? entmax.gap * (candidates.scores[entry] - candidates.origin) : -1.0f;
     }
-    const Solution<Real> solution = solve(entmax, [&](Real threshold) {
-      Excess<Real> own;
+    const Solution<float> solution = solve(entmax, [&](float threshold) {
+      Excess<float> own;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         if (i * 32 < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
@@ -122,14 +121,15 @@ __device__ Solution<Real> solve_few(const Entmax<Real>& entmax, float best, cons
 
 /// By the team. All its threads call.
 template <bool kSquare, typename Real>
-__device__ Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, float best, const Candidates& candidates) {
+__device__ Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const Candidates& candidates) {
   return solve(entmax, [&](Real threshold) {
     Excess<double> own;
     candidates.visit([&](const float (&run)[kRun]) {
       Excess<Real> few;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - best), threshold, entmax.beta);
+        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
+                              entmax.beta);
       }
       own = own + Excess<double>{few.mass, few.slope};
     });
@@ -140,15 +140,18 @@ __device__ Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, flo
 /// What makes weights of a head's scores.
 struct Weights {
   Entmax<double> entmax;
-  float best;
+  float origin;
   double threshold, mass;
   float tau;
 
   /// Powers above 15 magnify the rounding of fp32 too much.
-  __device__ static bool are_in_float(const Entmax<double>& entmax) { return entmax.beta <= 15; }
+  template <typename Real>
+  __device__ static bool are_in_float(const Entmax<Real>& entmax) {
+    return entmax.beta <= 15;
+  }
 
   __device__ float of(float score) const {
-    if (entmax.is_softmax()) return expf(score - best) / static_cast<float>(mass);
+    if (entmax.is_softmax()) return expf(score - origin) / static_cast<float>(mass);
     return are_in_float(entmax) ? power_of<float>(score) : power_of<double>(score);
   }
 
@@ -156,39 +159,43 @@ struct Weights {
   template <typename Real>
   __device__ float power_of(float score) const {
     const Entmax<Real> real(entmax);
-    const Real y = real.gap * (static_cast<Real>(score) - best) - static_cast<Real>(threshold);
+    const Real y = real.gap * (static_cast<Real>(score) - origin) - static_cast<Real>(threshold);
     return static_cast<float>(y > 0 ? power(y, real.beta) / static_cast<Real>(mass) : 0);
   }
 };
 
-/// The weights of a head whose scores within beta of the best are the candidates: up to kFewTokens of them, and all in
+/// The weights of a head of which all tokens that can have weight are candidates: up to kFewTokens of them, and all in
 /// this block, or any number over the team. All threads call, of the block or of the team.
-__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, float best,
-                                       const Candidates& candidates, bool few) {
-  Weights weights{entmax, best, 0, 0, 0};
+__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, const Candidates& candidates,
+                                       bool few) {
+  const float origin = candidates.origin;
+  Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
     double own = 0;
     candidates.visit([&](const float (&run)[kRun]) {
-      for (const float score : run) own += expf(score - best);
+      for (const float score : run) own += expf(score - origin);
     });
     weights.mass = few ? sum<kThreads>(own) : team.sum(own);
-    weights.tau = best + logf(static_cast<float>(weights.mass));
+    weights.tau = origin + logf(static_cast<float>(weights.mass));
     return weights;
   }
-  const auto solve_by = [&](const auto& real, auto square) {
-    const auto solution =
-        few ? solve_few<square>(real, best, candidates) : solve_many<square>(team, real, best, candidates);
+  const auto take = [&](const auto& solution) {
     weights.threshold = solution.threshold;
     weights.mass = solution.mass;
   };
+  const auto solve_by = [&](const Entmax<float>& real, auto square) {
+    take(few ? solve_few<square>(real, candidates) : solve_many<square>(team, real, candidates));
+  };
   if (!Weights::are_in_float(entmax)) {
-    solve_by(entmax, std::false_type{});
+    Team all = few ? Team::block() : team;
+    take(solve_many<false>(all, entmax, candidates));
+    if (!few) team = all;
   } else if (entmax.beta == 2) {  // alpha = 1.5
     solve_by(Entmax<float>(entmax), std::true_type{});
   } else {
     solve_by(Entmax<float>(entmax), std::false_type{});
   }
-  weights.tau = static_cast<float>(weights.threshold + entmax.gap * best);
+  weights.tau = static_cast<float>(weights.threshold + entmax.gap * origin);
   return weights;
 }
 
