@@ -54,7 +54,7 @@ struct PageTiles : HeadGroup {
       if (page(n / 2) + static_cast<int>(threadIdx.x % 32) >= used) physical = there;
       return (n % 2 ? other : one).template at<T>(physical, kv_head);
     };
-    return TileStream(ScanRing<T, Layout>{}, 2 * tiles_upto(used), head_dim, lookup, row_of);
+    return TileStream(ScanRing<T, Layout>{}, Upto{2 * tiles_upto(used)}, head_dim, lookup, row_of);
   }
 
   /// Writes value(i, j) for page Products::row(i) of the nth tile and head Products::head(j), or what stands for a page

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int
   const auto tile = [=](int n) { return first + n * step; };
   const int tiles = warp < Slots::kWarps ? max(0, ceil_div(list.tiles() - first, step)) : 0;
   Products scores;
-  auto stream = list.keys<Slots>(op.k_pages, group.kv_head, tiles, op.head_dim, tile);
+  auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, Upto{tiles}, tile);
   stream.run(
       [&] {
         queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
@@ -107,11 +107,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int
 /// Results between the launches, per (row, query head).
 struct Scratch {
   static constexpr int kBests = 128;
+  static constexpr int kApart = 64;  // so that not all of memory's traffic is for one line
 
   int capacity;     // tokens of the longest list, in whole tiles
   float* scores;    // [batch, q_heads, capacity] where alive
   int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens that can have weight
   uint32_t* alive;  // [batch, q_heads, capacity / 32]
+  // [batch, groups, kApart] of which the first: tiles that warps have taken; zeros before step 1
+  uint32_t* taken;
   // [batch, q_heads, kBests] best scores of different parts of the list, ordered; zeros before step 1. Null: blocks do
   // not tell each other, as is best for lists of a few selected pages.
   uint32_t* bests;
@@ -126,6 +129,7 @@ struct Scratch {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + bytes);
       bytes += heads * count * 4;
     };
+    take(taken, kApart);  // there are no more groups than heads
     take(bests, op.selection ? 0 : kBests);
     take(scores, capacity);
     take(places, capacity);
@@ -135,35 +139,90 @@ struct Scratch {
   }
 };
 
-/// This block's even share of the items of several lists, a run of successive ones.
-struct Share {
-  int list, item;  // the first
-  int items;
-
-  /// All threads call.
-  template <int kBlock, typename Count>
-  __device__ static Share of_block(int lists, Count count) {
-    __shared__ Share s_share;
-    const int each = ceil_div(lists, kBlock);
-    const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
-    int own = 0;
-    for (int list = first; list < end; ++list) own += count(list);
-    int total;
-    int before = exclusive_scan<kBlock>(own, total);
-    const auto begin = static_cast<int>(int64_t{total} * blockIdx.x / gridDim.x);
-    const auto stop = static_cast<int>(int64_t{total} * (blockIdx.x + 1) / gridDim.x);
-    if (begin == stop) return {0, 0, 0};
-    if (before <= begin && begin < before + own) {
-      int list = first;
-      for (int items = count(list); before + items <= begin; items = count(list)) {
-        before += items;
-        ++list;
-      }
-      s_share = {list, begin - before, stop - begin};
+/// Which list a block of kBlock threads works for, so that lists have blocks in proportion to their tiles: count(list)
+/// of them. -1 if there are none. All threads call.
+template <int kBlock, typename Count>
+__device__ int home_of_block(int lists, Count count) {
+  __shared__ int s_home;
+  const int each = ceil_div(lists, kBlock);
+  const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
+  int own = 0;
+  for (int list = first; list < end; ++list) own += count(list);
+  int total;
+  int before = exclusive_scan<kBlock>(own, total);
+  const auto place = static_cast<int>(int64_t{total} * blockIdx.x / gridDim.x);
+  if (total == 0) return -1;
+  if (before <= place && place < before + own) {
+    int list = first;
+    for (int items = count(list); before + items <= place; items = count(list)) {
+      before += items;
+      ++list;
     }
-    __syncthreads();
-    return s_share;
+    s_home = list;
   }
+  __syncthreads();
+  return s_home;
+}
+
+/// Where a block of kBlock threads can help when its list has been taken, by tiles_of(list) and taken_of(list): some
+/// list with many tiles left, another one for each block, or one that no block has begun; -1 if there is none. All
+/// threads call.
+template <int kBlock, typename Tiles, typename Taken>
+__device__ int list_in_need(int lists, Tiles tiles_of, Taken taken_of) {
+  constexpr int kWorthIt = 16;  // tiles
+  __shared__ unsigned long long s_most;
+  __syncthreads();  // the one of an earlier call has been read
+  if (threadIdx.x == 0) s_most = 0;
+  __syncthreads();
+  unsigned long long most = 0;
+  for (int list = threadIdx.x; list < lists; list += kBlock) {
+    const int taken = taken_of(list), left = tiles_of(list) - taken;
+    if (left < (taken > 0 ? kWorthIt : 1)) continue;
+    const unsigned long long weight = 8 + (list * 5 + blockIdx.x * 3) % 8;
+    most = max(most, left * weight << 32 | static_cast<unsigned>(list));
+  }
+  if (most > 0) atomicMax(&s_most, most);
+  __syncthreads();
+  return s_most > 0 ? static_cast<int>(s_most & 0xffffffffu) : -1;
+}
+
+/// The tiles of a list that a warp takes: runs of them, each when no other warp has. They are asked for one run ahead.
+class Tickets {
+ public:
+  static constexpr int kHeld = 8;  // of the latest
+  static constexpr int kMostRun = 4;
+
+  __device__ Tickets(uint32_t* taken, int tiles, int* s_held)
+      : taken_(taken), tiles_(tiles), run_(max(1, min(tiles / 2048, kMostRun))), s_held_(s_held) {
+    ask();
+  }
+
+  /// Whether the warp has an nth tile. All lanes call, with no n more than one above the last.
+  __device__ bool more(int n) {
+    if (n == known_) {
+      if (left_ == 0) {
+        next_ = __shfl_sync(kAllLanes, asked_, 0);
+        left_ = run_;
+        if (next_ < tiles_) ask();
+      }
+      if (threadIdx.x % 32 == 0) s_held_[n % kHeld] = next_;
+      __syncwarp();
+      ++known_, ++next_, --left_;
+    }
+    return tile(n) < tiles_;
+  }
+
+  __device__ int tile(int n) const { return s_held_[n % kHeld]; }
+
+ private:
+  __device__ void ask() {
+    if (threadIdx.x % 32 == 0) asked_ = static_cast<int>(atomicAdd(taken_, static_cast<uint32_t>(run_)));
+  }
+
+  uint32_t* taken_;
+  int tiles_, run_;
+  int* s_held_;
+  int known_ = 0, asked_ = 0, next_ = 0, left_ = 0;
 };
 
 /// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen, and
@@ -320,24 +379,28 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   using Slots = ScanRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
   __shared__ Living::Shared s_living;
-  const int warp = threadIdx.x / 32, groups = HeadGroup::per_row(op);
-  Share share = Share::of_block<32 * Slots::kWarps>(op.batch * groups, [&](int index) {
+  __shared__ int s_tickets[Slots::kWarps][Tickets::kHeld];
+  constexpr int kBlock = 32 * Slots::kWarps;
+  const int groups = HeadGroup::per_row(op), lists = op.batch * groups;
+  const auto tiles_of = [&](int index) {
     return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
-  });
-  while (share.items > 0) {
-    const int64_t row = share.list / groups;
-    const HeadGroup group(op, share.list % groups);
+  };
+  const auto taken_of = [&](int index) {
+    return static_cast<int>(__ldcg(scratch.taken + int64_t{index} * Scratch::kApart));
+  };
+  for (int index = home_of_block<kBlock>(lists, tiles_of); index >= 0;
+       index = list_in_need<kBlock>(lists, tiles_of, taken_of)) {
+    const int64_t row = index / groups;
+    const HeadGroup group(op, index % groups);
     const TokenList list(op, row, group.kv_head);
-    const int end = min(list.tiles(), share.item + share.items), first = share.item + warp;
-    share = {share.list + 1, 0, share.items - (end - share.item)};
-    if (end == 0) continue;
-    const auto tile = [=](int n) { return first + n * Slots::kWarps; };
-    const int tiles = max(0, ceil_div(end - first, Slots::kWarps));
-    const QueryLoad<T, Layout, 32 * Slots::kWarps> queries(op.q, row, group, op.head_dim);
+    Tickets tickets(scratch.taken + int64_t{index} * Scratch::kApart, list.tiles(), s_tickets[threadIdx.x / 32]);
+    const auto more = [&](int n) { return tickets.more(n); };
+    const auto tile = [&](int n) { return tickets.tile(n); };
+    const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
     const LaneScoring scoring(op, group);
     Living living(op, scratch, row, group, s_living);
     Products scores;
-    auto stream = list.keys<Slots>(op.k_pages, group.kv_head, tiles, op.head_dim, tile);
+    auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, more, tile);
     stream.run(
         [&] {
           __syncthreads();  // every warp is done with the last group
@@ -353,7 +416,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
           scoring.score(list, tile(n), scores);
           const int tokens = list.tokens - tile(n) * kTileRows;
           living.learn(tokens, scores);
-          living.exchange(n, n == tiles - 1);
+          living.exchange(n, !tickets.more(n + 1));
           living.keep(tile(n), tokens, scores);
         });
   }
@@ -406,8 +469,9 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const bool short_lists = is_short(op);
   const int groups = HeadGroup::per_row(op), most_blocks = cluster::most_blocks();
-  if (!short_lists && scratch.bests) {
-    check(name, cudaMemsetAsync(scratch.bests, 0, int64_t{op.batch} * op.q_heads * Scratch::kBests * 4, stream));
+  if (!short_lists) {
+    const int words = Scratch::kApart + (scratch.bests ? Scratch::kBests : 0);
+    check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
   }
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);

@@ -205,23 +205,31 @@ constexpr int kScanOccupancy = 1;
 constexpr int kScanOccupancy = kScanBlocks<Layout>;
 #endif
 
-/// A warp's tiles on their way through its ring: kSlots of them are being loaded at any time. lookup(n) finds in memory
-/// what row_of(n, found) needs to know where this lane's row of the nth tile is; it is called one tile before.
-template <typename Slots, typename Lookup, typename RowOf>
+/// Says of a known number of tiles whether there is an nth.
+struct Upto {
+  int count;
+
+  __device__ bool operator()(int n) const { return n < count; }
+};
+
+/// A warp's tiles on their way through its ring: kSlots of them are being loaded at any time. more(n) says whether
+/// there is an nth tile, and lookup(n) finds in memory what row_of(n, found) needs to know where this lane's row of it
+/// is; both are called one tile before.
+template <typename Slots, typename More, typename Lookup, typename RowOf>
 class TileStream {
  public:
-  __device__ TileStream(Slots, int tiles, int head_dim, Lookup lookup, RowOf row_of)
-      : tiles_(tiles), head_dim_(head_dim), lookup_(lookup), row_of_(row_of) {}
+  __device__ TileStream(Slots, More more, int head_dim, Lookup lookup, RowOf row_of)
+      : head_dim_(head_dim), more_(more), lookup_(lookup), row_of_(row_of) {}
 
   /// Calls prepare() once the first tiles are under way, and then, for each tile in turn, read(n, slot) and, when its
   /// slot is being filled again, finish(n). All lanes call.
   template <typename Prepare, typename Read, typename Finish>
   __device__ void run(Prepare prepare, Read read, Finish finish) {
-    if (tiles_ > 0) next_ = lookup_(0);
+    if (more_(0)) next_ = lookup_(0);
 #pragma unroll 1  // so that each part is there once
     for (int n = -Slots::kSlots, nth = 0;; ++n) {
       if (n == 0) prepare();
-      if (n >= tiles_) break;
+      if (n >= 0 && !more_(n)) break;
       if (n >= 0) {
         wait_for_copies<Slots::kSlots - 1>();
         __syncwarp();  // the other lanes' copies, too
@@ -236,15 +244,16 @@ class TileStream {
 
  private:
   __device__ void load(int n, int nth) {
-    if (n < tiles_) {
+    if (more_(n)) {
       const auto found = next_;
-      if (n + 1 < tiles_) next_ = lookup_(n + 1);
+      if (more_(n + 1)) next_ = lookup_(n + 1);
       Slots::slot(nth).load(row_of_(n, found), head_dim_);
     }
     commit_copies();
   }
 
-  int tiles_, head_dim_;
+  int head_dim_;
+  More more_;
   Lookup lookup_;
   RowOf row_of_;
   std::invoke_result_t<Lookup, int> next_{};

@@ -41,8 +41,8 @@ struct TokenList {
   }
 
   /// The keys of a warp's tiles, of which tile(n) is the nth. Lanes behind the end of the list take its last token.
-  template <typename Slots, typename Tile>
-  __device__ auto keys(const Rows& k_pages, int kv_head, int count, int head_dim, Tile tile) const {
+  template <typename Slots, typename More, typename Tile>
+  __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile) const {
     const auto place = [*this, tile](int n) {
       return min(tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32), tokens - 1);
     };
@@ -50,7 +50,7 @@ struct TokenList {
     const auto row_of = [*this, place, k_pages, kv_head](int n, int physical) {
       return k_pages.at<typename Slots::T>(physical, kv_head, slot(place(n)));
     };
-    return TileStream(Slots{}, count, head_dim, lookup, row_of);
+    return TileStream(Slots{}, more, head_dim, lookup, row_of);
   }
 
  private:
