@@ -19,6 +19,8 @@ namespace entmaxkv::cuda {
 
 namespace {
 
+constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
+
 /// What makes scores of a lane's products.
 struct LaneScoring {
   float scale;
@@ -49,7 +51,7 @@ using ShortRing = Ring<T, Layout, kThreads / 32>;
 int heads_of_block(const Sizes& sizes, int blocks) { return ceil_div(std::min(sizes.group, kTileHeads), blocks); }
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(kThreads, 1) decode_short(SparseDecode op, int capacity, bool vectors) {
+__global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
   take_turn();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
@@ -423,7 +425,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) solve(SparseDecode op, Scratch scratch, bool vectors) {
+__global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
   __shared__ HeldTokens s_held;
   __shared__ Chunk<T> s_chunk;

@@ -5,7 +5,7 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kThreads = 512;  // of a block of a team
+constexpr int kThreads = 256;  // of a block of a team
 
 /// All threads of all blocks call every method, in the same order, and cluster::sync before a block of several ends.
 class Team {

@@ -326,7 +326,7 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
   } else {
     const int lane = threadIdx.x % 32;
     const auto* queries = reinterpret_cast<const uint4*>(q.values) + lane / 4 * (Layout::kDims / 8) + lane % 4;
-#pragma unroll(Layout::kRounds == 8 ? 1 : 4)  // as far as there are registers
+#pragma unroll(Layout::kRounds == 8 ? 1 : 2)  // as far as there are registers
     for (int round = 0; round < Layout::kRounds; ++round) {
       const uint4 weights = queries[4 * round];
 #pragma unroll

@@ -6,7 +6,7 @@
 namespace entmaxkv::cuda {
 
 constexpr int kRun = 4;          // entries, kThreads apart, that a thread takes at once
-constexpr int kFewTokens = 512;  // that one block can hold, and one warp find the threshold of
+constexpr int kFewTokens = 256;  // that one block can hold, and one warp find the threshold of
 
 /// A token of a list: its score or weight, and where it stands.
 struct Entry {
