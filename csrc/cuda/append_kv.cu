@@ -1,12 +1,14 @@
 // append_kv on the GPU.
 //   k, v [batch, tokens, kv_heads, head_dim] -> slots seq_lens[row] ... of the row's pages, and their statistics
-// A thread owns one dimension of one page of one KV head.
+// Two threads for each dimension of a page of a KV head: one for keys and bounds, one for values and moments. A kernel
+// of so little work is as long as its code, which thus is read by different warps at the same time.
 //   1. copy: each new key and value is read and written once, coalesced over the dimensions
 //   2. summarise: the page's keys, old ones included, are read back, so that the statistics depend on the page's
 //      content alone
-//   3. advance: seq_lens moves when no page of the row is unfinished any more
-// Up to a page of tokens: a block does all of that for a row, in one launch. More: a block per page and KV head, and
-// seq_lens moves in a second launch, when every block has read the old lengths.
+//   3. advance: seq_lens moves when all have read the old length
+// Up to a page of tokens: a cluster of blocks does all of that for a row, in one launch. More: a block per page and KV
+// head, and seq_lens moves in a second launch.
+#include "cluster.cuh"
 #include "kernels.h"
 #include "page_stats.cuh"
 
@@ -14,7 +16,9 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kRowThreads = 1024;
+constexpr int kMostThreads = 1024;
+
+__host__ __device__ int head_threads(int head_dim) { return ceil_div(2 * head_dim, 32) * 32; }
 
 /// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
 struct Span {
@@ -26,40 +30,59 @@ struct Span {
   }
 };
 
-/// Copies and summarises one dimension of the nth page that the row's new tokens touch.
+__device__ int page_of(const AppendKv& op, int token) { return token >> (__ffs(op.page_size) - 1); }
+
+/// Copies to the nth page that the row's new tokens touch, and summarises it. All threads of the block call, thread
+/// 0 ... 2 head_dim - 1 for each KV head; one that does not exist is left out.
 template <typename T>
-__device__ void append_page(const AppendKv& op, int64_t row, const Span& span, int nth, int kv_head, int d) {
-  const int page = span.first / op.page_size + nth;
-  const int start = max(span.first, page * op.page_size);
-  const int stop = min(span.end, (page + 1) * op.page_size);
-  if (start >= stop) return;
-  const int64_t physical = op.page_table.row(row)[page];
-  for (int token = start; token < stop; ++token) {
-    const int slot = token % op.page_size;
-    op.k_pages.at<T>(physical, kv_head, slot)[d] = op.k.at<T>(row, token - span.first, kv_head)[d];
-    op.v_pages.at<T>(physical, kv_head, slot)[d] = op.v.at<T>(row, token - span.first, kv_head)[d];
+__device__ void append_page(const AppendKv& op, int64_t row, const Span& span, int nth, int kv_head, int thread) {
+  const bool keys = thread < op.head_dim;
+  const int d = keys ? thread : thread - op.head_dim;
+  const int page = page_of(op, span.first) + nth, page_begin = page * op.page_size;
+  const int start = max(span.first, page_begin), stop = min(span.end, page_begin + op.page_size);
+  const bool works = start < stop && d < op.head_dim && kv_head < op.kv_heads;
+  int64_t physical = 0;
+  if (works) {
+    physical = op.page_table.row(row)[page];
+    const Rows &from = keys ? op.k : op.v, &to = keys ? op.k_pages : op.v_pages;
+#pragma unroll 1
+    for (int token = start; token < stop; ++token) {
+      to.at<T>(physical, kv_head, token - page_begin)[d] = from.at<T>(row, token - span.first, kv_head)[d];
+    }
   }
-  summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, d);
+  __syncthreads();  // the keys are in their slots
+  if (!works) return;
+  if (keys) {
+    summarise_bounds<T>(op.k_pages, op.statistics, physical, kv_head, stop - page_begin, d);
+  } else {
+    summarise_moments<T>(op.k_pages, op.statistics, physical, kv_head, stop - page_begin, d);
+  }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) append_row(AppendKv op) {
+__global__ void __launch_bounds__(kMostThreads) append_row(AppendKv op) {
   take_turn();
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.y;
+  const int width = head_threads(op.head_dim), heads = blockDim.x / width, head = threadIdx.x / width;
+  const int thread = threadIdx.x - head * width, place = blockIdx.x * blockDim.x + threadIdx.x;
+  if (place * 32 < op.max_pages) prefetch(op.page_table.row(row) + place * 32);
   const Span span(op, row);
-  for (int i = threadIdx.x; i < op.kv_heads * op.head_dim; i += blockDim.x) {
-    for (int nth = 0; nth < 2; ++nth) append_page<T>(op, row, span, nth, i / op.head_dim, i % op.head_dim);
+  cluster::arrive_early();
+  const int touched = page_of(op, span.first) < page_of(op, span.end - 1) ? 2 : 1;
+#pragma unroll 1
+  for (int first = blockIdx.x * heads; first < op.kv_heads; first += gridDim.x * heads) {
+#pragma unroll 1
+    for (int nth = 0; nth < touched; ++nth) append_page<T>(op, row, span, nth, first + head, thread);
   }
-  __syncthreads();  // all have read the old length
-  if (threadIdx.x == 0) op.seq_lens[row] = span.end;
+  cluster::wait();  // all have read the old length
+  if (place == 0) op.seq_lens[row] = span.end;
 }
 
 template <typename T>
 __global__ void append_pages(AppendKv op) {
   take_turn();
   const int64_t row = blockIdx.z;
-  const Span span(op, row);
-  if (threadIdx.x < op.head_dim) append_page<T>(op, row, span, blockIdx.x, blockIdx.y, threadIdx.x);
+  append_page<T>(op, row, Span(op, row), blockIdx.x, blockIdx.y, threadIdx.x);
 }
 
 __global__ void advance(AppendKv op) {
@@ -74,12 +97,13 @@ void append_kv(const AppendKv& op, cudaStream_t stream) {
   if (op.batch == 0 || op.tokens == 0) return;
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
+    const int threads = head_threads(op.head_dim);
     if (op.tokens <= op.page_size) {
-      const int threads = std::min(kRowThreads, ceil_div(op.kv_heads * op.head_dim, 32) * 32);
-      launch("append_kv", append_row<T>, {dim3(op.batch), threads}, stream, op);
+      const int blocks = std::min(cluster::most_blocks(), op.kv_heads);
+      const int heads = std::min(ceil_div(op.kv_heads, blocks), kMostThreads / threads);
+      launch("append_kv", append_row<T>, {dim3(blocks, op.batch), heads * threads, blocks}, stream, op);
     } else {
       const int pages = (op.tokens - 1) / op.page_size + 2;  // that one row can touch
-      const int threads = ceil_div(op.head_dim, 32) * 32;
       launch("append_kv", append_pages<T>, {dim3(pages, op.kv_heads, op.batch), threads}, stream, op);
       launch("append_kv", advance, {dim3(ceil_div(op.batch, 128)), 128}, stream, op);
     }

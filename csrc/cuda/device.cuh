@@ -120,6 +120,13 @@ __device__ inline uint4* dynamic_shared() {
 #endif
 }
 
+/// Begins to fetch the line of that address into L2.
+__device__ inline void prefetch([[maybe_unused]] const void* address) {
+#ifndef EMULATE_CUDA
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 /// Begins to copy 16 bytes into shared memory; zeros, if they are not wanted. Ends with wait_for_copies.
 __device__ inline void copy_async(uint4& s_to, const void* from, bool wanted) {
 #ifdef EMULATE_CUDA
@@ -129,6 +136,17 @@ __device__ inline void copy_async(uint4& s_to, const void* from, bool wanted) {
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
       "l"(from), "r"(wanted ? 16 : 0)
       : "memory");
+#endif
+}
+
+/// The same for 4 bytes.
+__device__ inline void copy_async(float& s_to, const float* from) {
+#ifdef EMULATE_CUDA
+  s_to = *from;
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+               "l"(from)
+               : "memory");
 #endif
 }
 

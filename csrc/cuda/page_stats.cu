@@ -1,7 +1,6 @@
 // page_stats on the GPU.
 //   k_pages [pages, kv_heads, page_size, head_dim] -> k_min, k_max, k_mean, k_std [pages, kv_heads, head_dim]
-// Grid (logical page, KV head, row); a block owns one page of one KV head, a thread one dimension. Keys are read once
-// for the extremes and the mean, and again, from the cache, for the deviation.
+// Grid (logical page, KV head, row); a block owns one page of one KV head, a thread one dimension.
 #include "kernels.h"
 #include "page_stats.cuh"
 
@@ -17,7 +16,9 @@ __global__ void summarise(PageStats op) {
   const int d = threadIdx.x;
   const int tokens = min(op.page_size, length_of(op, row) - page * op.page_size);
   if (tokens <= 0 || d >= op.head_dim) return;
-  summarise_page<T>(op.k_pages, op.statistics, op.page_table.row(row)[page], blockIdx.y, tokens, d);
+  const int64_t physical = op.page_table.row(row)[page];
+  summarise_bounds<T>(op.k_pages, op.statistics, physical, blockIdx.y, tokens, d);
+  summarise_moments<T>(op.k_pages, op.statistics, physical, blockIdx.y, tokens, d);
 }
 
 }  // namespace

@@ -1,62 +1,148 @@
 // select_pages on the GPU.
 //   scores [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_selected] ascending, counts [batch, kv_heads]
 // Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
-//   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h)
-//   2. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page. A
-//      histogram of equal steps of merit says in which step it is; while that holds many pages, a histogram of their
-//      next bits narrows it down; then each of them counts those before it.
-//   3. collect: the pages up to the threshold, and the last page, in ascending order
+//   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h); the last page's is
+//      infinite. Scores are read once, if the shared memory holds a slice's.
+//   2. survivors: of a slice, the pages no worse than the wanted-th of the threads' own best pages. No other page of
+//      it is wanted. All blocks tell each other theirs.
+//   3. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page, of the
+//      survivors. Each block counts them by equal steps, then by the next bits, until few are left to compare. Where
+//      there are too many survivors (a large budget, many ties) the blocks together first count all pages like that.
+//   4. collect: the pages up to the threshold in ascending order
 #include "cluster.cuh"
 #include "kernels.h"
-#include "page_list.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
+using cluster::kMostBlocks;
 constexpr int kBits = 9;
 constexpr int kBins = 1 << kBits;
 constexpr int kThreads = kBins;
-constexpr int kSlice = 1024;  // pages of a block, while the cluster can grow
-using cluster::kMostBlocks;
-constexpr int kSharedMerits = 17 * kThreads;  // fits the 48 KB of static shared memory
-constexpr int kFew = 256;                     // pages that are compared each with each
-constexpr int kHeads = 4;                     // that are looked at together
-static_assert(kFew <= kThreads && kMostBlocks <= kThreads / 32);
+constexpr int kWarps = kThreads / 32;
+constexpr int kWords = 4;              // of four pages, that a thread looks at together
+constexpr int kStride = 4 * kThreads;  // pages from one of a thread's words to the next
+constexpr int kSlice = 2560;           // pages of a block, while the cluster can grow
+constexpr int kEager = kStride;        // pages of a slice that are read before the length is known
+constexpr int kMostScores = 4 * 8192;  // that a block keeps
+constexpr int kListed = 4096;          // survivors
+constexpr int kFewListed = 256;        // of all pages, that are listed when there are too many survivors
+constexpr int kFew = 32;               // that are compared each with each
+static_assert(kFewListed <= kListed / kMostBlocks && kMostBlocks <= kWarps);
 
 /// Where a page stands: smaller is better, no two are equal.
 using Order = unsigned long long;
 
-__device__ Order order_of(float merit, int page) { return Order{~ordered(merit)} << 32 | static_cast<uint32_t>(page); }
-
-/// Raises an ordered value in shared memory to the warp's largest. All lanes call.
-__device__ void raise(uint32_t& shared, float value) {
-  const uint32_t largest = __reduce_max_sync(kAllLanes, ordered(value));
-  if (threadIdx.x % 32 == 0) atomicMax(&shared, largest);
+/// The zeros are equal.
+__device__ Order order_of(float merit, int page) {
+  return Order{~ordered(merit + 0.0f)} << 32 | static_cast<uint32_t>(page);
 }
 
-/// results[i] = the largest values[i] of any block of the cluster. All threads call, when all values are there.
+__device__ float merit_of(Order order) { return from_ordered(~static_cast<uint32_t>(order >> 32)); }
+
+/// Four pages' scores or merits.
+struct Word {
+  float of[4];
+
+  static __device__ Word load(const float* from) {
+    const float4 word = *reinterpret_cast<const float4*>(from);
+    return {word.x, word.y, word.z, word.w};
+  }
+
+  __device__ void store(float* to) const { *reinterpret_cast<float4*>(to) = float4{of[0], of[1], of[2], of[3]}; }
+};
+
+/// Merits in steps, finer towards the best: kBins / 8 for every power of two of 1 + distance / unit.
+class Steps {
+ public:
+  /// The merits from -range on take 3/4 of the steps, and others find room below.
+  __device__ explicit Steps(float range)
+      : per_unit_(range > 0 ? fminf(kUnits / range, 3e38f) : 0), unit_(fmaxf(1.0001f / kUnits * range, 3.4e-39f)) {}
+
+  __device__ int of(float merit) const {
+    const float place = fminf(fmaxf(fmaf(-merit, per_unit_, 1), 1), 255.99f);
+    return static_cast<int>((__float_as_uint(place) - kFirst) >> kShift);
+  }
+
+  /// No merit of that step, or a better one, is below.
+  __device__ float least(int step) const {
+    if (step == kBins - 1 || per_unit_ == 0) return kNothing;
+    return (1 - __uint_as_float(kFirst + ((step + 1) << kShift))) * unit_;
+  }
+
+ private:
+  static constexpr float kUnits = 63;
+  static constexpr uint32_t kFirst = 0x3f800000;  // 1.0f
+  static constexpr int kShift = 26 - kBits;
+
+  float per_unit_, unit_;
+};
+
+/// The sum over all threads before this one, and over all.
+struct Place {
+  int before, total;
+};
+
+/// From each thread's own values. All threads call.
 template <int kValues>
-__device__ void find_largest(const uint32_t (&values)[kValues], float (&results)[kValues]) {
+__device__ void find_places(const int (&own)[kValues], Place (&places)[kValues]) {
+  __shared__ int s_sums[kValues][kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  static_assert(kValues <= kThreads / 32);
-  if (warp < kValues) {
-    const uint32_t own = lane < cluster::size() ? cluster::of(lane, values[warp]) : 0;
-    const uint32_t largest = __reduce_max_sync(kAllLanes, own);
-    if (lane == 0) results[warp] = from_ordered(largest);
+  __syncthreads();  // the sums of an earlier call have been read
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    places[i].before = sum_upto(own[i]) - own[i];
+    if (lane == 31) s_sums[i][warp] = places[i].before + own[i];
   }
   __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const int of_warp = lane < kWarps ? s_sums[i][lane] : 0;
+    places[i].before += __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0);
+    places[i].total = __reduce_add_sync(kAllLanes, of_warp);
+  }
 }
 
-/// What the blocks of rank lower than `rank`, each lane's own, count together. The first warp calls, when all counts
-/// are there.
-__device__ int count_before(int rank, const int& count) {
-  const int lane = threadIdx.x;
-  const int own = lane < cluster::size() ? cluster::of(lane, count) : 0;
-  return __shfl_sync(kAllLanes, sum_upto(own) - own, rank);
-}
+/// The bin that holds the wanted item: how many are in it, and which of them is wanted, counted from 1.
+struct Bin {
+  int index, count, wanted;
+};
 
-/// This block's part of the pages before the last one, and their merits.
+struct Histogram {
+  int counts[kBins];
+  Bin found;
+
+  __device__ void clear() { counts[threadIdx.x] = 0; }
+  __device__ void add(int bin) { atomicAdd(&counts[bin], 1); }
+
+  /// Of what the threads of all blocks that share the items have added since it was cleared, which it is again. The
+  /// last bin, if there are too few items. All threads call.
+  __device__ ENTMAXKV_NOINLINE Bin find(int blocks, int wanted) {
+    const int bin = threadIdx.x;
+    if (blocks == 1) {
+      __syncthreads();
+    } else {
+      cluster::sync();
+    }
+    if (bin == 0) found = {kBins - 1, 0, 0};
+    int count = blocks == 1 ? counts[bin] : 0;
+    if (blocks > 1) {
+#pragma unroll 1
+      for (int rank = 0; rank < blocks; ++rank) count += cluster::of(rank, counts[bin]);
+    }
+    Place place[1];
+    find_places<1>({count}, place);
+    const int before = place[0].before;
+    if (before < wanted && wanted <= before + count) found = {bin, count, wanted - before};
+    if (blocks > 1) cluster::sync();  // the counts have been read
+    counts[bin] = 0;
+    __syncthreads();
+    return found;
+  }
+};
+
+/// This block's part of the pages in use, and their merits.
 struct Slice {
   int begin, end;
   float* merits;  // [end - begin]
@@ -64,104 +150,338 @@ struct Slice {
   /// Calls body(merit, page) for all of this thread's.
   template <typename Body>
   __device__ void visit(Body body) const {
-#pragma unroll 4
-    for (int page = begin + static_cast<int>(threadIdx.x); page < end; page += kThreads) {
-      body(merits[page - begin], page);
+#pragma unroll 1
+    for (int page = begin + 4 * static_cast<int>(threadIdx.x); page < end; page += kStride) {
+      const Word merit = Word::load(merits + (page - begin));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (page + i < end) body(merit.of[i], page + i);
+      }
     }
+  }
+
+  /// Calls write(place, page) for the pages for which wanted(merit, page) holds, which have the places 0, 1, ... in
+  /// ascending order. Returns how many there are. All threads call.
+  template <typename Wanted, typename Write>
+  __device__ int collect(Wanted wanted, Write write) const {
+    using Counts = unsigned long long;  // of each word, 16 bits
+    static_assert(kWords == 4 && kStride < 1 << 16);
+    int count = 0;
+#pragma unroll 1
+    for (int tile = begin; tile < end; tile += kWords * kStride) {
+      const int first = tile + 4 * static_cast<int>(threadIdx.x);
+      uint32_t chosen = 0;
+#pragma unroll 1
+      for (int w = 0, page = first; w < kWords && page < end; ++w, page += kStride) {
+        const Word merit = Word::load(merits + (page - begin));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) chosen |= (page + i < end && wanted(merit.of[i], page + i)) << (4 * w + i);
+      }
+      const auto own = [&](int w) { return __popc(chosen >> 4 * w & 15); };
+      Place places[2];
+      find_places<2>({own(0) + (own(1) << 16), own(2) + (own(3) << 16)}, places);
+      const auto both = [](int low, int high) {
+        return Counts{static_cast<uint32_t>(high)} << 32 | static_cast<uint32_t>(low);
+      };
+      const Counts total = both(places[0].total, places[1].total);
+      const Counts upto = total + (total << 16) + (total << 32) + (total << 48);  // words up to each
+      Counts next = both(places[0].before, places[1].before) + upto - total;
+#pragma unroll 1
+      for (; chosen; chosen &= chosen - 1) {
+        const int bit = __ffs(static_cast<int>(chosen)) - 1, w = bit / 4;
+        write(count + static_cast<int>(next >> 16 * w & 0xffff), first + w * kStride + bit % 4);
+        next += Counts{1} << 16 * w;
+      }
+      count += static_cast<int>(upto >> 48);
+    }
+    return count;
   }
 };
 
-/// Finds the merits. Returns, of the head where that is least, how far the worst finite score is from the best: only
-/// pages with an infinite score can have a merit further below 0. NaN has no say. All threads call.
-__device__ float rate(const Slice& slice, const float* scores, int group, int max_pages, int last) {
-  enum { kBest, kNegated, kExtremes };  // of a head: the largest score, and the largest finite -score
-  __shared__ uint32_t s_own[kExtremes * kHeads];
-  __shared__ float s_all[kExtremes * kHeads];
-  float range = -kNothing;
-  for (int first = 0; first < group; first += kHeads, scores += int64_t{kHeads} * max_pages) {
-    const int heads = min(kHeads, group - first);
-    if (first > 0) cluster::sync();  // the extremes of the heads before have been read
-    if (threadIdx.x < kExtremes * kHeads) s_own[threadIdx.x] = ordered(kNothing);
-    __syncthreads();
-    float extremes[kExtremes][kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) extremes[kBest][h] = extremes[kNegated][h] = kNothing;
-    const int end = slice.end == last ? last + 1 : slice.end;  // the last page, too, may be a head's best
-#pragma unroll 4
-    for (int page = slice.begin + static_cast<int>(threadIdx.x); page < end; page += kThreads) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (h >= heads) continue;
-        const float score = scores[int64_t{h} * max_pages + page];
-        extremes[kBest][h] = fmaxf(extremes[kBest][h], score);
-        if (score > kNothing) extremes[kNegated][h] = fmaxf(extremes[kNegated][h], -score);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      raise(s_own[h], extremes[kBest][h]);
-      raise(s_own[kHeads + h], extremes[kNegated][h]);
-    }
-    cluster::sync();
-    find_largest(s_own, s_all);
-    float best[kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      best[h] = s_all[h];
-      const float range_of_head = best[h] + s_all[kHeads + h];
-      if (range_of_head >= 0) range = fminf(range, range_of_head);
-    }
-#pragma unroll 4
-    for (int page = slice.begin + static_cast<int>(threadIdx.x); page < slice.end; page += kThreads) {
-      float merit = first > 0 ? slice.merits[page - slice.begin] : kNothing;
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (h >= heads) continue;
-        const float score = scores[int64_t{h} * max_pages + page];
-        merit = fmaxf(merit, score == best[h] ? 0 : score - best[h]);
-      }
-      slice.merits[page - slice.begin] = merit;
-    }
-  }
-  __syncthreads();
-  return range;
-}
+/// The pages among which the wanted one is: at first all, then those of a step, then those that share ever more bits.
+struct Candidates {
+  Steps steps;
+  int step = -1;
+  int shift = 64;  // the bits from here on are those of prefix
+  Order prefix = 0;
 
-/// The bin that holds the wanted page: how many pages are in it, and which of them is wanted, counted from 1.
-struct Bin {
-  int index;
-  int count;
-  int wanted;
-  int better;  // pages of this block in bins before
+  __device__ bool have(float merit, int page) const {
+    if (step >= 0 && steps.of(merit) != step) return false;
+    return shift == 64 || order_of(merit, page) >> shift == prefix >> shift;
+  }
+
+  __device__ int next() const { return max(0, shift - kBits); }
+
+  /// Narrows them down until at most `few` of `count` are left; returns which of them is wanted. All threads call.
+  /// items.visit(body) calls body(merit, page) for this thread's, which `blocks` share.
+  template <typename Items>
+  __device__ int narrow(const Items& items, Histogram& s_histogram, int blocks, int count, int wanted, int few) {
+#pragma unroll 1
+    while (count > few) {
+      items.visit([&](float merit, int page) {
+        if (step < 0) return s_histogram.add(steps.of(merit));
+        if (have(merit, page)) s_histogram.add(static_cast<int>(order_of(merit, page) >> next() & (kBins - 1)));
+      });
+      const Bin found = s_histogram.find(blocks, wanted);
+      if (step < 0) {
+        step = found.index;
+      } else {
+        shift = next();
+        prefix |= static_cast<Order>(found.index) << shift;
+      }
+      count = found.count;
+      wanted = found.wanted;
+    }
+    return wanted;
+  }
 };
 
-/// Counts all pages by bin_of(merit, page), which is negative for a page that does not count. All threads call.
-template <typename BinOf>
-__device__ Bin find_bin(const Slice& slice, int wanted, BinOf bin_of) {
-  __shared__ int s_counts[kBins];
-  __shared__ Bin s_found;
-  const int bin = threadIdx.x;
-  s_counts[bin] = 0;
-  __syncthreads();
-  slice.visit([&](float merit, int page) {
-    const int its_bin = bin_of(merit, page);
-    if (its_bin >= 0) atomicAdd(&s_counts[its_bin], 1);
+/// Of `count` items, which this block has all, the wanted-th. All threads call.
+template <typename Items>
+__device__ Order pick(const Items& items, Histogram& s_histogram, const Steps& steps, int count, int wanted) {
+  __shared__ Order s_few[kFew], s_picked;
+  __shared__ int s_count;
+  if (threadIdx.x == 0) s_count = 0;
+  __syncthreads();  // the items, too, are there
+  Candidates candidates{steps};
+  wanted = candidates.narrow(items, s_histogram, 1, count, wanted, kFew);
+  items.visit([&](float merit, int page) {
+    if (candidates.have(merit, page)) s_few[atomicAdd(&s_count, 1)] = order_of(merit, page);
   });
-  cluster::sync();
-  int count = 0;
-#pragma unroll 8
-  for (int rank = 0; rank < cluster::size(); ++rank) count += cluster::of(rank, s_counts[bin]);
-  using Both = long long;  // all pages, and this block's
-  constexpr Both kAll = Both{1} << 32;
-  Both total;
-  const Both before = exclusive_scan<kThreads>(kAll * count + s_counts[bin], total);
-  const auto all_before = static_cast<int>(before / kAll);
-  if (all_before < wanted && wanted <= all_before + count) {
-    s_found = {bin, count, wanted - all_before, static_cast<int>(before % kAll)};
+  __syncthreads();
+  const int lane = threadIdx.x % 32, few = s_count;
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < few; i += kWarps) {
+    const uint32_t upto = __ballot_sync(kAllLanes, lane < few && s_few[lane] <= s_few[i]);
+    if (__popc(upto) == wanted) s_picked = s_few[i];
   }
   __syncthreads();
-  return s_found;
+  return s_picked;
 }
+
+/// The blocks of the cluster, a power of two, shared out among the warps of this one: a thread takes the items first,
+/// first + step, ... of one of them.
+struct Part {
+  int rank, first, step;
+
+  __device__ Part() {
+    const int warp = threadIdx.x / 32, size_bits = __ffs(cluster::size()) - 1;
+    rank = warp & (cluster::size() - 1);
+    first = (warp >> size_bits) * 32 + threadIdx.x % 32;
+    step = kThreads >> size_bits;
+  }
+};
+
+/// Calls send(rank, i) by some thread of this block for each i < count and each rank of the cluster, and
+/// announce(rank).
+template <typename Send, typename Announce>
+__device__ void tell_all(int count, Send send, Announce announce) {
+  const Part part;
+#pragma unroll 1
+  for (int i = part.first; i < count; i += part.step) send(part.rank, i);
+  if (threadIdx.x / 32 < cluster::size() && threadIdx.x % 32 == 0) announce(part.rank);
+}
+
+/// Pages that all blocks of the cluster know of, and which block has them.
+struct List {
+  Order* orders;  // [cluster::size()][room]
+  int* counts;    // [cluster::size()]
+  int room;
+
+  template <typename Body>
+  __device__ void visit(Body body) const {
+    const Part part;
+#pragma unroll 1
+    for (int i = part.first; i < counts[part.rank]; i += part.step) {
+      const Order order = orders[part.rank * room + i];
+      body(merit_of(order), static_cast<int>(order));
+    }
+  }
+
+  /// How many there are; -1, if there is no room for some block's.
+  __device__ int count() const {
+    int sum = 0;
+#pragma unroll 1
+    for (int rank = 0; rank < cluster::size(); ++rank) {
+      if (counts[rank] > room) return -1;
+      sum += counts[rank];
+    }
+    return sum;
+  }
+
+  /// Fills it with the pages for which wanted(merit, page) holds. All threads call.
+  template <typename Wanted>
+  __device__ void fill(const Slice& slice, cluster::Mailbox& s_box, int round, Wanted wanted) const {
+    const int rank = cluster::rank();
+    Order* own = orders + rank * room;
+    const int count = slice.collect(wanted, [&](int place, int page) {
+      if (place < room) own[place] = order_of(slice.merits[page - slice.begin], page);
+    });
+    if (threadIdx.x == 0) counts[rank] = count;
+    __syncthreads();
+    if (cluster::size() == 1) return;
+    const int sent = count <= room ? count : 0;
+    tell_all(
+        sent,
+        [&](int to, int i) {
+          if (to != rank) s_box.send(to, own[i], own[i]);
+        },
+        [&](int to) {
+          if (to != rank) s_box.send(to, counts[rank], count);
+          s_box.announce(to, to != rank ? static_cast<int>(sizeof(int) + sizeof(Order) * sent) : 0);
+        });
+    s_box.wait(round);
+  }
+};
+
+/// A block's shared memory.
+struct Shared {
+  Histogram histogram;
+  cluster::Mailbox extremes_box, list_box;
+  int listed[kMostBlocks];
+  int selected;
+};
+
+/// This thread's best merit, and the distance of the worst finite one of all threads' best from 0, at most.
+struct Rating {
+  float best, range;
+};
+
+/// A list of pages, as a block of the cluster sees it.
+struct Scores {
+  const float* data;  // [group][max_pages]
+  int group, max_pages;
+  int tile_pages;     // whose scores there is room for
+  float* s_scores;    // [group][tile_pages]
+  float* s_extremes;  // [2][2 group], of this block, then of all: of each head the best score, and the negated worst of
+                      // the threads' own best ones that are finite. At first as ordered() has them.
+
+  __device__ uint32_t& s_ordered(int i) const { return reinterpret_cast<uint32_t*>(s_extremes)[i]; }
+
+  /// Begins to read the scores of the pages begin + from ... begin + to - 1; those of its own words, where they are
+  /// aligned.
+  template <bool kAligned>
+  __device__ void read(int begin, int from, int to) const {
+    constexpr int kRun = kAligned ? 4 : 1;
+#pragma unroll 1
+    for (int h = 0; h < group; ++h) {
+      const float* head = data + int64_t{h} * max_pages + begin;
+      float* s_head = s_scores + h * tile_pages;
+#pragma unroll 1
+      for (int i = from + kRun * static_cast<int>(threadIdx.x); i < to; i += kRun * kThreads) {
+        if (kAligned) {
+          copy_async(*reinterpret_cast<uint4*>(s_head + i), head + i, true);
+        } else {
+          copy_async(s_head[i], head + i);
+        }
+      }
+    }
+    commit_copies();
+  }
+
+  /// Ends that; from page to on the last word has no say.
+  template <bool kAligned>
+  __device__ void finish_reading(int to) const {
+    wait_for_copies<0>();
+    if (!kAligned) __syncthreads();
+    if (to % 4 == 0 || to / 4 % kThreads != static_cast<int>(threadIdx.x)) return;
+#pragma unroll 1
+    for (int h = 0; h < group; ++h) {
+      for (int i = to; i % 4; ++i) s_scores[h * tile_pages + i] = kUndefined;
+    }
+  }
+
+  __device__ void find_extremes(int pages) const {
+#pragma unroll 1
+    for (int h = 0; h < group; ++h) {
+      float best = kNothing;
+#pragma unroll 1
+      for (int i = 4 * static_cast<int>(threadIdx.x); i < pages; i += kStride) {
+        const Word word = Word::load(s_scores + h * tile_pages + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) best = fmaxf(best, word.of[j]);
+      }
+      const uint32_t largest = __reduce_max_sync(kAllLanes, ordered(best));
+      const uint32_t negated = __reduce_max_sync(kAllLanes, ordered(best > kNothing ? -best : kNothing));
+      if (threadIdx.x % 32 == 0) {
+        atomicMax(&s_ordered(h), largest);
+        atomicMax(&s_ordered(group + h), negated);
+      }
+    }
+  }
+
+  /// Of pages begin ... end - 1; the last one's is infinite. Returns the best of the others.
+  __device__ float find_merits(const float* s_best, int begin, int end, int last, float* merits) const {
+    float best_merit = kNothing;
+#pragma unroll 1
+    for (int page = begin + 4 * static_cast<int>(threadIdx.x); page < end; page += kStride) {
+      Word merit{kNothing, kNothing, kNothing, kNothing};
+#pragma unroll 4
+      for (int h = 0; h < group; ++h) {
+        const float best = s_best[h];
+        const Word word = Word::load(s_scores + h * tile_pages + (page - begin));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          merit.of[i] = fmaxf(merit.of[i], word.of[i] - best);
+          if (fabsf(best) == -kNothing && word.of[i] == best) merit.of[i] = 0;  // infinity - infinity had no say
+        }
+      }
+      if (page + 4 > last) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (page + i == last) merit.of[i] = kNothing;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) best_merit = fmaxf(best_merit, merit.of[i]);
+      merit.store(merits + (page - begin));
+      if (page <= last && last < page + 4) merits[last - begin] = -kNothing;
+    }
+    return best_merit;
+  }
+
+  /// Finds the merits, when the slice's first kEager pages are being read. All threads call.
+  template <bool kAligned>
+  __device__ Rating rate(const Slice& slice, int last, cluster::Mailbox& s_box) const {
+    Rating rating{kNothing, -kNothing};
+    const int size = cluster::size(), extremes = 2 * group, of_all = size == 1 ? 0 : extremes;
+    const float* s_best = s_extremes + of_all;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int tile = slice.begin; tile < slice.end; tile += tile_pages) {
+        const int end = min(tile + tile_pages, slice.end);
+        if (pass == 0 || tile_pages < slice.end - slice.begin) {
+          if (!kAligned) __syncthreads();  // the last tile's scores have been read
+          read<kAligned>(tile, pass == 0 && tile == slice.begin ? min(kEager, tile_pages) : 0, end - tile);
+          finish_reading<kAligned>(end - tile);
+        }
+        if (pass == 0) {
+          find_extremes(end - tile);
+        } else {
+          rating.best = fmaxf(rating.best, find_merits(s_best, tile, end, last, slice.merits + (tile - slice.begin)));
+        }
+      }
+      if (pass > 0) break;
+      __syncthreads();
+      if (size > 1) {
+        tell_all(
+            extremes, [&](int to, int i) { s_box.raise(to, s_ordered(of_all + i), s_ordered(i)); },
+            [&](int to) { s_box.announce(to, extremes * static_cast<int>(sizeof(float))); });
+        s_box.wait(0);
+      }
+      for (int i = of_all + threadIdx.x; i < of_all + extremes; i += kThreads)
+        s_extremes[i] = from_ordered(s_ordered(i));
+      __syncthreads();
+    }
+#pragma unroll 4
+    for (int h = 0; h < group; ++h) {
+      const float range = s_best[h] + s_best[group + h];
+      if (range >= 0) rating.range = fminf(rating.range, range);
+    }
+    return rating;
+  }
+};
 
 /// The last page that the budget pays for, and where a block's pages go.
 struct Threshold {
@@ -169,112 +489,137 @@ struct Threshold {
   int before;  // pages of blocks of lower rank that are selected
 };
 
-/// The wanted-th page in order. Most merits are above -range. All threads call.
-__device__ Threshold find_threshold(const Slice& slice, int wanted, float range) {
-  __shared__ Order s_own[kFew], s_all[kFew], s_threshold;
-  __shared__ int s_count, s_better, s_before, s_first[kMostBlocks + 1];
-  const float steps = range > 0 ? fminf((kBins - 1) / range, 3e38f) : 0;
-  const auto step_of = [=](float merit) { return static_cast<int>(fminf(-merit * steps, kBins - 1)); };
-  Bin found = find_bin(slice, wanted, [=](float merit, int) { return step_of(merit); });
-  const int step = found.index;
-  int better = found.better;
-  Order prefix = 0;
-  int shift = 64;  // the candidates share the bits from here on
-  const auto is_candidate = [&](float merit, Order order) {
-    return step_of(merit) == step && (shift == 64 || order >> shift == prefix >> shift);
-  };
-  while (found.count > kFew) {
-    cluster::sync();  // the counts have been read
-    const int next = max(0, shift - kBits);
-    found = find_bin(slice, found.wanted, [&](float merit, int page) {
-      const Order order = order_of(merit, page);
-      return is_candidate(merit, order) ? static_cast<int>(order >> next & (kBins - 1)) : -1;
-    });
-    better += found.better;
-    shift = next;
-    prefix |= static_cast<Order>(found.index) << shift;
+/// The wanted-th page in order. All threads call.
+__device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared& s, int wanted, const Rating& rating) {
+  const int size = cluster::size(), rank = cluster::rank(), thread = threadIdx.x;
+  const Steps steps(rating.range);
+  if (size == 1 && slice.end <= kSlice) {  // all can be counted as fast as the threads' best
+    return {pick(slice, s.histogram, steps, slice.end, wanted), 0};
   }
-  if (threadIdx.x == 0) {
-    s_count = 0;
-    s_better = better;
+  if (rating.best > kNothing) s.histogram.add(steps.of(rating.best));
+  const float least = steps.least(s.histogram.find(1, wanted).index);
+  const List list{s_orders, s.listed, kListed >> (__ffs(size) - 1)};
+  list.fill(slice, s.list_box, 0, [=](float merit, int) { return merit >= least; });
+  int count = list.count(), wanted_listed = wanted;
+  const bool all_listed = count >= 0;
+  if (!all_listed) {
+    Candidates candidates{steps};
+    wanted_listed = candidates.narrow(slice, s.histogram, size, kListed, wanted, kFewListed);
+    list.fill(slice, s.list_box, 1, [&](float merit, int page) { return candidates.have(merit, page); });
+    count = list.count();
   }
-  __syncthreads();
-  slice.visit([&](float merit, int page) {
-    if (step_of(merit) != step) return;
-    const Order order = order_of(merit, page);
-    if (is_candidate(merit, order)) s_own[atomicAdd(&s_count, 1)] = order;
-  });
+  const Order threshold = pick(list, s.histogram, steps, count, wanted_listed);
+  if (size == 1) return {threshold, 0};
+  int before = 0;
+  if (all_listed) {
+    if (thread == 0) s.selected = 0;
+    const bool lower = Part().rank < rank;
+    list.visit([&](float merit, int page) { before += lower && order_of(merit, page) <= threshold; });
+    before = __reduce_add_sync(kAllLanes, before);
+    __syncthreads();  // s.selected is 0
+    if (thread % 32 == 0) atomicAdd(&s.selected, before);
+    __syncthreads();
+    return {threshold, s.selected};
+  }
+  const int own =
+      slice.collect([&](float merit, int page) { return order_of(merit, page) <= threshold; }, [](int, int) {});
+  if (thread == 0) s.selected = own;
   cluster::sync();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (warp == 0) {
-    const int first = count_before(lane, s_count), better_before = count_before(cluster::rank(), s_better);
-    if (lane <= cluster::size()) s_first[lane] = first;
-    if (lane == 0) s_before = better_before;
-  }
-  __syncthreads();
-  if (warp < cluster::size()) {
-    for (int i = lane; i < s_first[warp + 1] - s_first[warp]; i += 32) {
-      s_all[s_first[warp] + i] = cluster::of(warp, s_own[i]);
-    }
-  }
-  __syncthreads();
-  const bool is_one = threadIdx.x < found.count;
-  int place = 0;
-  if (is_one) {
-    for (int i = 0; i < found.count; ++i) place += s_all[i] < s_all[threadIdx.x];
-    if (place == found.wanted - 1) s_threshold = s_all[threadIdx.x];
-  }
-  const bool before = is_one && place < found.wanted && static_cast<int>(threadIdx.x) < s_first[cluster::rank()];
-  const int chosen_before = sum<kThreads>(before ? 1 : 0);
-  return {s_threshold, s_before + chosen_before};
+#pragma unroll 1
+  for (int other = 0; other < rank; ++other) before += cluster::of(other, s.selected);
+  cluster::sync();  // they have been read
+  return {threshold, before};
 }
 
-__global__ void __launch_bounds__(kThreads, 1) select(SelectPages op, int slice_pages, float* workspace) {
+template <bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1)
+    select(SelectPages op, int slice_pages, int tile_pages, float* workspace) {
+  __shared__ Shared s;
+  auto* s_orders = reinterpret_cast<Order*>(dynamic_shared());
+  auto* s_scores = reinterpret_cast<float*>(s_orders + kListed);
+  float* s_extremes = s_scores + tile_pages * op.group;
+  const int thread = threadIdx.x, rank = cluster::rank(), size = cluster::size();
+  if (thread == 0) {
+    s.extremes_box.open();
+    s.list_box.open();
+  }
+#pragma unroll 1
+  for (int i = thread; i < 4 * op.group; i += kThreads) s_extremes[i] = 0;  // below all that ordered() gives
+  s.histogram.clear();
+  if (size > 1) cluster::arrive();
   take_turn();
-  __shared__ float s_merits[kSharedMerits];
-  const int64_t row = blockIdx.z;
-  const int64_t list = row * op.kv_heads + blockIdx.y;
+  const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
+  const float* data = op.scores + list * op.group * op.max_pages;
+  const Scores scores{data, op.group, op.max_pages, tile_pages, s_scores, s_extremes};
+  const int room = op.max_pages - rank * slice_pages;
+  scores.read<kAligned>(rank * slice_pages, 0, min(min(kEager, tile_pages), room));
   const int seq_len = length_of(op, row), page_bits = __ffs(op.page_size) - 1;
   const int last = (seq_len - 1) >> page_bits;
   const int64_t left = op.budget - (seq_len - last * op.page_size);
   const int others = last < 0 ? 0 : static_cast<int>(max(int64_t{0}, min(left >> page_bits, int64_t{last})));
-
-  const int begin = min(cluster::rank() * slice_pages, max(last, 0)), end = min(begin + slice_pages, max(last, 0));
-  float* merits = slice_pages <= kSharedMerits ? s_merits : workspace + list * op.max_pages + begin;
-  const Slice slice{begin, end, merits};
+  const int count = last < 0 ? 0 : others + 1;
   const bool choice = 0 < others && others < last;
-  Threshold threshold{0, others > 0 ? begin : 0};
-  if (choice) {
-    const float* scores = op.scores + list * op.group * op.max_pages;
-    threshold = find_threshold(slice, others, rate(slice, scores, op.group, op.max_pages, last));
-  }
-  cluster::arrive();  // this block reads no other's memory any more
+
+  const int begin = min(rank * slice_pages, last + 1), end = min(begin + slice_pages, last + 1);
+  float* merits = slice_pages <= tile_pages ? s_scores : workspace + list * ceil_div(op.max_pages, 4) * 4 + begin;
+  const Slice slice{begin, end, merits};
   int32_t* selected = op.selection.row(list);
-  collect_pages<kThreads>(selected + threshold.before, begin, end, [&](int page) {
-    return choice ? order_of(merits[page - begin], page) <= threshold.order : others > 0;
-  });
-  const int count = last < 0 ? 0 : others + 1, thread = cluster::rank() * kThreads + static_cast<int>(threadIdx.x);
-  for (int to = count + thread; to < op.selection.max_selected; to += cluster::size() * kThreads) selected[to] = -1;
-  if (thread == 0) {
-    op.selection.counts[list] = count;
-    if (count > 0) selected[others] = last;
+  if (size > 1) {
+    cluster::wait();
+  } else {
+    __syncthreads();
   }
-  cluster::wait();
+  if (choice) {
+    const Rating rating = scores.rate<kAligned>(slice, last, s.extremes_box);
+    const Threshold threshold = find_threshold(slice, s_orders, s, count, rating);
+    const float worst = merit_of(threshold.order);
+    const int worst_page = static_cast<int>(threshold.order);
+    int32_t* to = selected + threshold.before;
+    slice.collect([&](float merit, int page) { return merit > worst || (merit == worst && page <= worst_page); },
+                  [&](int place, int page) { to[place] = page; });
+  }
+#pragma unroll 1
+  for (int to = (choice ? count : 0) + rank * kThreads + thread; to < op.selection.max_selected;
+       to += size * kThreads) {
+    selected[to] = to >= count ? -1 : others > 0 ? to : last;
+  }
+  if (rank == 0 && thread == 0) op.selection.counts[list] = count;
+  wait_for_copies<0>();  // if there was no choice
+}
+
+int blocks_of(const SelectPages& op) {
+  int blocks = 1;
+  while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages) blocks *= 2;
+  return blocks;
+}
+
+int slice_pages(const SelectPages& op) { return ceil_div(ceil_div(op.max_pages, 4), blocks_of(op)) * 4; }
+
+/// How many pages' scores a block keeps.
+int tile_pages(const SelectPages& op) {
+  constexpr int kOthers = sizeof(Shared) + 2048 + kListed * sizeof(Order);
+  const int room =
+      (device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOthers) / static_cast<int>(sizeof(float));
+  const int fitting = std::min(kMostScores, room - 4 * op.group) / op.group / 4 * 4;
+  return std::min(slice_pages(op), std::max(fitting, 4));  // a launch with more heads than fit fails
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const SelectPages& op) {
-  if (op.max_pages <= kSharedMerits) return 0;  // however many blocks
-  return int64_t{op.batch} * op.kv_heads * op.max_pages * static_cast<int64_t>(sizeof(float));
+  if (slice_pages(op) <= tile_pages(op)) return 0;
+  return int64_t{op.batch} * op.kv_heads * ceil_div(op.max_pages, 4) * 4 * static_cast<int64_t>(sizeof(float));
 }
 
 void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
-  int blocks = 1;
-  while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages) blocks *= 2;
-  launch("select_pages", select, {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks}, stream, op,
-         ceil_div(op.max_pages, blocks), static_cast<float*>(workspace));
+  const int blocks = blocks_of(op), pages = tile_pages(op);
+  const int shared =
+      kListed * static_cast<int>(sizeof(Order)) + (pages + 4) * op.group * static_cast<int>(sizeof(float));
+  const bool aligned = op.max_pages % 4 == 0 && reinterpret_cast<uintptr_t>(op.scores) % 16 == 0;
+  launch("select_pages", aligned ? select<true> : select<false>,
+         {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages(op), pages,
+         static_cast<float*>(workspace));
 }
 
 }  // namespace entmaxkv::cuda

@@ -69,7 +69,11 @@ inline uint4* dynamic_shared() {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 
@@ -110,7 +114,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   constexpr int kMultiprocessors = 3;  // few blocks, so that they take several turns
   constexpr int kMajor = 9;            // with clusters, of one block each
-  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kMajor;
+  constexpr int kSharedBytes = 99 << 10;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor
+                                                            : kSharedBytes;
   return cudaSuccess;
 }
 
@@ -157,6 +164,13 @@ inline unsigned __ballot_sync(unsigned, bool holds) {
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const uint64_t* values = emulation::exchange(emulation::Call::kReduce, value);
   return static_cast<unsigned>(*std::max_element(values, values + 32));
+}
+
+inline int __reduce_add_sync(unsigned, int value) {
+  const uint64_t* values = emulation::exchange(emulation::Call::kReduce, value);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += static_cast<int>(values[lane]);
+  return sum;
 }
 
 template <typename T>
