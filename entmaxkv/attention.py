@@ -6,7 +6,7 @@ from torch import Tensor
 
 from entmaxkv import ops
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Selector, split_alpha
+from entmaxkv.select import Selector, selection, split_alpha
 
 
 class DecodeInfo(NamedTuple):
@@ -89,9 +89,9 @@ def decode(
         raise ValueError(f"decode: select: expected a selector such as TopPages(budget=2048), or None, got {select!r}")
     number, head_alpha = split_alpha(alpha)
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    if select is None:
+    chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    if chosen is None:
         out, *info = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
     else:
-        chosen = select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
         out, *info = ops.sparse_decode(q, *pool, *chosen, number, scale, alibi_slopes, head_alpha)
     return (out, DecodeInfo(*info)) if return_info else out

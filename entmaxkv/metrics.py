@@ -9,7 +9,7 @@ from torch import Tensor
 from entmaxkv import reference
 from entmaxkv.attention import decode
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Selector
+from entmaxkv.select import Selector, selection
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure(
         [[0.0, 0.0, 0.0, 0.0]]
     """
     out, info = decode(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, select=select, return_info=True)
-    chosen = select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes) if select else None
+    chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     options: dict[str, Any] = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
     dropped_mass = torch.zeros(out.shape[:2], dtype=torch.float64)
     support_recall = torch.ones_like(dropped_mass)
@@ -74,13 +74,13 @@ def measure(
             keep = _tokens(chosen[0][b], chosen[1][b], seq_len, cache.page_size)
         heads = keep.repeat_interleave(q.shape[1] // cache.kv_heads, dim=0)
         dense, p, _ = reference.attention(q[b], k, v, **options)
-        weight = p if select is None else reference.attention(q[b], k, v, keep=keep, **options)[1]
+        weight = p if chosen is None else reference.attention(q[b], k, v, keep=keep, **options)[1]
         dropped_mass[b] = p.masked_fill(heads, 0).sum(dim=1)
         support_recall[b] = ((p > 0) & heads).sum(dim=1) / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
     pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
-    statistics = 2 * pages * cache.kv_heads if select else 0
+    statistics = 2 * pages * cache.kv_heads if chosen else 0
     return Metrics(
         dropped_mass=dropped_mass,
         support_recall=support_recall,

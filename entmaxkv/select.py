@@ -8,6 +8,9 @@ from torch import Tensor
 from entmaxkv import ops
 from entmaxkv.cache import PagedKVCache
 
+# Tokens up to which reading the whole cache takes less time than selecting from it, by device (bench/NOTES.md).
+DENSE_BELOW = {"cuda": {"TopPages": 4096, "Gaussian": 16384}}
+
 
 class Selector(Protocol):
     """Anything that can choose pages for a query."""
@@ -44,19 +47,51 @@ def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.5, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
 
 
+def selection(
+    select: Selector | None,
+    q: Tensor,
+    cache: PagedKVCache,
+    *,
+    alpha: float | Tensor,
+    scale: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """What a selector chooses; None where the whole cache is to be read, as selecting does not pay."""
+    if select is None or cache.max_tokens <= dense_below(select, cache.k_pages.device.type):
+        return None
+    return select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+
+
+def dense_below(select: Selector, device: str) -> int:
+    """The `dense_below` of a selector, where it says None as measured."""
+    own: int | None = getattr(select, "dense_below", 0)
+    if own is not None:
+        return own
+    return DENSE_BELOW.get(device, {}).get(type(select).__name__, 0)
+
+
+def check_dense_below(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
+
+
 @dataclass(frozen=True)
 class TopPages:
     """The pages whose upper bounds come closest to the best, under a budget (arXiv 2605.21649, top-budget).
 
     Attributes:
         budget: tokens per KV head whose keys are read.
+        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
+            `select=None`. None: where that is faster, which is up to 4096 on a GPU.
     """
 
     budget: int = 2048
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
             raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget}")
+        check_dense_below("TopPages", self.dense_below)
 
     def pages(
         self,
@@ -95,16 +130,20 @@ class Gaussian:
         quantile: between 0 and 1; a page counts as reaching the threshold when its best token does so at this
             quantile of its distribution. Higher keeps more.
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
+        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
+            `select=None`. None: where that is faster, which is up to 16384 on a GPU.
     """
 
     quantile: float = 0.95
     margin: float = 0.0
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:
             raise ValueError(f"Gaussian: quantile: expected a number between 0 and 1, got {self.quantile}")
         if self.margin != self.margin:
             raise ValueError(f"Gaussian: margin: expected a number, got {self.margin}")
+        check_dense_below("Gaussian", self.dense_below)
 
     def pages(
         self,

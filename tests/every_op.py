@@ -23,9 +23,9 @@ def run(dtype: torch.dtype, head_dim: int, group: int) -> None:
         q = (torch.randn(2, 2 * group, head_dim, device="cuda") * strength).to(dtype)
         for alpha in (1.5, 1.0, 1.05, 2.0):
             entmaxkv.decode(q, cache, alpha=alpha)  # with room for more tokens than a short list has
-            entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.TopPages(64))
+            entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.TopPages(64, dense_below=0))
             if alpha > 1:
-                entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.Gaussian())
+                entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.Gaussian(dense_below=0))
     cache.append(*(torch.randn(2, 2000, 2, head_dim, device="cuda").to(dtype) for _ in range(2)))
     _, info = entmaxkv.decode((q * 0.01).to(dtype), cache, return_info=True)
     assert info.support.max() > 1000  # spread over blocks

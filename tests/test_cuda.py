@@ -14,8 +14,8 @@ OPS = torch.ops.entmaxkv
 
 SELECTORS = {
     "dense": None,
-    "top pages": entmaxkv.TopPages(budget=512),
-    "gaussian": entmaxkv.Gaussian(),
+    "top pages": entmaxkv.TopPages(budget=512, dense_below=0),
+    "gaussian": entmaxkv.Gaussian(dense_below=0),
 }
 selectors = pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
 large = pytest.mark.skipif(

@@ -87,10 +87,10 @@ def test_op_equals_its_stages(case, device):
 
 SELECTORS = {
     "dense": None,
-    "top pages": entmaxkv.TopPages(budget=64),
-    "all top pages": entmaxkv.TopPages(budget=10**6),
-    "gaussian": entmaxkv.Gaussian(quantile=0.9, margin=0.0),
-    "everything gaussian": entmaxkv.Gaussian(margin=math.inf),
+    "top pages": entmaxkv.TopPages(budget=64, dense_below=0),
+    "all top pages": entmaxkv.TopPages(budget=10**6, dense_below=0),
+    "gaussian": entmaxkv.Gaussian(quantile=0.9, dense_below=0),
+    "everything gaussian": entmaxkv.Gaussian(margin=math.inf, dense_below=0),
 }
 
 
@@ -119,9 +119,9 @@ def test_defaults(device):
     out, info = entmaxkv.decode(q, cache, return_info=True)
     assert_same_bits([out, info.tau, info.support, info.tokens], want)
     assert entmaxkv.TopPages().budget == 2048
-    _, info = entmaxkv.decode(q, cache, select=entmaxkv.TopPages(), return_info=True)
+    _, info = entmaxkv.decode(q, cache, select=entmaxkv.TopPages(dense_below=0), return_info=True)
     assert info.tokens.tolist() == [[100, 100], [2048 - 8, 2048 - 8]]
-    _, info = entmaxkv.decode(q, cache, select=entmaxkv.Gaussian(), return_info=True)
+    _, info = entmaxkv.decode(q, cache, select=entmaxkv.Gaussian(dense_below=0), return_info=True)
     assert (info.tokens[1] < 3000).any()
 
 
@@ -134,7 +134,7 @@ def test_everything_selected_is_dense_to_the_bit(device, alpha, dtype):
     )
     cache = paged(like)
     want = entmaxkv.decode(q, cache, alpha=alpha, return_info=True)
-    for select in (entmaxkv.TopPages(budget=1504), entmaxkv.Gaussian(margin=math.inf)):
+    for select in (entmaxkv.TopPages(budget=1504, dense_below=0), entmaxkv.Gaussian(margin=math.inf, dense_below=0)):
         got = entmaxkv.decode(q, cache, alpha=alpha, select=select, return_info=True)
         assert_same_bits([got[0], *got[1]], [want[0], *want[1]])
 
@@ -148,7 +148,7 @@ def test_everything_selected_is_dense_to_the_bit(device, alpha, dtype):
 def test_top_pages_read_no_more_than_the_budget(device, seq_lens, budget, page_size, seed):
     like = make_cache(seq_lens, page_size=page_size, device=device, seed=seed)
     q = make_query(len(seq_lens), 4, 64, device=device, seed=seed)
-    _, info = entmaxkv.decode(q, paged(like), select=entmaxkv.TopPages(budget=budget), return_info=True)
+    _, info = entmaxkv.decode(q, paged(like), select=entmaxkv.TopPages(budget, dense_below=0), return_info=True)
     for row, n in enumerate(seq_lens):
         last = n - (n - 1) // page_size * page_size if n else 0
         assert (info.tokens[row] <= max(budget, last)).all()
@@ -208,3 +208,24 @@ def test_refuses_what_is_no_selector(device, select):
     cache = paged(make_cache([40], device=device))
     with pytest.raises(ValueError, match=r"select: expected a selector .* got"):
         entmaxkv.decode(make_query(1, 4, 64, device=device), cache, select=select)
+
+
+@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian])
+def test_a_small_cache_is_decoded_densely(device, selector):
+    """Up to dense_below tokens of room, with the bits of select=None; by default where a GPU is faster so."""
+    cache, q = paged(make_cache([400], device=device)), make_query(1, 8, 64, device=device)
+    want = entmaxkv.decode(q, cache, return_info=True)
+    room, options = cache.max_tokens, {"budget": 64} if selector is entmaxkv.TopPages else {"margin": -0.7}
+    for below, dense in [(room, True), (room - 1, False), (None, device == "cuda"), (0, False)]:
+        got = entmaxkv.decode(q, cache, select=selector(**options, dense_below=below), return_info=True)
+        if dense:
+            assert_same_bits([got[0], *got[1]], [want[0], *want[1]])
+        else:
+            assert (got[1].tokens < 400).all()
+
+
+@pytest.mark.parametrize("below", [-1, 1.5, "4096"], ids=str)
+@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian])
+def test_dense_below_is_a_number_of_tokens(selector, below):
+    with pytest.raises(ValueError, match=r"dense_below: expected a number of tokens, at least 0, or None, got"):
+        selector(dense_below=below)

@@ -107,7 +107,9 @@ def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("select", [None, entmaxkv.TopPages(budget=256), entmaxkv.Gaussian()], ids=str)
+@pytest.mark.parametrize(
+    "select", [None, entmaxkv.TopPages(budget=256, dense_below=0), entmaxkv.Gaussian(dense_below=0)], ids=str
+)
 @pytest.mark.parametrize("device", [CUDA])
 def test_text_on_a_gpu_is_that_of_the_cpu(model, device, select):
     """Greedy continuation in fp32, the prompt through the ops too (AdaSplash has an arithmetic of its own)."""

@@ -108,7 +108,7 @@ def test_fake_kernel_runs_without_data(name, device):
 
 @pytest.mark.parametrize(
     "select",
-    [None, entmaxkv.TopPages(budget=48), entmaxkv.Gaussian()],
+    [None, entmaxkv.TopPages(budget=48, dense_below=0), entmaxkv.Gaussian(dense_below=0)],
     ids=["dense", "top pages", "gaussian"],
 )
 def test_compiled_step_equals_eager(device, select):
