@@ -1,54 +1,89 @@
-// Moments of a Gaussian's positive part, which both backends share: what alpha-entmax expects of a page whose
-// excesses y = z - tau follow N(m, t^2).
+// What alpha-entmax expects of pages with normal scores, which both backends share: the excesses y = z - tau of a
+// page's tokens follow N(m, t^2).
 #pragma once
 
 #include "entmax.h"
 
 namespace entmaxkv {
 
-/// Adds count E[y_+^beta] and count E[y_+^(beta-1)].
+/// What tokens expect above a trial threshold tau.
 template <typename Real>
-ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real t, Real beta, Real count) {
-  constexpr Real kTail = 6;  // standard deviations; 1e-9 of the weight lies beyond
-  if (m + kTail * t <= 0) return;
+struct Expected {
+  Real mass = 0;   // sum E[y_+^beta]
+  Real slope = 0;  // sum E[y_+^(beta-1)], its derivative by -tau but for beta
+  Real bend = 0;   // (beta-1) sum E[y_+^(beta-2)], the derivative of slope
+
+  /// Adds `count` tokens with the same y > 0.
+  ENTMAXKV_HOST_DEVICE void add(Real y, Real beta, Real count) {
+    const Real derivative = count * power(y, beta - 1);
+    mass += derivative * y;
+    slope += derivative;
+    bend += (beta - 1) * derivative / y;
+  }
+
+  ENTMAXKV_HOST_DEVICE friend Expected operator+(const Expected& a, const Expected& b) {
+    return {a.mass + b.mass, a.slope + b.slope, a.bend + b.bend};
+  }
+};
+
+/// The search for the tau above which the mass is 1, from a tau left of it on.
+template <typename Real>
+struct Search {
+  Real least;  // known to be left of the solution
+  Real tau = least;
+  int steps = 0;
+
+  /// Moves tau by what is expected above it; whether that is not enough yet. Newton's step on mass^p = 1, with that p,
+  /// between 0 (the logarithm) and 1/beta, for which mass^p is straight at tau: a few steps suffice. They may pass the
+  /// solution; with p = 1/beta they do not from the left (entmax.h).
+  ENTMAXKV_HOST_DEVICE bool advance(const Entmax<Real>& entmax, const Expected<Real>& above) {
+    constexpr int kBold = 8, kMostSteps = 32;
+    constexpr Real kStill = sizeof(Real) == 4 ? Real(5e-4) : Real(1e-8);
+    if (above.mass > 1) least = tau;
+    const Real per_slope = 1 / above.slope, excess = above.mass * per_slope;
+    const Real straight = 1 - entmax.gap * excess * (above.bend * per_slope);
+    Real p = entmax.gap;
+    if (steps < kBold && straight < p) p = straight > p / 16 ? straight : p / 16;
+    tau += excess * (1 - std::exp2(-p * std::log2(above.mass))) * (entmax.gap / p);
+    if (!(tau > least)) tau = least;  // NaN, if nothing was left above tau or a page is NaN
+    // What is still missing is of the order of its square, or, where pages without spread may join, of its power beta.
+    const Real off = std::fabs(above.mass - 1);
+    return off * (entmax.beta < 2 ? 1 : off) > kStill && ++steps < kMostSteps;
+  }
+};
+
+/// Whether the weight of tokens does not count: their mean is too many standard deviations below the threshold. 1e-9 of
+/// it lies beyond 6, but powers of a wide spread magnify that; where the density underflows nothing is left.
+template <typename Real>
+ENTMAXKV_HOST_DEVICE inline bool is_out_of_reach(Real m, Real t) {
+  return m + (t < 1 ? 6 : sizeof(Real) == 4 ? 12 : 37) * t <= 0;
+}
+
+/// Adds `count` tokens.
+template <typename Real>
+ENTMAXKV_HOST_DEVICE inline void add_expected(Expected<Real>& expected, Real m, Real t, Real beta, Real count) {
+  if (is_out_of_reach(m, t)) return;
   if (t <= 0 || m > Real(1e6) * t) {  // the spread does not matter
-    excess.add(m, beta, count);
+    expected.add(m, beta, count);
     return;
   }
   const Real r = m / t;
-  if (beta <= 15 && beta == std::floor(beta)) {
-    // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2).
+  if (r > -6 && beta <= 15 && beta == std::floor(beta)) {
+    // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2). Where
+    // r < 0 these are differences of ever closer numbers.
     const int order = static_cast<int>(beta);
-    const Real density = Real(0.39894228040143268) * std::exp(-r * r / 2);
-    Real lower = 0, upper = 0;  // A_(order-1), A_order
-    constexpr Real kSteep = sizeof(Real) == 4 ? -2 : -kTail;
-    if (r > kSteep) {
-      lower = density;
-      upper = std::erfc(-r * Real(0.70710678118654752)) / 2;
-      for (int k = 1; k <= order; ++k) {
-        const Real next = (r * upper + lower) / k;
-        lower = upper;
-        upper = next;
-      }
-    } else {
-      // Upwards these are differences of ever closer numbers, too close for fp32. Downwards all terms are positive
-      // (Miller's algorithm). From 12 orders more, with the ratio that the recurrence keeps there, the relative error
-      // is 2e-6 at most.
-      const int first = order + 12;
-      Real now = 1, above = (r + std::sqrt(r * r + 4 * (first + 2))) / (2 * (first + 2));
-      for (int k = first; k >= 0; --k) {
-        if (k == order) upper = now;
-        if (k == order - 1) lower = now;
-        const Real next = (k + 1) * above - r * now;
-        above = now;
-        now = next;
-      }
-      lower *= density / now;
-      upper *= density / now;
+    Real lowest = 0, lower = Real(0.39894228040143268) * std::exp(-r * r / 2);  // A_(k-2), A_(k-1)
+    Real upper = std::erfc(-r * Real(0.70710678118654752)) / 2;                 // A_k
+    for (int k = 1; k <= order; ++k) {
+      const Real next = (r * upper + lower) / k;
+      lowest = lower;
+      lower = upper;
+      upper = next;
     }
     for (int k = 1; k < order; ++k) count *= k * t;
-    excess.slope += count * (lower > 0 ? lower : 0);
-    excess.mass += count * order * t * (upper > 0 ? upper : 0);
+    expected.bend += count / t * (lowest > 0 ? lowest : 0);
+    expected.slope += count * (lower > 0 ? lower : 0);
+    expected.mass += count * order * t * (upper > 0 ? upper : 0);
     return;
   }
   // With y = m + t x: Gauss-Legendre, 20 points over x within 5 of where y^beta phi(x) peaks, and y > 0.
@@ -68,7 +103,7 @@ ENTMAXKV_HOST_DEVICE inline void add_expected(Excess<Real>& excess, Real m, Real
   for (int i = 0; i < 20; ++i) {
     const Real x = low + half * (1 + (i < 10 ? kNode[i] : -kNode[i - 10]));
     const Real density = Real(0.39894228040143268) * std::exp(-x * x / 2);
-    excess.add(m + t * x, beta, count * half * kWeight[i % 10] * density);
+    expected.add(m + t * x, beta, count * half * kWeight[i % 10] * density);
   }
 }
 

@@ -1,5 +1,6 @@
 """score_gaussian: mean and spread of the scores of every page."""
 
+import pytest
 import torch
 from conftest import Cache, Rule, assert_same_bits, cases, make_cache, make_query, make_slopes, orders
 
@@ -67,3 +68,15 @@ def test_query_of_any_strides(device):
     cache = make_cache([100, 20], page_size=16, device=device)
     q = make_query(2, 8, 128, device=device)[..., 64:]
     assert_same_bits(score(cache, q), score(cache, q.contiguous()))
+
+
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40], ids=["small", "large"])
+def test_keys_of_any_size(device, size):
+    """Squares of bf16 are taken apart on a GPU: neither part may leave its range."""
+    cache = make_cache([300], page_size=16, dtype=torch.bfloat16, device=device)
+    q = make_query(1, 8, 64, torch.bfloat16, device)
+    want = score(cache, q)
+    for x in (cache.k_mean, cache.k_std):
+        x.mul_(size)
+    for x, y in zip(score(cache, q), want, strict=True):
+        torch.testing.assert_close(x, size * y, rtol=1e-6, atol=0)

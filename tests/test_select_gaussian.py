@@ -180,6 +180,20 @@ def test_hard_moments(device, kind):
         check(*moments, [pages * 16 - 5], 1, 16, alpha)
 
 
+@pytest.mark.parametrize("kind", ["drawn", "in runs", "best first", "best second", "second is wide"])
+@pytest.mark.parametrize(("pages", "alpha"), [(1025, 1.75), (3000, 1.05), (3000, 2.0), (50_000, 1.5), (50_000, 4 / 3)])
+def test_long_lists(device, pages, alpha, kind):
+    """The CUDA kernel begins with a sample of the pages, which has the first and lacks the second."""
+    mean, std = draw(2, pages) / 4, 1 + draw(2, pages, seed=1) / 8
+    if kind == "in runs":
+        mean = mean * 2 + (torch.arange(pages) // 100 % 30 == 7) * 3
+    elif kind == "second is wide":
+        std[:, 1] = 30
+    elif kind != "drawn":
+        mean[:, ["best first", "best second"].index(kind)] = 50
+    check(mean[None].to(device), std[None].to(device), [pages * 16 - 5], 1, 16, alpha)
+
+
 def test_nan_moments_give_a_valid_selection(device):
     mean, std = make_moments([200], 4, 16, device)
     mean[0, 1] = std[0, 1] = torch.nan

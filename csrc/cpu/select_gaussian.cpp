@@ -1,7 +1,7 @@
 // select_gaussian on the CPU.
 //   1. per query head: the threshold tau at which the page mixture expects weights that sum to 1,
-//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2), by Newton steps from
-//      the left (entmax.h); the best page mean minus 1 lies left of it, by Jensen's inequality
+//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2) (gaussian.h), from
+//      the best page mean minus 1 on, which lies left of it by Jensen's inequality
 //   2. per KV head: the pages that any head of the group wants, and the last page
 #include <cmath>
 #include <limits>
@@ -25,18 +25,16 @@ void want_pages(const SelectGaussian& op, int64_t row, int head, int used, std::
   double tau = kNothing;
   if (!entmax.is_softmax()) {
     for (int page = 0; page < used; ++page) tau = mean[page] > tau ? mean[page] : tau;
-    tau = entmax.gap * tau - 1;
-    constexpr int kMostSteps = 32;  // a guard: steps stop once they no longer move tau
-    for (int step = 0; step < kMostSteps; ++step) {
-      Excess<double> excess;
+    Search<double> search{entmax.gap * tau - 1};
+    Expected<double> above;
+    do {
+      above = {};
       for (int page = 0; page < used; ++page) {
-        add_expected<double>(excess, entmax.gap * mean[page] - tau, entmax.gap * std[page], entmax.beta,
+        add_expected<double>(above, entmax.gap * mean[page] - search.tau, entmax.gap * std[page], entmax.beta,
                              tokens_in_page(page, op.seq_lens[row], op.page_size));
       }
-      const double move = entmax.step(excess);
-      if (!(move > 1e-6)) break;
-      tau += move;
-    }
+    } while (search.advance(entmax, above));
+    tau = search.tau;
   }
   const bool all = entmax.is_softmax() || op.margin == -kNothing;
   for (int page = 0; page < used; ++page) {

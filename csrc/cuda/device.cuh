@@ -139,7 +139,7 @@ __device__ inline void copy_async(uint4& s_to, const void* from, bool wanted) {
 #endif
 }
 
-/// The same for 4 bytes.
+/// The same for one number.
 __device__ inline void copy_async(float& s_to, const float* from) {
 #ifdef EMULATE_CUDA
   s_to = *from;
@@ -184,14 +184,16 @@ __device__ inline float from_ordered(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+/// Of a number, or of a struct of words.
 template <typename Value>
 __device__ Value shuffle_xor(Value value, int distance) {
-  return __shfl_xor_sync(kAllLanes, value, distance);
-}
-
-template <typename Real>
-__device__ Excess<Real> shuffle_xor(const Excess<Real>& excess, int distance) {
-  return {shuffle_xor(excess.mass, distance), shuffle_xor(excess.slope, distance)};
+  constexpr int kWords = sizeof(Value) / sizeof(uint32_t);
+  uint32_t words[kWords];
+  memcpy(words, &value, sizeof(Value));
+#pragma unroll
+  for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, distance);
+  memcpy(&value, words, sizeof(Value));
+  return value;
 }
 
 /// The combination of the values of kThreads threads, a block or the first warp, in a fixed order, for each of them.

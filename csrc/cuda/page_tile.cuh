@@ -52,7 +52,9 @@ struct PageTiles : HeadGroup {
     const auto row_of = [*this, one, other](int n, int physical) {
       const int there = __shfl_sync(kAllLanes, physical, 0);  // the tile's first page is in use
       if (page(n / 2) + static_cast<int>(threadIdx.x % 32) >= used) physical = there;
-      return (n % 2 ? other : one).template at<T>(physical, kv_head);
+      // Both, as registers have no addresses to choose from.
+      const T *of_one = one.at<T>(physical, kv_head), *of_other = other.at<T>(physical, kv_head);
+      return n % 2 ? of_other : of_one;
     };
     return TileStream(ScanRing<T, Layout>{}, Upto{2 * tiles_upto(used)}, head_dim, lookup, row_of);
   }
@@ -67,8 +69,9 @@ struct PageTiles : HeadGroup {
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const float its_value = value(i, j);  // no branch
         if (Products::head(j) < heads && its_page + i < op.max_pages) {
-          to_page[j * op.max_pages + i] = its_page + i < used ? value(i, j) : unused;
+          to_page[j * op.max_pages + i] = its_page + i < used ? its_value : unused;
         }
       }
     }

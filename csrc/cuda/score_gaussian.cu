@@ -2,7 +2,8 @@
 //   mean = scale q . k_mean, std^2 = scale^2 q^2 . k_std^2. An ALiBi bias is uniform over n successive positions: it
 //   moves the mean and adds slope^2 (n^2 - 1) / 12 to the variance.
 // Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
-// so that the statistics are read once per KV head. Squares are multiplied in fp32: no 16-bit type holds them.
+// so that the statistics are read once per KV head. A square of a bf16 is the sum of two bf16, which tensor cores
+// multiply; other squares are multiplied in fp32.
 #include "kernels.h"
 #include "page_tile.cuh"
 
@@ -10,11 +11,23 @@ namespace entmaxkv::cuda {
 
 namespace {
 
+/// To within 2^-23, without branches.
+__device__ float square_root(float x) {
+#ifdef EMULATE_CUDA
+  return std::sqrt(x);
+#else
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#endif
+}
+
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScoreGaussian op) {
   take_turn();
   __shared__ Queries<T, Layout> s_q;
-  __shared__ Queries<float, Layout> s_squares;
+  constexpr bool kInHalves = std::is_same_v<T, __nv_bfloat16>;
+  __shared__ Queries<std::conditional_t<kInHalves, T, float>, Layout> s_squares[kInHalves ? 2 : 1];  // high and low
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
   const float scale = op.scoring.scale;
@@ -25,7 +38,8 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
       [&] {
         queries.store([&](int h, int d, float q) {
           s_q.set(h, d, q);
-          s_squares.set(h, d, q * q);
+          s_squares[0].set(h, d, q * q);
+          if constexpr (kInHalves) s_squares[1].set(h, d, q * q - to_float(from_float<T>(q * q)));
         });
         __syncthreads();
       },
@@ -33,19 +47,25 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
         products = {};
         if (n % 2 == 0) {
           multiply(slot, s_q, tiles.heads, products);
+        } else if constexpr (kInHalves) {
+          multiply_squares(slot, s_squares[0], s_squares[1], products);
         } else {
-          multiply_plainly<true>(slot, s_squares, tiles.heads, products);
+          multiply_plainly<true>(slot, s_squares[0], tiles.heads, products);
         }
       },
       [&](int n) {
-        const bool is_mean = n % 2 == 0;
-        tiles.write(op, is_mean ? op.mean : op.std, n / 2, is_mean ? kNothing : 0, [&](int i, int j) {
-          const int oldest = tiles.oldest(n / 2, i, op.page_size);
-          const auto tokens = static_cast<float>(min(op.page_size, 1 - oldest));
-          const float slope = slopes.of[j], product = products.of[i][j];
-          return is_mean ? scale * product + slope * (static_cast<float>(oldest) + (tokens - 1) / 2)
-                         : sqrtf(scale * scale * product + slope * slope * (tokens * tokens - 1) / 12);
-        });
+        const auto tokens = [&](int oldest) { return static_cast<float>(min(op.page_size, 1 - oldest)); };
+        if (n % 2 == 0) {
+          tiles.write(op, op.mean, n / 2, kNothing, [&](int i, int j) {
+            const int oldest = tiles.oldest(n / 2, i, op.page_size);
+            return scale * products.of[i][j] + slopes.of[j] * (static_cast<float>(oldest) + (tokens(oldest) - 1) / 2);
+          });
+        } else {
+          tiles.write(op, op.std, n / 2, 0, [&](int i, int j) {
+            const float slope = slopes.of[j], count = tokens(tiles.oldest(n / 2, i, op.page_size));
+            return square_root(scale * scale * products.of[i][j] + slope * slope * (count * count - 1) * (1.0f / 12));
+          });
+        }
       });
   tiles.write_unused(op, op.mean, kNothing);
   tiles.write_unused(op, op.std, 0);

@@ -1,211 +1,326 @@
 // select_gaussian on the GPU.
 //   mean, std [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_pages] ascending, counts [batch, kv_heads]
-// Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
-//   1. threshold of each query head: where the page mixture expects weights that sum to 1,
-//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2), by Newton's steps
-//      (entmax.h). A sample of the pages, each standing for others, says where to begin.
-//   2. collect: the pages that any head of the group wants, and the last page, in ascending order
+//   1. mark: the pages that a query head wants, one bit each. Grid (blocks of a cluster, query head, row); a cluster
+//      works for one head, each of its blocks for a slice of the pages. Its threshold is where the page mixture expects
+//      weights that sum to 1, sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2)
+//      (gaussian.h). Each block finds it for a sample of the pages, that of all begins there.
+//   2. list: the pages that any head of a group wants, in ascending order. A block per list.
 #include "../gaussian.h"
+#include "cluster.cuh"
 #include "kernels.h"
-#include "page_list.cuh"
-#include "team.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kWarps = kThreads / 32;  // of a block; those of head h are h, h + heads, ...
-constexpr int kSlice = 256;            // pages of a block, while the cluster can grow
-constexpr double kFloatRangeBeta = 4;  // beyond, the powers of wide spreads may leave fp32's range
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // to mark
+constexpr int kListThreads = 512;
+constexpr int kSample = 1024;  // pages, each of which stands for others, or all
+constexpr int kSlice = 4096;   // pages of a block, while the cluster can grow
 
-/// The pages of one head: their scores are normal.
-struct Mixture {
-  const float *mean, *std;
-  int pages;  // in use
-  int seq_len, page_size;
-  float centre;  // the best mean, from which thresholds count
+constexpr int kPageBytes = 2 * sizeof(float);
+constexpr int kMostShared = 96 << 10;  // bytes, that a block has on every GPU, and two on Hopper
 
-  /// Adds what `copies` of a page expect above a threshold.
-  template <typename Real>
-  __device__ void add(Excess<Real>& excess, const Entmax<Real>& entmax, int page, Real threshold, Real copies) const {
-    add_expected<Real>(excess, entmax.gap * (mean[page] - centre) - threshold, entmax.gap * std[page], entmax.beta,
-                       copies * min(page_size, seq_len - page * page_size));
-  }
+/// Larger powers of wide spreads may leave fp32's range.
+__host__ __device__ bool in_float(const Entmax<double>& entmax) { return entmax.beta <= 4; }
 
-  /// A lane's part of what the pages begin, begin + step, ... before end expect above a threshold.
-  template <typename Real>
-  __device__ ENTMAXKV_NOINLINE Excess<double> excess(const Entmax<Real>& entmax, double threshold, int begin, int end,
-                                                     int step) const {
-    Excess<Real> own;
-    for (int page = begin; page < end; page += step) add(own, entmax, page, static_cast<Real>(threshold), Real(1));
-    return {own.mass, own.slope};
-  }
-
-  /// Where a sample of the pages puts the threshold. All lanes of a warp call.
-  template <typename Real>
-  __device__ ENTMAXKV_NOINLINE Real guess(const Entmax<Real>& entmax) const {
-    constexpr int kSample = 64, kMostSteps = 32;
-    const int sample = min(pages, kSample);
-    Real threshold = -1;
-    for (int step = 0; step < kMostSteps; ++step) {
-      Excess<Real> own;
-      for (int nth = threadIdx.x % 32; nth < sample; nth += 32) {
-        add(own, entmax, static_cast<int>(int64_t{nth} * pages / sample), threshold, Real(pages) / sample);
-      }
-      const Real move = entmax.step(sum<32>(own));
-      if (!(move > Real(1e-3))) break;
-      threshold += move;
-    }
-    return threshold;
-  }
-};
-
-/// A head wants the pages whose expected best z, from (alpha-1) centre on, is above `least`. Read 16 bytes at a time.
-struct alignas(16) Threshold {
-  float gap;     // alpha - 1
-  float centre;  // the best page mean
-  float least;
-};
-
-/// Calls take(total), by thread h for head h, with the combination of the values of its warps in all blocks. All
-/// threads of the cluster call. Of two calls that follow each other the first one's values have been read when the
-/// barrier of the second one opens: they alternate between two turns.
-template <typename Value, typename Combine, typename Take>
-__device__ void reduce_heads(int turn, int heads, Value value, Combine combine, Take take) {
-  __shared__ Value s_warps[kWarps], s_heads[2][kWarps];
-  const int thread = threadIdx.x;
-  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
-  if (thread % 32 == 0) s_warps[thread / 32] = value;
-  __syncthreads();
-  if (thread < heads) {
-    value = s_warps[thread];
-    for (int warp = thread + heads; warp < kWarps; warp += heads) value = combine(value, s_warps[warp]);
-    s_heads[turn][thread] = value;
-  }
-  cluster::sync();
-  if (thread < heads) {
-    Value each[cluster::kMostBlocks];
-#pragma unroll
-    for (int rank = 0; rank < cluster::kMostBlocks; ++rank) {
-      each[rank] = cluster::of(min(rank, cluster::size() - 1), s_heads[turn][thread]);
-    }
-    value = each[0];
-#pragma unroll
-    for (int rank = 1; rank < cluster::kMostBlocks; ++rank) {
-      if (rank < cluster::size()) value = combine(value, each[rank]);
-    }
-    take(value);
-  }
-  __syncthreads();
+/// To within 2^-22, for normal numbers.
+__device__ float reciprocal(float x) {
+#ifdef EMULATE_CUDA
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
 }
 
-/// Finds the thresholds of heads first ... first + heads - 1 of a row, by the pages begin ... end - 1 and those of the
-/// cluster's other blocks. All threads of the cluster call.
-__device__ void find_thresholds(const SelectGaussian& op, int64_t row, int first, int heads, int begin, int end,
-                                Threshold* s_thresholds) {
-  constexpr double kStill = 3e-4;  // the next step, of the order of its square, would not show in fp32
-  constexpr int kMostSteps = 32;   // a guard
-  __shared__ float s_centre[kWarps];
-  __shared__ double s_tau[kWarps];
-  __shared__ bool s_moving[kWarps];
-  __shared__ int s_any_moving;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int head = first + warp % heads;
-  const int own_begin = begin + warp / heads * 32 + lane, own_step = ceil_div(kWarps - warp % heads, heads) * 32;
-  const Entmax<double> entmax(op.alpha.of(head));
-  const int64_t at = (row * op.q_heads + head) * op.max_pages;
-  const int seq_len = length_of(op, row);
-  Mixture mixture{op.mean + at, op.std + at, ceil_div(seq_len, op.page_size), seq_len, op.page_size, kNothing};
-  const bool in_float = entmax.beta <= kFloatRangeBeta;
+__device__ float power_of_two(float x) {
+#ifdef EMULATE_CUDA
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 
-  for (int page = own_begin; page < end; page += own_step) mixture.centre = fmaxf(mixture.centre, mixture.mean[page]);
-  reduce_heads(
-      0, heads, mixture.centre, [](float a, float b) { return fmaxf(a, b); },
-      [&](float best) { s_centre[thread] = best; });
-  mixture.centre = s_centre[warp % heads];
-  if (warp < heads) {
-    const bool wanted = !entmax.is_softmax() && op.margin < -kNothing;
-    double tau = -1;
-    if (wanted) {
-      tau = in_float ? mixture.guess(Entmax<float>(entmax)) : mixture.guess(entmax);
+/// add_expected for a whole beta up to 4, without branches, with a relative error of 1e-5 at most, and 2e-6 where
+/// m > -6 t.
+template <int kBeta>
+__device__ void add_expected(Expected<float>& expected, float m, float t, float count) {
+  // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2). Where
+  // r < 0 all terms are positive downwards: there from a quotient that gives A_4 / A_3 to within 5e-7.
+  t = fmaxf(t, fmaxf(1e-6f * m, 1e-30f));  // a smaller spread makes no difference
+  const float per_t = reciprocal(t), r = m * per_t, u = fminf(fabsf(r), 12);
+  float a[6];  // A_-1 ... A_4
+  a[5] = fmaf(fmaf(fmaf(0.00241035f, u, 0.02791801f), u, 0.14998782f), u, 0.46999258f);
+  a[4] = fmaf(fmaf(fmaf(fmaf(0.00241374f, u, 0.02775083f), u, 0.16558387f), u, 0.56683592f), u, 1.0f);
+#pragma unroll
+  for (int k = 4; k > 0; --k) a[k - 1] = fmaf(u, a[k], static_cast<float>(k) * a[k + 1]);
+  const float density = power_of_two(fmaf(-0.72134752f * r, r, -1.32574806f));  // log2(e) / 2, log2(2 pi) / 2
+  const float scale = density * reciprocal(a[0]);
+#pragma unroll
+  for (float& each : a) each *= scale;
+  if (r > 0) {
+    a[1] = 1 - a[1];
+#pragma unroll
+    for (int k = 1; k <= kBeta; ++k) a[k + 1] = fmaf(r, a[k], a[k - 1]) * (1.0f / static_cast<float>(k));
+  }
+  float factor = kBeta == 1 ? count * per_t : count;
+#pragma unroll
+  for (int k = 2; k < kBeta; ++k) factor *= static_cast<float>(k) * t;
+  expected.bend = fmaf(factor, a[kBeta - 1], expected.bend);
+  expected.slope = fmaf(factor *= t, a[kBeta], expected.slope);
+  expected.mass = fmaf(factor * kBeta * t, a[kBeta + 1], expected.mass);
+}
+
+/// Pages of one head: their scores are normal.
+struct Mixture {
+  const float *mean, *std;
+  int count;
+  int last;  // the head's last page, if it is one of them
+  float page_tokens, last_tokens;
+  float centre;  // a score from which thresholds count
+
+  /// A thread's part of what the pages expect above a threshold. kBeta 0: any beta.
+  template <int kBeta, typename Real>
+  __device__ Expected<Real> above(const Entmax<Real>& entmax, Real tau) const {
+    constexpr int kRun = kBeta ? 4 : 1;  // pages at once
+    Expected<Real> own;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count; first += kRun * kThreads) {
+      float means[kRun], stds[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const bool there = first + i * kThreads < count;
+        means[i] = there ? mean[first + i * kThreads] : kNothing;
+        stds[i] = there ? std[first + i * kThreads] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const Real m = entmax.gap * (means[i] - centre) - tau, t = entmax.gap * stds[i];
+        const float tokens = first + i * kThreads == last ? last_tokens : page_tokens;
+        if constexpr (kBeta) {
+          add_expected<kBeta>(own, m, t, tokens);
+        } else {
+          add_expected<Real>(own, m, t, entmax.beta, tokens);
+        }
+      }
     }
-    if (lane == 0) {
-      s_tau[warp] = tau;
-      s_moving[warp] = wanted;
-      s_thresholds[warp] = {static_cast<float>(entmax.gap), mixture.centre, kNothing};
+    return own;
+  }
+
+  /// Sets a bit for every page whose expected best score is above `least`, or for all, and clears those behind, up to
+  /// `room` pages. All threads of the block call.
+  __device__ void mark(float page_best, float least, int room, uint32_t* marks) const {
+    constexpr int kRun = 4;  // pages at once
+#pragma unroll 1
+    for (int first = threadIdx.x; first < ceil_div(room, 32) * 32; first += kRun * kThreads) {
+      float best[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const int page = first + i * kThreads;
+        best[i] = page < count ? mean[page] + std[page] * page_best : kNothing;
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const int page = first + i * kThreads;
+        const bool wanted = page < count && (least == kNothing || page == last || best[i] > least);
+        const uint32_t mask = __ballot_sync(kAllLanes, wanted);
+        if (threadIdx.x % 32 == 0 && page < room) marks[page / 32] = mask;
+      }
     }
   }
-  if (thread == 0) s_any_moving = true;
+};
+
+/// tau, from (alpha-1) centre on: that of the sample, or, if it is not all pages, from there that of all, of which each
+/// block of the cluster has its own. All threads of the cluster call.
+template <int kBeta, typename Real>
+__device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entmax, const Mixture sample,
+                                                   const Mixture& own, bool sample_is_all) {
+  __shared__ Search<Real> s_search;
+  __shared__ Expected<Real> s_parts[2][kWarps];
+  __shared__ bool s_goes_on;
+  const Entmax<Real> entmax(any_entmax);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Real least = -1;  // left of it by Jensen's inequality
+  if (threadIdx.x == 0) s_search = {least};
   __syncthreads();
-  for (int step = 0; s_any_moving && step < kMostSteps; ++step) {
-    const double tau = s_tau[warp % heads];
-    Excess<double> own;
-    if (s_moving[warp % heads]) {
-      own = in_float ? mixture.excess(Entmax<float>(entmax), tau, own_begin, end, own_step)
-                     : mixture.excess(entmax, tau, own_begin, end, own_step);
+  Mixture mixture = sample;
+  bool together = false;
+  for (int turn = 0;; turn ^= 1) {
+    const auto part = sum<32>(mixture.above<kBeta>(entmax, s_search.tau));
+    if (lane == 0) s_parts[turn][warp] = part;
+    if (together) {
+      cluster::sync();
+    } else {
+      __syncthreads();
     }
-    reduce_heads((step + 1) % 2, heads, own, [](const auto& a, const auto& b) { return a + b; },
-                 [&](const auto& all) {
-                   if (thread == 0) s_any_moving = false;
-                   if (!s_moving[thread]) return;
-                   const Entmax<double> its_entmax(op.alpha.of(first + thread));
-                   // A step from the right lands left of the solution. The best mean minus 1 lies left of it by
-                   // Jensen's inequality.
-                   const double next = all.mass > 1e-3 ? fmax(s_tau[thread] + its_entmax.step(all), -1.0) : -1.0;
-                   s_moving[thread] = fabs(next - s_tau[thread]) > kStill;
-                   s_tau[thread] = next;
-                   s_thresholds[thread].least = static_cast<float>(next - op.margin);
-                 });
-    if (thread < heads && s_moving[thread]) s_any_moving = true;
+    if (warp == 0) {
+      Expected<Real> all;
+      const int parts = together ? cluster::size() * kWarps : kWarps;
+#pragma unroll 1
+      for (int i = lane; i < parts; i += 32) {
+        all = all + (together ? cluster::of(i / kWarps, s_parts[turn][i % kWarps]) : s_parts[turn][i]);
+      }
+      all = sum<32>(all);
+      if (lane == 0) s_goes_on = s_search.advance(entmax, all);
+    }
+    __syncthreads();
+    if (s_goes_on) continue;
+    if (together || sample_is_all) return s_search.tau;
+    together = true;
+    mixture = own;
+    if (threadIdx.x == 0) s_search = {least, s_search.tau};
+    wait_for_copies<0>();  // each thread reads what it has copied
     __syncthreads();
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) select(SelectGaussian op, int slice_pages) {
-  take_turn();
-  auto* s_thresholds = reinterpret_cast<Threshold*>(dynamic_shared());  // [group]
-  const int64_t row = blockIdx.z;
-  const int64_t list = row * op.kv_heads + blockIdx.y;
-  const int used = ceil_div(length_of(op, row), op.page_size);
-  const int begin = min(cluster::rank() * slice_pages, used), end = min(begin + slice_pages, used);
-  for (int h = 0; h < op.group; h += kWarps) {
-    find_thresholds(op, row, blockIdx.y * op.group + h, min(kWarps, op.group - h), begin, end, s_thresholds + h);
+template <bool kInFloat>
+__device__ double find_threshold(const Entmax<double>& entmax, const Mixture& sample, const Mixture& own,
+                                 bool sample_is_all) {
+  if constexpr (!kInFloat) {
+    if (!in_float(entmax)) return find_threshold<0, double>(entmax, sample, own, sample_is_all);
   }
-  const auto page_best = static_cast<float>(op.page_best);
-  const auto wanted = [&](int page) {
-    bool wanted = page == used - 1;
-    for (int h = 0; h < op.group; ++h) {
-      const Threshold threshold = s_thresholds[h];
-      const int64_t at = (list * op.group + h) * op.max_pages + page;
-      const float best = threshold.gap * (op.mean[at] - threshold.centre + op.std[at] * page_best);
-      wanted |= threshold.least == kNothing || best > threshold.least;
+  if (entmax.beta == 1) return find_threshold<1, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 2) return find_threshold<2, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 3) return find_threshold<3, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 4) return find_threshold<4, float>(entmax, sample, own, sample_is_all);
+  return find_threshold<0, float>(entmax, sample, own, sample_is_all);
+}
+
+/// Begins to copy the means and spreads of some pages, of which page(i) is the i-th.
+template <typename Page>
+__device__ void load(float* s_mean, float* s_std, const float* mean, const float* std, int count, Page page) {
+#pragma unroll 1  // here and below: small kernels wait for their instructions
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    copy_async(s_mean[i], mean + page(i));
+    copy_async(s_std[i], std + page(i));
+  }
+  commit_copies();
+}
+
+/// kInFloat: every head's powers are in fp32's range.
+template <bool kInFloat>
+__global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
+    mark(SelectGaussian op, int slice_pages, int held_pages, uint32_t* marks) {
+  take_turn();
+  const int64_t row = blockIdx.z, head = row * op.q_heads + blockIdx.y;
+  const int seq_len = length_of(op, row), page_bits = __ffs(op.page_size) - 1;
+  const int pages = (seq_len + op.page_size - 1) >> page_bits, last = pages - 1;
+  const int begin = min(cluster::rank() * slice_pages, pages), end = min(begin + slice_pages, pages);
+  const float *mean = op.mean + head * op.max_pages, *std = op.std + head * op.max_pages;
+  const Entmax<double> entmax(op.alpha.of(blockIdx.y));
+  const bool wants_all = entmax.is_softmax() || op.margin == -kNothing, sample_is_all = pages <= kSample;
+
+  auto* s_sample = reinterpret_cast<float*>(dynamic_shared());  // mean, std [kSample]
+  float* s_own = s_sample + 2 * kSample;                        // mean, std [held_pages]
+  const auto page_tokens = static_cast<float>(op.page_size);
+  const auto last_tokens = static_cast<float>(seq_len - (last << page_bits));
+  Mixture sample{s_sample,    s_sample + kSample, min(pages, kSample), sample_is_all ? last : -1,
+                 page_tokens, last_tokens};
+  Mixture own{mean + begin, std + begin, end - begin, last - begin, page_tokens, last_tokens};
+  if (!wants_all) {
+    if (!sample_is_all) sample.page_tokens *= static_cast<float>(pages) / kSample;
+    load(s_sample, s_sample + kSample, mean, std, sample.count,
+         [&](int i) { return sample_is_all ? i : static_cast<int>(int64_t{i} * pages / kSample); });
+    if (!sample_is_all && held_pages > 0) {
+      load(s_own, s_own + held_pages, own.mean, own.std, own.count, [](int i) { return i; });
+      own.mean = s_own;
+      own.std = s_own + held_pages;
+    } else {
+      commit_copies();
     }
-    return wanted;
-  };
-  int own = 0;
-  for (int page = begin + static_cast<int>(threadIdx.x); page < end; page += kThreads) own += wanted(page);
-  Team team = Team::cluster();
-  const Team::Part part = team.part(sum<kThreads>(own));
-  cluster::arrive();  // this block reads no other's memory any more
-  int32_t* selected = op.selection.row(list);
-  collect_pages<kThreads>(selected + part.before, begin, end, wanted);
-  const int thread = cluster::rank() * kThreads + static_cast<int>(threadIdx.x);
-  for (int to = part.total + thread; to < op.selection.max_selected; to += cluster::size() * kThreads)
+  }
+
+  const int group_head = blockIdx.y % static_cast<unsigned>(op.group);
+  int32_t* selected = op.selection.row(row * op.kv_heads + blockIdx.y / static_cast<unsigned>(op.group));
+#pragma unroll 1
+  for (int to = (group_head * cluster::size() + cluster::rank()) * kThreads + static_cast<int>(threadIdx.x);
+       to < op.max_pages; to += op.group * cluster::size() * kThreads) {
     selected[to] = -1;
-  if (thread == 0) op.selection.counts[list] = part.total;
+  }
+
+  float least = kNothing;
+  if (!wants_all && pages > 0) {
+    wait_for_copies<1>();
+    float best = kNothing;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < sample.count; i += kThreads) best = fmaxf(best, sample.mean[i]);
+    best = reduce<kThreads>(best, [](float a, float b) { return fmaxf(a, b); });
+    sample.centre = own.centre = best;
+    const double tau = find_threshold<kInFloat>(entmax, sample, own, sample_is_all);
+    least = static_cast<float>(own.centre + (tau - op.margin) * entmax.beta);
+  }
+  cluster::arrive();  // this block reads no other's memory any more
+  const int slice_begin = cluster::rank() * slice_pages;
+  own.mark(static_cast<float>(op.page_best), least, min(slice_pages, op.max_pages - slice_begin),
+           marks + (head * ceil_div(op.max_pages, 32) + slice_begin / 32));
   cluster::wait();
+}
+
+__global__ void __launch_bounds__(kListThreads) list(SelectGaussian op, const uint32_t* marks) {
+  take_turn();
+  __shared__ uint32_t s_masks[kListThreads];
+  __shared__ int s_before[kListThreads];
+  const int64_t list = int64_t{blockIdx.y} * op.kv_heads + blockIdx.x;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int turned = lane * (kListThreads / 32) + thread / 32;  // so that neighbouring words come to different warps
+  const int words = ceil_div(op.max_pages, 32);
+  const auto wanted = [&](int nth) {
+    uint32_t mask = 0;
+#pragma unroll 4
+    for (int h = 0; h < op.group; ++h) {
+      if (nth < words) mask |= marks[(list * op.group + h) * words + nth];
+    }
+    return mask;
+  };
+  int32_t* selected = op.selection.row(list);
+  int count = 0;
+  uint32_t next = wanted(thread);
+  for (int first = 0; first < words; first += kListThreads) {
+    const uint32_t mask = next;
+    next = wanted(first + kListThreads + thread);
+    int all;
+    const int before = exclusive_scan<kListThreads>(__popc(mask), all);
+    s_masks[thread] = mask;
+    s_before[thread] = count + before;
+    __syncthreads();
+    // The lanes write the pages of one word together.
+    const uint32_t own = s_masks[turned];
+    for (uint32_t left = __ballot_sync(kAllLanes, own != 0); left; left &= left - 1) {
+      const int from = __ffs(static_cast<int>(left)) - 1, word = __shfl_sync(kAllLanes, turned, from);
+      const uint32_t its_mask = s_masks[word];
+      const int to = s_before[word] + __popc(its_mask & ((1u << lane) - 1));
+      if (its_mask >> lane & 1) selected[to] = (first + word) * 32 + lane;
+    }
+    count += all;
+  }
+  if (thread == 0) op.selection.counts[list] = count;
 }
 
 }  // namespace
 
-void select_gaussian(const SelectGaussian& op, cudaStream_t stream) {
+int64_t workspace_bytes(const SelectGaussian& op) {
+  return int64_t{op.batch} * op.q_heads * ceil_div(op.max_pages, 32) * static_cast<int64_t>(sizeof(uint32_t));
+}
+
+void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   int blocks = 1;
-  const auto room = [&] { return 2LL * blocks * op.kv_heads * op.batch <= multiprocessors(); };
+  // Of the sizes of the batch only those that a row has, too, if it comes alone.
+  const auto room = [&] { return blocks * op.q_heads <= multiprocessors(); };
   while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages && room()) blocks *= 2;
-  const int shared = op.group * static_cast<int>(sizeof(Threshold));
-  launch("select_gaussian", select, {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks, shared}, stream, op,
-         ceil_div(op.max_pages, blocks));
+  const int slice_pages = ceil_div(ceil_div(op.max_pages, blocks), 32) * 32;
+  const bool held = op.max_pages > kSample && (kSample + slice_pages) * kPageBytes <= kMostShared;
+  const int held_pages = held ? slice_pages : 0, shared = (kSample + held_pages) * kPageBytes;
+  const bool all_in_float = !op.alpha.per_head && in_float(Entmax<double>(op.alpha.value));
+  auto* marks = static_cast<uint32_t*>(workspace);
+  launch("select_gaussian", all_in_float ? mark<true> : mark<false>,
+         {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages, held_pages, marks);
+  launch("select_gaussian", list, {dim3(op.kv_heads, op.batch), kListThreads}, stream, op, marks);
 }
 
 }  // namespace entmaxkv::cuda

@@ -1,8 +1,8 @@
 // Dot products of tiles of 32 rows (keys, or statistics of pages) with the query heads of a group, by one warp.
 // Rows come through a ring of slots in shared memory, filled ahead by asynchronous copies of 16 bytes, of which the
 // lanes of a warp take neighbouring ones: on an H200 copies of 64 bytes of a row at a time reach 3.0 TB/s, those of
-// whole rows 3.8. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares, are
-// multiplied in fp32.
+// whole rows 3.8. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares of
+// fp16, are multiplied in fp32.
 //   A lane has the products of rows 4 g ... 4 g + 3, g = lane / 4, with heads 2 p and 2 p + 1, p = lane % 4. Of each 32
 // dimensions it multiplies 8. A dot product does not care for the order of its dimensions: the 8 that lie together in
 // memory are the lane's part of two k-slices.
@@ -259,20 +259,21 @@ class TileStream {
   std::invoke_result_t<Lookup, int> next_{};
 };
 
-/// D = A B of 16 rows, 16 dimensions and 8 heads on a tensor core. All lanes call.
+/// D = A B + C of 16 rows, 16 dimensions and 8 heads on a tensor core. All lanes call.
 template <typename T>
-__device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+__device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
+                                   const float (&c)[4] = {0, 0, 0, 0}) {
 #ifdef EMULATE_CUDA
-  emulation::multiply_fragments<T>(d, a, b0, b1);  // tests/emulation
+  emulation::multiply_fragments<T>(d, a, b0, b1, c);  // tests/emulation
 #else
   if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.0f));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.0f));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
 #endif
 }
@@ -340,6 +341,66 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
 #pragma unroll
         for (int k = 0; k < 4; ++k) products.of[i + k / 2][k % 2] += d[0][k] + d[1][k];
       }
+    }
+  }
+}
+
+/// The squares of bf16 numbers, two to a word, as sums of two bf16: exact, but for squares below 1e-33.
+struct Squares {
+  uint4 high, low;
+
+  __device__ explicit Squares(const uint4& x) {
+    square(x.x, high.x, low.x);
+    square(x.y, high.y, low.y);
+    square(x.z, high.z, low.z);
+    square(x.w, high.w, low.w);
+  }
+
+ private:
+  static __device__ void square(uint32_t x, uint32_t& high, uint32_t& low) {
+    const uint32_t minus_zeros = 0x80008000u, signs = 0x80008000u;
+    high = multiply_add(x, x, minus_zeros);
+    low = multiply_add(x, x, high ^ signs);
+  }
+
+  /// Of two pairs of bf16.
+  static __device__ uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
+#ifdef EMULATE_CUDA
+    return emulation::multiply_add(x, y, z);  // tests/emulation
+#else
+    uint32_t sums;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(x), "r"(y), "r"(z));
+    return sums;
+#endif
+  }
+};
+
+/// products += row squared . weights, which are sums of two bf16 as well: in tensor cores, small products first. All
+/// lanes call.
+template <typename Layout>
+__device__ void multiply_squares(const Slot<__nv_bfloat16, Layout>& slot, const Queries<__nv_bfloat16, Layout>& high,
+                                 const Queries<__nv_bfloat16, Layout>& low, Products& products) {
+  using T = __nv_bfloat16;
+  const int lane = threadIdx.x % 32, own = lane / 4 * (Layout::kDims / 8) + lane % 4;
+#pragma unroll 1
+  for (int round = 0; round < Layout::kRounds; ++round) {
+    const uint4 h = reinterpret_cast<const uint4*>(high.values)[own + 4 * round];
+    const uint4 l = reinterpret_cast<const uint4*>(low.values)[own + 4 * round];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint4 &a = slot.word(Products::row(i), round), &b = slot.word(Products::row(i + 1), round);
+      const Squares rows[2] = {Squares({a.x, b.x, a.y, b.y}), Squares({a.z, b.z, a.w, b.w})};
+      float d[2][4];
+      multiply_fragments<T>(d[0], rows[0].low, l.x, l.y);
+      multiply_fragments<T>(d[1], rows[1].low, l.z, l.w);
+      multiply_fragments<T>(d[0], rows[0].high, l.x, l.y, d[0]);
+      multiply_fragments<T>(d[1], rows[1].high, l.z, l.w, d[1]);
+      multiply_fragments<T>(d[0], rows[0].low, h.x, h.y, d[0]);
+      multiply_fragments<T>(d[1], rows[1].low, h.z, h.w, d[1]);
+      multiply_fragments<T>(d[0], rows[0].high, h.x, h.y, d[0]);
+      multiply_fragments<T>(d[1], rows[1].high, h.z, h.w, d[1]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) products.of[i + k / 2][k % 2] += d[0][k] + d[1][k];
     }
   }
 }

@@ -13,3 +13,19 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {entmaxkv::from_float
 
 /// What emulation::multiply_fragments finds by argument type.
 inline float emulated_value(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+namespace emulation {
+
+/// fma.rn.bf16x2; rounded twice, but not where the result is exact.
+inline uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t sums = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto value = [&](uint32_t pair) {
+      return static_cast<double>(__bfloat162float({static_cast<uint16_t>(pair >> shift)}));
+    };
+    sums |= uint32_t{__float2bfloat16_rn(static_cast<float>(value(x) * value(y) + value(z))).bits} << shift;
+  }
+  return sums;
+}
+
+}  // namespace emulation

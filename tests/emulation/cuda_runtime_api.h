@@ -222,10 +222,9 @@ inline float __fsub_rd(float a, float b) {
 
 namespace emulation {
 
-/// mma.sync.m16n8k16 with fp32 accumulation from 0: fragments of A [16, 16], B [16, 8] and D [16, 8] as PTX lays them
-/// out.
+/// mma.sync.m16n8k16 with fp32 accumulation: fragments of A [16, 16], B [16, 8], C and D [16, 8] as PTX lays them out.
 template <typename T>
-void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1, const float (&c)[4]) {
   float left[16][16], right[16][8];
   const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
   for (int word = 0; word < 6; ++word) {
@@ -243,7 +242,7 @@ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1)
     }
   }
   for (int i = 0; i < 4; ++i) {
-    d[i] = 0;
+    d[i] = c[i];
     for (int k = 0; k < 16; ++k) d[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
   }
 }
