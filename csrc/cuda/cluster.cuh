@@ -84,6 +84,13 @@ class Mailbox {
                  : "memory");
   }
 
+  __device__ void send(int rank, float4& to, const float4& value) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     at(rank, &to)),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(at(rank, &barrier_))
+                 : "memory");
+  }
+
   /// Raises one to the value, if it is lower.
   __device__ void raise(int rank, uint32_t& to, uint32_t value) {
     asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [%0], %1, [%2];" ::"r"(
@@ -124,10 +131,12 @@ class Mailbox {
 
 #else
   template <typename T>
-  __device__ void send(int, T&, T) {}
+  __device__ void send(int, T& to, const T& value) {
+    to = value;
+  }
   __device__ void raise(int, uint32_t&, uint32_t) {}
   __device__ void announce(int, int) {}
-  __device__ void wait(int) {}
+  __device__ void wait(int) { __syncthreads(); }
 #endif
 
  private:

@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   __shared__ HeldTokens s_held;
   __shared__ Chunk<T> s_chunk;
   float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [heads_of_block, capacity]
+  __shared__ cluster::Mailbox s_box;
+  if (threadIdx.x == 0) s_box.open();
   cluster::arrive();
   const int64_t row = blockIdx.z;
   const HeadGroup group(op, blockIdx.y);
@@ -87,11 +89,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
           const int h = Products::head(j);
           if (h >= group.heads) continue;
           float* to = s_scores + h / blocks * capacity + tile(n) * kTileRows + Products::row(0);
-          cluster::of(h % blocks, *reinterpret_cast<float4*>(to)) = {scores.of[0][j], scores.of[1][j], scores.of[2][j],
-                                                                     scores.of[3][j]};
+          s_box.send(h % blocks, *reinterpret_cast<float4*>(to),
+                     float4{scores.of[0][j], scores.of[1][j], scores.of[2][j], scores.of[3][j]});
         }
       });
-  cluster::sync();
+  const int to = threadIdx.x;
+  if (to < min(blocks, group.heads)) {
+    const int left = list.tiles() % step - rank * Slots::kWarps;
+    const int own_tiles = list.tiles() / step * Slots::kWarps + max(0, min(left, Slots::kWarps));
+    const int its_heads = ceil_div(group.heads - to, blocks);
+    s_box.announce(to, own_tiles * its_heads * kTileRows * static_cast<int>(sizeof(float)));
+  }
+  if (rank >= group.heads) return;
+  s_box.wait(0);
   for (int h = rank; h < group.heads; h += blocks) {
     const int head = group.first_head + h;
     const Entmax<double> entmax(op.alpha.of(head));
