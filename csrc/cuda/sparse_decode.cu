@@ -14,33 +14,14 @@
 // rows. So with the same room in its table a row always has the same bits.
 #include "head_output.cuh"
 #include "kernels.h"
+#include "share.cuh"
+#include "softmax_decode.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
 constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
-
-/// What makes scores of a lane's products.
-struct LaneScoring {
-  float scale;
-  LaneSlopes slopes;
-  bool biased;
-
-  __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
-      : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
-
-  /// Of the products of a tile of the list.
-  __device__ void score(const TokenList& list, int tile, Products& products) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int place = min(tile * kTileRows + Products::row(i), list.tokens - 1);
-      const auto distance = biased ? static_cast<float>(list.position(place) - (list.seq_len - 1)) : 0.0f;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) products.of[i][j] = fmaf(slopes.of[j], distance, scale * products.of[i][j]);
-    }
-  }
-};
 
 // Short lists.
 
@@ -150,31 +131,6 @@ struct Scratch {
     return bytes;
   }
 };
-
-/// Which list a block of kBlock threads works for, so that lists have blocks in proportion to their tiles: count(list)
-/// of them. -1 if there are none. All threads call.
-template <int kBlock, typename Count>
-__device__ int home_of_block(int lists, Count count) {
-  __shared__ int s_home;
-  const int each = ceil_div(lists, kBlock);
-  const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
-  int own = 0;
-  for (int list = first; list < end; ++list) own += count(list);
-  int total;
-  int before = exclusive_scan<kBlock>(own, total);
-  const auto place = static_cast<int>(int64_t{total} * blockIdx.x / gridDim.x);
-  if (total == 0) return -1;
-  if (before <= place && place < before + own) {
-    int list = first;
-    for (int items = count(list); before + items <= place; items = count(list)) {
-      before += items;
-      ++list;
-    }
-    s_home = list;
-  }
-  __syncthreads();
-  return s_home;
-}
 
 /// Where a block of kBlock threads can help when its list has been taken, by tiles_of(list) and taken_of(list): some
 /// list with many tiles left, another one for each block, or one that no block has begun; -1 if there is none. All
@@ -400,7 +356,8 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const auto taken_of = [&](int index) {
     return static_cast<int>(__ldcg(scratch.taken + int64_t{index} * Scratch::kApart));
   };
-  for (int index = home_of_block<kBlock>(lists, tiles_of); index >= 0;
+  const auto share = Share::of_block<kBlock>(lists, tiles_of);
+  for (int index = share.items > 0 ? share.list : -1; index >= 0;
        index = list_in_need<kBlock>(lists, tiles_of, taken_of)) {
     const int64_t row = index / groups;
     const HeadGroup group(op, index % groups);
@@ -457,23 +414,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_chunk);
 }
 
-/// Tokens of the longest list that there is room for, in whole tiles.
-int capacity_of(const SparseDecode& op) {
-  const int pages = op.selection ? op.selection.max_selected : op.max_pages;
-  return ceil_div(pages * op.page_size, kTileRows) * kTileRows;
-}
-
 /// Without clusters, one block would have a short list to itself.
 bool is_short(const SparseDecode& op) { return capacity_of(op) <= kShort && is_hopper_or_later(); }
+
+/// alpha = 1 in every head: all tokens have weight.
+bool is_softmax(const SparseDecode& op) { return !op.alpha.per_head && Entmax<double>(op.alpha.value).is_softmax(); }
 
 }  // namespace
 
 int64_t workspace_bytes(const SparseDecode& op) {
+  if (is_softmax(op)) return softmax_workspace_bytes(op);
   return is_short(op) ? 0 : Scratch{capacity_of(op)}.place(op, nullptr);
 }
 
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
+  if (is_softmax(op)) return softmax_decode(op, workspace, stream);
   Scratch scratch{capacity_of(op)};
   scratch.place(op, workspace);
   const char* name = op.selection ? "sparse_decode" : "dense_decode";

@@ -22,6 +22,8 @@ struct HeadGroup {
   __host__ __device__ static int per_kv_head(const Sizes& sizes) { return ceil_div(sizes.group, kTileHeads); }
   __host__ __device__ static int per_row(const Sizes& sizes) { return sizes.kv_heads * per_kv_head(sizes); }
 
+  __device__ HeadGroup() {}  // for shared memory
+
   __device__ HeadGroup(const Sizes& sizes, int index) : kv_head(index / per_kv_head(sizes)) {
     const int part = index % per_kv_head(sizes);
     first_head = kv_head * sizes.group + part * kTileHeads;
@@ -105,8 +107,8 @@ class QueryLoad {
   static constexpr int kHeld = std::min(kOwn, 8);
   static_assert(kOwn * kThreads == kTileHeads * Layout::kDims);
 
-  static __device__ int head(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) / Layout::kDims; }
-  static __device__ int dimension(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) % Layout::kDims; }
+  static __device__ int head(unsigned i) { return (i * kThreads + threadIdx.x) / Layout::kDims; }
+  static __device__ int dimension(unsigned i) { return (i * kThreads + threadIdx.x) % Layout::kDims; }
 
   __device__ T load(int i) const {
     const bool there = head(i) < group_.heads && dimension(i) < head_dim_;
@@ -149,8 +151,8 @@ struct Slot {
   static constexpr int kLanePart = kWords / 4;                                     // those that one lane multiplies
   uint4 words[kTileRows * kWords];
 
-  /// Rows 4 apart are read together: they stand in different banks.
-  __device__ static int index(int row, int word) { return row * kWords + (word ^ (row & 4)); }
+  /// Neighbours, and rows 4 apart, are read together: they stand in different banks.
+  __device__ static int index(int row, int word) { return row * kWords + (word ^ (row & 7)); }
 
   __device__ const uint4& word(int row, int nth) const {
     return words[index(row, 4 * nth + static_cast<int>(threadIdx.x % 4))];
@@ -158,11 +160,13 @@ struct Slot {
 
   /// Begins to copy 32 rows, of which lane i knows where row i is. All lanes call.
   __device__ void load(const T* row, int head_dim) {
-    constexpr int kCount = 16 / sizeof(T);
+    constexpr int kCount = 16 / sizeof(T), kAcross = std::min(kWords, 32);
     const auto address = reinterpret_cast<unsigned long long>(row);
+    const int lane = threadIdx.x % 32;
 #pragma unroll 4  // small kernels wait for their instructions
     for (int i = 0; i < kWords; ++i) {
-      const int at = i * 32 + static_cast<int>(threadIdx.x % 32), from = at / kWords, nth = at % kWords;
+      const int from = i * kAcross / kWords * (32 / kAcross) + lane / kAcross;
+      const int nth = i % (kWords / kAcross) * kAcross + lane % kAcross;
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
       uint4& to = words[index(from, nth)];
       if constexpr (Layout::kVectors) {
@@ -275,6 +279,21 @@ __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, u
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
+#endif
+}
+
+/// Four transposed matrices of 8 x 8 16-bit elements: lane 8 m + i names row i of matrix m, and each lane gets elements
+/// (2 (lane % 4) + 0 and 1, lane / 4) of all four. All lanes call.
+__device__ inline uint4 load_transposed(const uint4& s_row) {
+#ifdef EMULATE_CUDA
+  return emulation::load_transposed(&s_row);  // tests/emulation
+#else
+  uint4 result;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_row)))
+               : "memory");
+  return result;
 #endif
 }
 

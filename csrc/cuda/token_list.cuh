@@ -11,10 +11,12 @@ struct TokenList {
   const int32_t* table;
   int page_size, page_bits;
   int seq_len;
-  int tokens = 0;
+  int tokens;
+
+  __device__ TokenList() {}  // for shared memory
 
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
-      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size) {
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(0) {
     page_bits = __ffs(page_size) - 1;
     seq_len = length_of(op, row);
     int pages = (seq_len + page_size - 1) >> page_bits;
@@ -56,5 +58,38 @@ struct TokenList {
  private:
   __device__ int logical(int nth) const { return selected ? selected[nth] : nth; }
 };
+
+/// What makes scores of a lane's products.
+struct LaneScoring {
+  float scale;
+  LaneSlopes slopes;
+  bool biased;
+
+  __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
+      : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
+
+  /// Of the products of a tile of the list.
+  __device__ void score(const TokenList& list, int tile, Products& products) const {
+    float distance[4] = {};
+    if (biased) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = min(tile * kTileRows + Products::row(i), list.tokens - 1);
+        distance[i] = static_cast<float>(list.position(place) - (list.seq_len - 1));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) products.of[i][j] = fmaf(slopes.of[j], distance[i], scale * products.of[i][j]);
+    }
+  }
+};
+
+/// Tokens of the longest list that there is room for, in whole tiles.
+inline int capacity_of(const SparseDecode& op) {
+  const int pages = op.selection ? op.selection.max_selected : op.max_pages;
+  return ceil_div(pages * op.page_size, kTileRows) * kTileRows;
+}
 
 }  // namespace entmaxkv::cuda

@@ -37,7 +37,7 @@ extern EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-enum class Call { kNone, kSync, kShuffle, kShuffleUp, kShuffleXor, kBallot, kReduce, kMma };
+enum class Call { kNone, kSync, kShuffle, kShuffleUp, kShuffleXor, kBallot, kReduce, kMma, kLoad };
 
 /// Runs a grid to its end.
 void run(dim3 grid, int threads, const std::function<void()>& kernel);
@@ -213,6 +213,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline float __powf(float base, float exponent) { return std::pow(base, exponent); }
+inline float __expf(float x) { return std::exp(x); }
 
 inline float __fsub_rd(float a, float b) {
   const double difference = static_cast<double>(a) - b;
@@ -245,6 +246,17 @@ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
     d[i] = c[i];
     for (int k = 0; k < 16; ++k) d[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
   }
+}
+
+/// ldmatrix.x4.trans
+inline uint4 load_transposed(const void* row) {
+  const uint64_t* rows = exchange(Call::kLoad, reinterpret_cast<uint64_t>(row));
+  uint32_t words[4] = {};
+  for (int i = 0; i < 8; ++i) {
+    const auto* elements = reinterpret_cast<const uint16_t*>(rows[i / 2 * 8 + lane() % 4 * 2 + i % 2]);
+    words[i / 2] |= static_cast<uint32_t>(elements[lane() / 4]) << i % 2 * 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
 }
 
 }  // namespace emulation
