@@ -181,7 +181,7 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
     cluster::of(0, held.scores[to]) = own_scores[threadIdx.x];
     cluster::of(0, held.places[to]) = own_places[threadIdx.x];
   }
-  cluster::sync();
+  team.sync();
   return {origin, part.total, part.total, held.scores, held.places};
 }
 

@@ -38,4 +38,65 @@ struct Share {
   }
 };
 
+/// Where a block of kBlock threads can help when its list has been taken, by tiles_of(list) and taken_of(list): some
+/// list with many tiles left, another one for each block, or one that no block has begun; -1 if there is none. All
+/// threads call.
+template <int kBlock, typename Tiles, typename Taken>
+__device__ int list_in_need(int lists, Tiles tiles_of, Taken taken_of) {
+  constexpr int kWorthIt = 16;  // tiles
+  __shared__ unsigned long long s_most;
+  __syncthreads();  // the one of an earlier call has been read
+  if (threadIdx.x == 0) s_most = 0;
+  __syncthreads();
+  unsigned long long most = 0;
+  for (int list = threadIdx.x; list < lists; list += kBlock) {
+    const int taken = taken_of(list), left = tiles_of(list) - taken;
+    if (left < (taken > 0 ? kWorthIt : 1)) continue;
+    const unsigned long long weight = 8 + (list * 5 + blockIdx.x * 3) % 8;
+    most = max(most, left * weight << 32 | static_cast<unsigned>(list));
+  }
+  if (most > 0) atomicMax(&s_most, most);
+  __syncthreads();
+  return s_most > 0 ? static_cast<int>(s_most & 0xffffffffu) : -1;
+}
+
+/// The tiles of a list that a warp takes: runs of them, each when no other warp has. They are asked for one run ahead.
+class Tickets {
+ public:
+  static constexpr int kHeld = 8;  // of the latest
+  static constexpr int kMostRun = 4;
+
+  __device__ Tickets(uint32_t* taken, int tiles, int* s_held)
+      : taken_(taken), tiles_(tiles), run_(max(1, min(tiles / 2048, kMostRun))), s_held_(s_held) {
+    ask();
+  }
+
+  /// Whether the warp has an nth tile. All lanes call, with no n more than one above the last.
+  __device__ bool more(int n) {
+    if (n == known_) {
+      if (left_ == 0) {
+        next_ = __shfl_sync(kAllLanes, asked_, 0);
+        left_ = run_;
+        if (next_ < tiles_) ask();
+      }
+      if (threadIdx.x % 32 == 0) s_held_[n % kHeld] = next_;
+      __syncwarp();
+      ++known_, ++next_, --left_;
+    }
+    return tile(n) < tiles_;
+  }
+
+  __device__ int tile(int n) const { return s_held_[n % kHeld]; }
+
+ private:
+  __device__ void ask() {
+    if (threadIdx.x % 32 == 0) asked_ = static_cast<int>(atomicAdd(taken_, static_cast<uint32_t>(run_)));
+  }
+
+  uint32_t* taken_;
+  int tiles_, run_;
+  int* s_held_;
+  int known_ = 0, asked_ = 0, next_ = 0, left_ = 0;
+};
+
 }  // namespace entmaxkv::cuda
