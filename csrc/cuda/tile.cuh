@@ -160,13 +160,11 @@ struct Slot {
 
   /// Begins to copy 32 rows, of which lane i knows where row i is. All lanes call.
   __device__ void load(const T* row, int head_dim) {
-    constexpr int kCount = 16 / sizeof(T), kAcross = std::min(kWords, 32);
+    constexpr int kCount = 16 / sizeof(T);
     const auto address = reinterpret_cast<unsigned long long>(row);
-    const int lane = threadIdx.x % 32;
 #pragma unroll 4  // small kernels wait for their instructions
     for (int i = 0; i < kWords; ++i) {
-      const int from = i * kAcross / kWords * (32 / kAcross) + lane / kAcross;
-      const int nth = i % (kWords / kAcross) * kAcross + lane % kAcross;
+      const int at = i * 32 + static_cast<int>(threadIdx.x % 32), from = at / kWords, nth = at % kWords;
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
       uint4& to = words[index(from, nth)];
       if constexpr (Layout::kVectors) {

@@ -213,7 +213,6 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline float __powf(float base, float exponent) { return std::pow(base, exponent); }
-inline float __expf(float x) { return std::exp(x); }
 
 inline float __fsub_rd(float a, float b) {
   const double difference = static_cast<double>(a) - b;
