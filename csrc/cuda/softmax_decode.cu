@@ -246,7 +246,8 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
     op.out.at<T>(row, head)[d] = from_float<T>(undefined ? kUndefined : list.tokens > 0 ? out / mass : 0);
   }
 
-  // Of most chunks all tokens have p > 0, or none. Where it divides them, they are scored again.
+  // Of most chunks all tokens have p > 0, or none. Where it divides them, they are scored again; rounding, which is not
+  // that of the first time, decides for p > 0.
   const auto has_weight = [&](float score) { return expf(score - best) / mass > 0; };
   const T* q = op.q.at<T>(row, head);
   const float slope = op.scoring.slope(head);
@@ -265,10 +266,15 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
         const int begin = (first + word * 32 + __ffs(mask) - 1) * size, end = min(begin + size, list.tokens);
         for (int place = begin + part * kWarps + warp; place < end; place += gridDim.x * kWarps) {
           const T* k = list.row<T>(op.k_pages, kv_head, place);
-          float product = 0;
-          for (int i = lane; i < op.head_dim; i += 32) product += to_float(q[i]) * to_float(k[i]);
-          const auto distance = static_cast<float>(list.position(place) - (list.seq_len - 1));
-          support += has_weight(fmaf(slope, distance, op.scoring.scale * sum<32>(product))) && lane == 0;
+          float product = 0, size_of_terms = 0;
+          for (int i = lane; i < op.head_dim; i += 32) {
+            const float term = op.scoring.scale * to_float(q[i]) * to_float(k[i]);
+            product += term;
+            size_of_terms += fabsf(term);
+          }
+          const float bias = slope * static_cast<float>(list.position(place) - (list.seq_len - 1));
+          const float rounding = (op.head_dim + 4) * 0x1p-24f * (sum<32>(size_of_terms) + fabsf(bias));
+          support += has_weight(sum<32>(product) + bias + rounding) && lane == 0;
         }
       }
     }
