@@ -69,7 +69,7 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
     """One row for each method, the ops of a step behind it."""
     q, k, v = inputs
     paged = filled(case, inputs, room=args.repeats + 8)  # what is appended below, the warm-up included
-    others, own = peers(inputs, paged, args.alpha, notes), ways(q, paged, args)
+    others, own = peers(inputs, paged, args.alpha, notes, only_sdpa=args.peers == "sdpa"), ways(q, paged, args)
     ops = {name: stages(q, paged, *way) for name, way in own.items() if way[0]}
     calls: dict[str, Callable[[], object]] = {name: peer.call for name, peer in others.items()}
     calls |= {name: step(q, paged, *way) for name, way in own.items()}
@@ -173,6 +173,7 @@ def main() -> None:
     )
     repeats = f"runs of each method, of which the median counts (default: {REPEATS})"
     parser.add_argument("--repeats", type=positive, help=repeats, default=argparse.SUPPRESS)
+    parser.add_argument("--peers", choices=["all", "sdpa"], default="all", help="others to time, where installed")
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' entmaxkv, to time it too")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     args = parser.parse_args()

@@ -82,7 +82,9 @@ def adasplash(q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, alpha: float) -> C
     return call
 
 
-def peers(inputs: Inputs, paged: PagedKVCache, alpha: float, notes: dict[str, str]) -> dict[str, Peer]:
+def peers(
+    inputs: Inputs, paged: PagedKVCache, alpha: float, notes: dict[str, str], *, only_sdpa: bool = False
+) -> dict[str, Peer]:
     """What can run here, by name; notes say why the others cannot."""
     q, k, v = inputs
     k_rows, v_rows = (x.transpose(1, 2).contiguous() for x in (k, v))
@@ -103,9 +105,10 @@ def peers(inputs: Inputs, paged: PagedKVCache, alpha: float, notes: dict[str, st
     makers: dict[str, Callable[[], Peer]] = {
         f"softmax SDPA, {name}": partial(Peer, by(backend)) for name, backend in BACKENDS.items()
     }
-    makers["softmax FlexAttention"] = partial(Peer, flex)
-    makers["softmax FlashInfer"] = lambda: Peer(flashinfer(inputs, paged))
-    if alpha > 1:
+    if not only_sdpa:
+        makers["softmax FlexAttention"] = partial(Peer, flex)
+        makers["softmax FlashInfer"] = lambda: Peer(flashinfer(inputs, paged))
+    if not only_sdpa and alpha > 1:
         makers["entmax, bmm + AdaSplash's Triton"] = lambda: Peer(adasplash(q_rows, k_rows, v_rows, alpha), alpha)
     packages = {
         "softmax FlashInfer": ("flashinfer", "flashinfer-python"),
