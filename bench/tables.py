@@ -33,21 +33,25 @@ Place = tuple[str, int, int]  # keys, batch, context
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of every report, with its machine; where two files hold the same row, that of the last by name."""
+    """The rows of every report, with its machine; where two files hold the same row, that of the last by name.
+
+    Reports with the authors' code in them stand apart: `beside_authors` says that a row is from one.
+    """
     found = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
+        beside = any(by_authors(row) for row in report.get("rows", []) if "method" in row)
         for row in report.get("rows", []):
             if "us" in row and row["alpha"] == (1 if "softmax" in row["method"] else 1.5):
                 device = "gpu" if "gpu" in report["machine"] else "cpu"
-                what = (device, *(row[name] for name in (*CASE, "kind", "method")), row.get("of"))
-                found[what] = row | {"device": device, "machine": report["machine"]}
+                what = (device, *(row[name] for name in (*CASE, "kind", "method")), row.get("of"), beside)
+                found[what] = row | {"device": device, "machine": report["machine"], "beside_authors": beside}
     return list(found.values())
 
 
 def standard(rows: list[Row], device: str, dtype: str) -> list[Row]:
-    """Those of the usual shape."""
-    wanted = SHAPE | {"device": device, "dtype": dtype}
+    """Those of the usual shape, not beside the authors' code."""
+    wanted = SHAPE | {"device": device, "dtype": dtype, "beside_authors": False}
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
@@ -148,8 +152,7 @@ def table_of_ops(rows: list[Row]) -> str:
 
 def table_of_peers(rows: list[Row]) -> str:
     """Every implementation's µs and output error, on the keys that come first."""
-    rows = [row for row in rows if row["dtype"] == "bf16" or by_authors(row)]
-    whole = places([row for row in rows if standard([row], "gpu", row["dtype"])])
+    whole = places(standard(rows, "gpu", "bf16"))
     first = next(iter(whole), ("", 0, 0))[0]
     here = {place: steps(found) for place, found in whole.items() if place[0] == first}
     lines = [
@@ -164,12 +167,23 @@ def table_of_peers(rows: list[Row]) -> str:
     return table([f"{KEYS.get(first)} keys", *(size(*place[1:]) for place in here)], lines, used)
 
 
+def table_of_authors(rows: list[Row]) -> str:
+    """The authors' code and ours where theirs was measured: µs, tokens read and output error."""
+    used = [row for row in rows if row["beside_authors"] and (row["method"] in OWN or by_authors(row))]
+    lines = [
+        [where(*place), OWN.get(name, name), us(row), f"{row['tokens']:.0f}", digits(row["error"])]
+        for place, here in places(used).items()
+        for name, row in steps(here).items()
+    ]
+    return table(["keys, tokens", "step", "µs", "tokens read", "output error"], lines, used)
+
+
 def table_of_shapes(rows: list[Row]) -> str:
     """Other shapes and dtypes: µs, and how many times as fast as softmax."""
     others: dict[tuple, list[Row]] = {}
     for row in rows:
         case = tuple(row[name] for name in CASE)
-        if row["device"] == "gpu" and not by_authors(row) and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
+        if row["device"] == "gpu" and not row["beside_authors"] and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
             others.setdefault(case, []).append(row)
     lines = []
     for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
@@ -207,6 +221,7 @@ TABLES = {
     "steps": table_of_steps,
     "ops": table_of_ops,
     "peers": table_of_peers,
+    "authors": table_of_authors,
     "shapes": table_of_shapes,
     "cpu": table_of_cpu,
 }

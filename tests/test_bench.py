@@ -159,6 +159,10 @@ def recorded(device):
 def recorded_results(tmp_path):
     for device in ("gpu", "cpu"):
         (tmp_path / f"{device}.json").write_text(json.dumps(recorded(device)))
+    report = recorded("gpu")
+    ours = next(row | {"us": 8.0, "tokens": 1024.0} for row in report["rows"] if row["method"] == "dense entmax")
+    report["rows"] = [ours, ours | {"method": "authors, dense entmax", "dtype": "fp16", "us": 70.0}]
+    (tmp_path / "authors.json").write_text(json.dumps(report))
     (tmp_path / "tests.json").write_text(json.dumps({"machine": {}, "rows": [{"passed": 3}]}))
     readme = tmp_path / "README.md"
     readme.write_text("".join(f"<!-- bench:{name} -->\nold\n<!-- /bench -->\n" for name in tables.TABLES))
@@ -175,6 +179,8 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     assert "| model, 2K | 10.0 | 10.0 | 2.00 | 10.0 | 2.00 | 0.25 |" in text
     assert "| model, 1K | 10.0 (50%) |" in text
     assert "a processor, torch 2, commit abc, 4000 GB/s" in text
+    assert "| model, 1K | dense entmax | 8.0 | 1024 | 0.10 |" in text
+    assert "| model, 1K | authors, dense entmax | 70.0 | 1024 | 0.10 |" in text
     run("plot", monkeypatch, *recorded_results, "--check")
 
 
@@ -186,9 +192,10 @@ def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, cap
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
     said = refused("plot", monkeypatch, capsys, *recorded_results)
-    assert "expected bench:NAME to be one of steps, ops, peers, shapes, cpu, got bench:speed" in said
+    assert "expected bench:NAME to be one of steps, ops, peers, authors, shapes, cpu, got bench:speed" in said
     (tmp_path / "gpu.json").unlink()
     readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")
     assert "bench:ops: expected rows for it in the results" in refused("plot", monkeypatch, capsys, *recorded_results)
-    (tmp_path / "cpu.json").unlink()
+    for name in ("cpu", "authors"):
+        (tmp_path / f"{name}.json").unlink()
     assert "expected JSON of bench/decode.py, got none in" in refused("plot", monkeypatch, capsys, *recorded_results)
