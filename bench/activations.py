@@ -49,7 +49,11 @@ def measure(
     """One row per selector."""
     q, k, v = (x.to(device, DTYPES[dtype]) for x in activations)
     steps, (tokens, kv_heads, head_dim) = len(q), k.shape
-    selectors = {"dense": None, f"TopPages({budget})": entmaxkv.TopPages(budget), "Gaussian()": entmaxkv.Gaussian()}
+    selectors = {
+        "dense": None,
+        f"TopPages({budget})": entmaxkv.TopPages(budget, dense_below=0),
+        "Gaussian()": entmaxkv.Gaussian(dense_below=0),
+    }
     cache = entmaxkv.PagedKVCache(1, tokens, kv_heads, head_dim, dtype=DTYPES[dtype], device=device)
     cache.append(k[None, : tokens - steps], v[None, : tokens - steps])
     found: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in selectors}

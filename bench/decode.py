@@ -1,8 +1,8 @@
 """Times one decode step, and each of its ops, against softmax attention on the same inputs.
 
 A row is one method on one case: microseconds; their ratio to the best scaled_dot_product_attention (SDPA) softmax of
-the case; the bytes that the method has to move, counted from tensors, and the time that a plain read of as many takes
-on this machine (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error against dense attention
+the case; the bytes that the method has to move, counted from tensors, and the time of the fastest read of as many
+in this run, a plain one or softmax's (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error against dense attention
 in float64; and the tokens that a KV head reads. Methods of kind `step` go from q to out; those of kind `op` are the
 stages of the step that `of` names, each timed alone. Peers run where they are installed, and the authors' code where
 --reference leads to a checkout.
@@ -57,11 +57,11 @@ def ways(
     if args.alpha > 1:
         found["dense entmax"] = None, args.alpha
     for budget in args.budget:
-        found[f"TopPages({budget})"] = TopPages(budget), args.alpha
+        found[f"TopPages({budget})"] = TopPages(budget, dense_below=0), args.alpha
     if args.alpha > 1:  # with alpha 1 there is no threshold, and Gaussian keeps every page
         for budget in args.budget:
             found[f"Gaussian, {budget} tokens"] = gaussian_reading(budget, q, paged, args.alpha), args.alpha
-        found["Gaussian()"] = Gaussian(), args.alpha
+        found["Gaussian()"] = Gaussian(dense_below=0), args.alpha
     return found
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tables import KEYS, OPS, OWN, TABLES, TOP, TUNED, Row, load, machine_line, places, size, standard, steps
 
 plt.rcParams["font.size"] = 8
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 STAGES = {"whole": "0.65", "score": "C0", "select": "C1", "sparse": "C2"}
+MOST_SHOWN = 2.7  # times softmax
 STACKED = ["softmax SDPA, flash", "softmax SDPA, cuDNN", "dense softmax", *OWN]
 
 
@@ -63,12 +65,13 @@ def draw_steps(rows: list[Row]) -> Figure | None:
                     width = share * found[method]["ratio"]
                     panel.barh(y, width, left=left, color=STAGES[stage])
                     left += width
-                panel.text(min(left, 1.75), y, f" {left:.2f}", va="center")
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                panel.text(min(left, MOST_SHOWN) + 0.05, y, f"{left:.2f}", va="center", bbox=box)
             panel.axvline(1, color="black", linewidth=0.6)
             panel.set_title(f"{KEYS[keys]}, {size(batch, context)}")
     grid[0][0].set_yticks(range(len(methods)), [method.removeprefix("softmax ") for method in methods])
     grid[0][0].invert_yaxis()
-    grid[0][0].set_xlim(0, 2)
+    grid[0][0].set_xlim(0, MOST_SHOWN + 0.6)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
     labels = ["whole step", "score pages", "select pages", "decode them"]
     figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
@@ -108,7 +111,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
     rows = standard(rows, "gpu", "bf16")
     if not rows:
         return None
-    figure, (line,) = panels(1, len(present(rows)), width=1 + 3.4 * len(present(rows)), height=3.8)
+    figure, (line,) = panels(1, len(present(rows)), width=2.4 + 3.4 * len(present(rows)), height=3.8)
     for panel, keys in zip(line, present(rows), strict=True):
         found = lines(rows, keys)
         for method in (TOP, TUNED, "Gaussian()", "dense entmax"):
@@ -118,13 +121,15 @@ def draw_delta(rows: list[Row]) -> Figure | None:
                 name = size(1, row["context"])
                 panel.annotate(name, (row["us"], row["delta"]), (3, 3), textcoords="offset points", fontsize=6)
         panel.set_xscale("log")
+        panel.set_xticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_yscale("symlog", linthresh=1e-3)
         panel.set_title(f"{KEYS[keys]} keys")
         panel.set_xlabel("µs per step")
         panel.grid(alpha=0.3)
     line[0].set_ylim(-1e-4, 1.5)
     line[0].set_ylabel("δ, mass dropped")
-    line[0].legend()
+    line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(machine_line(rows))
     figure.tight_layout()
     return figure

@@ -63,7 +63,7 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
         return cache.page_size * counts.double().mean().item()
 
     if read(math.inf) <= tokens:
-        return Gaussian(margin=math.inf)
+        return Gaussian(margin=math.inf, dense_below=0)
     low = high = 0.0
     step = 1.0
     while read(low) > tokens and step < 1e6:
@@ -77,7 +77,7 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
         if abs(now - tokens) <= 0.005 * tokens:
             break
         low, high = (low, margin) if now > tokens else (margin, high)
-    return Gaussian(margin=margin)
+    return Gaussian(margin=margin, dense_below=0)
 
 
 def step(q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian | None, alpha: float) -> Callable[[], Tensor]:

@@ -179,7 +179,7 @@ def table_of_authors(rows: list[Row]) -> str:
 
 
 def table_of_shapes(rows: list[Row]) -> str:
-    """Other shapes and dtypes: µs, and how many times as fast as softmax."""
+    """Other shapes and dtypes: µs, how many times as fast as softmax, and δ."""
     others: dict[tuple, list[Row]] = {}
     for row in rows:
         case = tuple(row[name] for name in CASE)
@@ -189,7 +189,7 @@ def table_of_shapes(rows: list[Row]) -> str:
     for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
         shape = f"{heads}/{kv_heads} heads of {head_dim}, page {page_size}, {dtype}"
         found = [steps(here).get(name) for name in OWN]
-        cells = [f"{us(row)} ({speed(row)} {TIMES})" if row else "" for row in found]
+        cells = [f"{us(row)} ({speed(row)} {TIMES}, δ {digits(row['delta'])})" if row else "" for row in found]
         lines.append([shape, where(*place), us(best_softmax(here)), *cells])
     used = [row for here in others.values() for row in here]
     return table(["query/KV heads", "keys, tokens", "softmax µs", *OWN.values()], lines, used)

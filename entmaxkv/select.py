@@ -8,7 +8,7 @@ from torch import Tensor
 from entmaxkv import ops
 from entmaxkv.cache import PagedKVCache
 
-# Tokens up to which reading the whole cache takes less time than selecting from it, by device (bench/NOTES.md).
+# Room, in tokens, up to which reading the whole cache takes no more time than selecting from it (bench/NOTES.md).
 DENSE_BELOW = {"cuda": {"TopPages": 4096, "Gaussian": 16384}}
 
 
@@ -71,7 +71,7 @@ def dense_below(select: Selector, device: str) -> int:
 
 
 def check_dense_below(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 0):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
 
 
@@ -82,7 +82,7 @@ class TopPages:
     Attributes:
         budget: tokens per KV head whose keys are read.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: where that is faster, which is up to 4096 on a GPU.
+            `select=None`. None: 4096 on a GPU, 0, so never, on the CPU.
     """
 
     budget: int = 2048
@@ -131,7 +131,7 @@ class Gaussian:
             quantile of its distribution. Higher keeps more.
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: where that is faster, which is up to 16384 on a GPU.
+            `select=None`. None: 16384 on a GPU, 0, so never, on the CPU.
     """
 
     quantile: float = 0.95

@@ -195,8 +195,8 @@ def main() -> None:
 
     methods: dict[str, Selector | None] = {
         "dense": None,
-        f"TopPages({args.budget})": entmaxkv.TopPages(args.budget),
-        "Gaussian()": entmaxkv.Gaussian(),
+        f"TopPages({args.budget})": entmaxkv.TopPages(args.budget, dense_below=0),
+        "Gaussian()": entmaxkv.Gaussian(dense_below=0),
     }
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("method", no_wrap=True)

@@ -224,7 +224,7 @@ def test_a_small_cache_is_decoded_densely(device, selector):
             assert (got[1].tokens < 400).all()
 
 
-@pytest.mark.parametrize("below", [-1, 1.5, "4096"], ids=str)
+@pytest.mark.parametrize("below", [-1, 1.5, "4096", True], ids=str)
 @pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian])
 def test_dense_below_is_a_number_of_tokens(selector, below):
     with pytest.raises(ValueError, match=r"dense_below: expected a number of tokens, at least 0, or None, got"):
