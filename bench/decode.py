@@ -1,11 +1,11 @@
 """Times one decode step, and each of its ops, against softmax attention on the same inputs.
 
 A row is one method on one case: microseconds; their ratio to the best scaled_dot_product_attention (SDPA) softmax of
-the case; the bytes that the method has to move, counted from tensors, and the time of the fastest read of as many
-in this run, a plain one or softmax's (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error against dense attention
-in float64; and the tokens that a KV head reads. Methods of kind `step` go from q to out; those of kind `op` are the
-stages of the step that `of` names, each timed alone. Peers run where they are installed, and the authors' code where
---reference leads to a checkout.
+the case; the bytes that the method has to move, counted from tensors, and the time of the fastest read of as many in
+this run, a plain one or softmax's (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error
+against dense attention in float64; and the tokens that a KV head reads. Methods of kind `step` go from q to out; those
+of kind `op` are the stages of the step that `of` names, each timed alone. Peers run where they are installed, and the
+authors' code where --reference leads to a checkout.
 
 On a GPU a method is captured in a CUDA graph, and each replay starts with a cold L2 cache. The methods take turns,
 --repeats times over; the median counts.
