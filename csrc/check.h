@@ -98,8 +98,8 @@ class Arguments {
     expect(sizes.kv_heads >= 1, "kv_heads", "at least 1", sizes.kv_heads);
     expect(sizes.page_size >= 8 && sizes.page_size <= kMaxPageSize && (sizes.page_size & (sizes.page_size - 1)) == 0,
            "page_size", "a power of two in 8 ... 128", sizes.page_size);
-    expect(int64_t{sizes.max_pages} * sizes.page_size <= kMostTokens, "max_pages", "room for fewer than 2^31 tokens",
-           sizes.max_pages);
+    expect(int64_t{sizes.max_pages} * sizes.page_size <= kMostTokens, "max_pages",
+           "room for at most 2^31 - 4097 tokens", sizes.max_pages);
     if (find("head_dim")) {
       expect(sizes.head_dim >= 1 && sizes.head_dim <= kMaxHeadDim, "head_dim", "1 ... 256", sizes.head_dim);
     }

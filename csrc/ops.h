@@ -9,7 +9,7 @@ namespace entmaxkv {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxPageSize = 128;
-constexpr int64_t kMostTokens = INT32_MAX - kMaxPageSize;  // that a row has room for
+constexpr int64_t kMostTokens = INT32_MAX - 4096;  // that a row has room for, so that kernels may round up
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 

@@ -41,7 +41,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
   args.expect(int64_t{op.selection.max_selected} * op.page_size <= kMostTokens, "max_selected",
-              "room for fewer than 2^31 tokens", op.selection.max_selected);
+              "room for at most 2^31 - 4097 tokens", op.selection.max_selected);
   check_cache(args, op.page_table, op.seq_lens);
   if (kOnHost && selected) check_selection(args, op);
 

@@ -1,15 +1,12 @@
 """Selectors: which pages of the cache a query reads."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from entmaxkv import ops
 from entmaxkv.cache import PagedKVCache
-
-# Room, in tokens, up to which reading the whole cache takes no more time than selecting from it (bench/NOTES.md).
-DENSE_BELOW = {"cuda": {"TopPages": 4096, "Gaussian": 16384}}
 
 
 class Selector(Protocol):
@@ -63,11 +60,9 @@ def selection(
 
 
 def dense_below(select: Selector, device: str) -> int:
-    """The `dense_below` of a selector, where it says None as measured."""
+    """The `dense_below` of a selector, by its class and the device where it says None."""
     own: int | None = getattr(select, "dense_below", 0)
-    if own is not None:
-        return own
-    return DENSE_BELOW.get(device, {}).get(type(select).__name__, 0)
+    return getattr(select, "DENSE_BELOW", {}).get(device, 0) if own is None else own
 
 
 def check_dense_below(name: str, value: int | None) -> None:
@@ -80,13 +75,15 @@ class TopPages:
     """The pages whose upper bounds come closest to the best, under a budget (arXiv 2605.21649, top-budget).
 
     Attributes:
-        budget: tokens per KV head whose keys are read.
+        budget: tokens per KV head whose keys are read, unless the cache is so small that it is decoded densely.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
             `select=None`. None: 4096 on a GPU, 0, so never, on the CPU.
     """
 
     budget: int = 2048
     dense_below: int | None = None
+
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 4096}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
@@ -137,6 +134,8 @@ class Gaussian:
     quantile: float = 0.95
     margin: float = 0.0
     dense_below: int | None = None
+
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 16384}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:

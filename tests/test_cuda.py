@@ -1,5 +1,6 @@
 """What only a GPU shows: streams, graphs, and sizes at which offsets, splits and wide supports matter."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -71,13 +72,25 @@ def test_a_million_tokens(dtype, alpha):
     assert_same_bits(cache.dense(q, alpha), got)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("head_dim", [64, 80, 100, 256])
 @dtypes
-def test_lists_of_many_tiles(dtype, head_dim):
+def test_lists_of_many_tiles(dtype, head_dim, alpha):
     """Each warp goes through several tiles, whatever the layout of the rows."""
     _, cache = random_cache([200_000, 3000], 2, head_dim, dtype)
     q = make_query(2, 6, head_dim, dtype, "cuda")
-    check_decode(cache, q, cache.dense(q))
+    check_decode(cache, q, cache.dense(q, alpha), alpha=alpha)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.06, 1.5])
+def test_room_in_the_page_table_changes_no_bit_of_long_rows(alpha):
+    """Wide supports, solved by a cluster whose size follows from the length alone."""
+    _, cache = random_cache([70_000], 2, 64, torch.float32)
+    q = make_query(1, 4, 64, torch.float32, "cuda") * 0.01
+    roomy = torch.nn.functional.pad(cache.page_table, (0, 20_000 - cache.page_table.shape[1]))
+    got = cache.dense(q, alpha)
+    assert got.support.min() > 1000
+    assert_same_bits(dataclasses.replace(cache, page_table=roomy).dense(q, alpha), got)
 
 
 @large
@@ -92,14 +105,14 @@ def test_a_large_batch(dtype):
         assert_same_bits(cache.row(row).dense(q[row : row + 1]), [x[row : row + 1] for x in got])
 
 
-@pytest.mark.parametrize("pages", [1, 2, 1023, 1024, 1025, 65536, 69632, 69633, 131072])
+@pytest.mark.parametrize("pages", [1, 2, 1025, 2560, 2561, 5121, 10241, 20480, 65536, 65537, 131072])
 def test_select_pages_chooses_what_the_cpu_chooses(pages):
     check_selections(pages)
 
 
 @pytest.mark.parametrize("group", [4, 5, 17])
 def test_select_pages_by_the_blocks_of_a_cluster(group):
-    check_selections(2049, group)
+    check_selections(10241, group)
 
 
 def check_selections(pages: int, group: int = 4) -> None:

@@ -46,6 +46,28 @@ def test_all_pages_are_dense_to_the_bit(device, alpha, max_pages):
         assert_same_bits(cache.sparse(q, *select(cache, pick(cache, 2.0), extra), alpha), cache.dense(q, alpha))
 
 
+@pytest.mark.parametrize("keys", ["normal", "rising", "falling", "ties", "special"])
+@pytest.mark.parametrize("alpha", [1.0, 1.06, 4 / 3, 1.5, 2.0])
+def test_what_dense_decoding_leaves_out_has_no_weight(device, alpha, keys):
+    """While a GPU reads all keys it drops tokens by what it has seen; of a selection of all pages it drops fewer."""
+    q = make_query(1, 8, 64, device=device)
+    k = make_cache([5000]).k[0]
+    slope = torch.linspace(-1, 1, 5000)[:, None, None] * q[0, ::4].cpu() / 4  # [tokens, kv_heads, head_dim]
+    k = {
+        "normal": k,
+        "rising": k / 8 + slope,
+        "falling": k / 8 - slope,
+        "ties": k.round() / 2,
+        "special": torch.where(torch.arange(5000)[:, None, None] % 1667 == 5, -torch.inf, k.abs()),
+    }[keys]
+    if keys == "special":
+        q = q.abs()
+    cache = make_cache([5000], page_size=16, k=[k], device=device)
+    want = cache.sparse(q, *select(cache, pick(cache, 2.0)), alpha)
+    for _ in range(20 if device == "cuda" else 1):
+        assert_same_bits(cache.dense(q, alpha), want)
+
+
 def test_a_selection_that_holds_the_support_gives_the_dense_result(device):
     cache, q = (
         make_cache([2000], page_size=16, kv_heads=1, device=device),

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMostThreads) append_row(AppendKv op) {
   const int thread = threadIdx.x - head * width, place = blockIdx.x * blockDim.x + threadIdx.x;
   if (place * 32 < op.max_pages) prefetch(op.page_table.row(row) + place * 32);
   const Span span(op, row);
-  cluster::arrive_early();
+  cluster::arrive();
   const int touched = page_of(op, span.first) < page_of(op, span.end - 1) ? 2 : 1;
 #pragma unroll 1
   for (int first = blockIdx.x * heads; first < op.kv_heads; first += gridDim.x * heads) {

@@ -29,7 +29,7 @@ constexpr int most_chunks(int tokens) {
 __device__ inline int units_of(const TokenList& list) { return ceil_div(list.tokens, kLeastChunk); }
 
 /// One of a block's chunks: of all those that begin in its share. In shared memory.
-struct Chunk {
+struct ListChunk {
   int64_t row;
   HeadGroup group;
   TokenList list;
@@ -40,7 +40,7 @@ struct Chunk {
   int end;          // of the share in this list, in units
   int left;         // of the share in later lists
 
-  __device__ Chunk() {}
+  __device__ ListChunk() {}
 
   __device__ bool is_there() const { return first < last; }
 
@@ -50,7 +50,7 @@ struct Chunk {
     left = share.items;
     enter(op, share.item);
   }
-  __device__ void follow(const Chunk& before) {
+  __device__ void follow(const ListChunk& before) {
     *this = before;
     ++nth;
   }
@@ -83,9 +83,9 @@ struct Chunk {
 /// The next chunks of a block, from the one that it adds up on as far as loading may be ahead.
 struct Plan {
   static constexpr int kAhead = 4;
-  Chunk chunks[2 * kAhead];
+  ListChunk chunks[2 * kAhead];
 
-  __device__ Chunk& operator[](int n) { return chunks[n % (2 * kAhead)]; }
+  __device__ ListChunk& operator[](int n) { return chunks[n % (2 * kAhead)]; }
 
   /// By one thread.
   __device__ void add(const SparseDecode& op, const Share& share, int n) {
@@ -114,7 +114,7 @@ class Loader {
   /// Begins to copy the next rows. All lanes call.
   template <typename Slot>
   __device__ void load(Slot& slot) {
-    const Chunk& chunk = s_plan_[chunk_];
+    const ListChunk& chunk = s_plan_[chunk_];
     if (tile_ < chunk.last) {
       const Rows& pages = values_ ? op_.v_pages : op_.k_pages;
       slot.load(pages.at<typename Slots::T>(page_, chunk.group.kv_head, in_page_), op_.head_dim);
@@ -133,7 +133,7 @@ class Loader {
  private:
   /// Finds in memory this lane's token. Behind the end of the list it is the last one.
   __device__ void look_up() {
-    const Chunk& chunk = s_plan_[chunk_];
+    const ListChunk& chunk = s_plan_[chunk_];
     if (tile_ >= chunk.last) return;
     const int place = min(tile_ * kTileRows + static_cast<int>(threadIdx.x % 32), chunk.list.tokens - 1);
     page_ = chunk.list.page(place);

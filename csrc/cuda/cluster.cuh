@@ -31,9 +31,6 @@ __device__ inline int size() { return static_cast<int>(cooperative_groups::this_
 __device__ inline void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 __device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
-/// arrive() for threads that have written nothing that others read.
-__device__ inline void arrive_early() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
-
 /// A shared variable as the block of that rank has it. Far away: one thread should read it for all.
 template <typename T>
 __device__ T& of(int rank, T& shared) {
@@ -43,7 +40,6 @@ __device__ T& of(int rank, T& shared) {
 __device__ inline int rank() { return 0; }
 __device__ inline int size() { return 1; }
 __device__ inline void arrive() {}
-__device__ inline void arrive_early() {}
 __device__ inline void wait() { __syncthreads(); }
 
 template <typename T>

@@ -196,7 +196,7 @@ __device__ Value shuffle_xor(Value value, int distance) {
   return value;
 }
 
-/// The combination of the values of kThreads threads, a block or the first warp, in a fixed order, for each of them.
+/// The combination of the values of kThreads threads, a block or a warp, in a fixed order, for each of them.
 /// They all call.
 template <int kThreads, typename Value, typename Combine>
 __device__ Value reduce(Value value, Combine combine) {

@@ -128,8 +128,9 @@ class Living {
  private:
   __device__ uint32_t* bests(int h) const { return scratch_.bests + (first_ + h) * Scratch::kBests; }
 
-  /// Takes all blocks' best scores into account. Of `tokens` of them that are at most `below` beneath the best, the
-  /// threshold is no lower than where they have a mass of 1, were they all down there. All lanes call.
+  /// Takes all blocks' best scores into account. Of those at most some depth beneath the best, the threshold is no
+  /// lower than where they have a mass of 1, were they all down there. Levels may stand two steps and its kEnough below
+  /// the threshold, and all that is above them must live: hence kMargin. All lanes call.
   __device__ void hear() const {
     constexpr int kHeads = 4, kLanes = 32 / kHeads;  // at once, and of each
     constexpr int kOwn = Scratch::kBests / kLanes / 4;

@@ -32,7 +32,7 @@ __device__ inline float reach_of(const Entmax<double>& entmax) {
 
 /// Levels below the best score, kLevels to the last one where a token can have weight. A head's threshold is at least
 /// the first level where the tokens above it, each taken to be at the level below its own score, have a mass of 1; and
-/// by less than two levels above it. With more tokens a threshold only rises.
+/// above it by less than two levels and what kEnough adds. With more tokens a threshold only rises.
 class Levels {
  public:
   static constexpr int kLevels = 32;              // a lane's each
@@ -47,7 +47,7 @@ class Levels {
   /// Takes a token into account.
   __device__ void count(float best, float score) const {
     const float below = (best - score) * per_level_;
-    if (below < kLevels) atomicAdd(&counts_[static_cast<int>(fmaxf(below, 0))], 1);
+    if (below < kLevels && per_level_ > 0) atomicAdd(&counts_[static_cast<int>(fmaxf(below, 0))], 1);
   }
 
   /// The score of the level, of all blocks' tokens. All threads of the team call.

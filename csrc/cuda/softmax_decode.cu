@@ -1,12 +1,15 @@
 // sparse_decode and dense_decode on the GPU where alpha = 1.
 //   s_i = scale q . k_i + bias,  p_i = exp(s_i - best) / mass,  best = max s,  mass = sum_i exp(s_i - best),
 //   out = sum_i p_i v_i
-// Every key and every value is read once per group of up to 8 query heads.
+// Every key and every value is read once per group of up to 8 query heads, also values of tokens whose weight is 0:
+// where one is infinite, the output is no number.
 //   1. attend: the chunks of all lists (chunks.cuh) are divided evenly over a fixed grid. A warp goes through tiles of
-//   32 tokens,
-//      keys and then values, and keeps the best score of a chunk so far, and mass and sums relative to it; the block
-//      adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
-//   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks, in their order.
+//   32
+//      tokens, keys and then values, and keeps the best score of a chunk so far, and mass and sums relative to it; the
+//      block adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
+//   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks, in their order, and counts the tokens
+//   that
+//      have weight, for which it reads keys again of chunks that have such tokens and others.
 #include "chunks.cuh"
 #include "softmax_decode.cuh"
 #include "value_sums.cuh"
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
       __syncthreads();
       loader.begin();
     }
-    const Chunk& chunk = s_plan[n];
+    const ListChunk& chunk = s_plan[n];
     if (!chunk.is_there()) break;
     const LaneScoring scoring(op, chunk.group);
     Running running;

@@ -149,8 +149,13 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   }
 }
 
-/// What a block solves alone. Longer lists are solved by a cluster.
-constexpr int kAlone = 64 << 10;
+/// Blocks that solve a head together, for every kTokensOfBlock tokens of its list: whatever room there is for more.
+constexpr int kTokensOfBlock = 64 << 10;
+__host__ __device__ int blocks_of(int tokens, int most) {
+  int blocks = 1;
+  while (blocks < most && blocks * kTokensOfBlock < tokens) blocks *= 2;
+  return blocks;
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
@@ -161,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
-  Team team = list.tokens > kAlone ? Team::cluster() : Team::block();
-  if (team.size == 1 && cluster::rank() > 0) return;
+  Team team = Team::blocks(blocks_of(list.tokens, cluster::size()));
+  if (team.rank >= team.size) return;
   const Entmax<double> entmax(op.alpha.of(head));
   float best = kNothing;
   if (scratch.bests) {
@@ -221,8 +226,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      int blocks = 1;
-      while (blocks < most_blocks && blocks * kAlone < scratch.capacity) blocks *= 2;
+      const int blocks = blocks_of(scratch.capacity, most_blocks);
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks}, stream, op, scratch,
              value_vectors);
     }

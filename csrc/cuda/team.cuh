@@ -13,7 +13,8 @@ class Team {
   int rank, size;
 
   static __device__ Team block() { return {0, 1}; }
-  static __device__ Team cluster() { return {cluster::rank(), cluster::size()}; }
+  /// The first `size` blocks of a cluster; the others end.
+  static __device__ Team blocks(int size) { return {cluster::rank(), size}; }
 
   /// The combination of all threads' values, in a fixed order, for each of them.
   template <typename Value, typename Combine>
