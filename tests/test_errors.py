@@ -362,6 +362,6 @@ def test_python(name, options, wrong):
 def test_a_page_table_with_room_for_too_many_tokens():
     q = k_min = torch.zeros(1, 1, 8)
     page_table, seq_lens = torch.zeros(1, 2**24, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    expected = r"max_pages: expected room for fewer than 2\^31 tokens, got 16777216"
+    expected = r"max_pages: expected room for at most 2\^31 - 4097 tokens, got 16777216"
     with pytest.raises(RuntimeError, match=expected):
         torch.ops.entmaxkv.score_pages(q, k_min, k_min, page_table, seq_lens, 128)

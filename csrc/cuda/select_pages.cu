@@ -534,6 +534,7 @@ __device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared&
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
     select(SelectPages op, int slice_pages, int tile_pages, float* workspace) {
+  take_turn();
   __shared__ Shared s;
   auto* s_orders = reinterpret_cast<Order*>(dynamic_shared());
   auto* s_scores = reinterpret_cast<float*>(s_orders + kListed);
@@ -547,7 +548,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = thread; i < 4 * op.group; i += kThreads) s_extremes[i] = 0;  // below all that ordered() gives
   s.histogram.clear();
   if (size > 1) cluster::arrive();
-  take_turn();
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
   const float* data = op.scores + list * op.group * op.max_pages;
   const Scores scores{data, op.group, op.max_pages, tile_pages, s_scores, s_extremes};
