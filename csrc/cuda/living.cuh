@@ -42,9 +42,8 @@ struct Scratch {
 };
 
 /// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen, and
-/// below which score no token of a head has weight. From time to time they tell the other blocks their best, through
-/// memory that all multiprocessors ask for: one line of it, asked before every tile, cost 60 of 600 us at 1M tokens on
-/// an H200.
+/// below which score no token of a head has weight. They tell the other blocks their best only from time to time: it
+/// goes through memory that all multiprocessors ask for (bench/NOTES.md).
 class Living {
  public:
   struct Shared {
