@@ -149,10 +149,13 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   }
 }
 
-/// Blocks that solve a head together, for every kTokensOfBlock tokens of its list: whatever room there is for more.
-constexpr int kTokensOfBlock = 64 << 10;
+/// Blocks that solve a head together: one for kAlone tokens of its list, at least 4 for more, and one for every
+/// kTokensOfBlock up to the most. The room for more tokens does not count.
+constexpr int kAlone = 64 << 10;
+constexpr int kTokensOfBlock = 32 << 10;
 __host__ __device__ int blocks_of(int tokens, int most) {
   int blocks = 1;
+  if (tokens <= kAlone) return blocks;
   while (blocks < most && blocks * kTokensOfBlock < tokens) blocks *= 2;
   return blocks;
 }
