@@ -102,8 +102,8 @@ void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStr
   check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
-/// First in every kernel, by every thread: waits until the kernels before this one are done, and lets the next come. The
-/// other way round, blocks of ever later kernels come and wait, and steps take longer (bench/NOTES.md).
+/// First in every kernel, by every thread: waits until the kernels before this one are done, and lets the next come.
+/// The other way round, blocks of ever later kernels come and wait, and steps take longer (bench/NOTES.md).
 __device__ inline void take_turn() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
