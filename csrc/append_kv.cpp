@@ -3,7 +3,7 @@
 namespace entmaxkv {
 
 void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pages, Optional k_min, Optional k_max,
-               Optional k_mean, Optional k_std, Tensor page_table, Tensor seq_lens) {
+               Optional k_mean, Optional k_std, Tensor page_table, Tensor seq_lens, Optional codes, Optional norms) {
   Arguments args("append_kv");
   AppendKv op;
   op.dtype = args.element(k_pages, "k_pages");
@@ -15,6 +15,7 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
   op.statistics = statistics_of(args, k_pages, k_min, k_max, k_mean, k_std);
   op.page_table = page_table_of(args, page_table);
   op.seq_lens = args.values<int32_t>(seq_lens, "seq_lens [batch]");
+  op.sketch = sketch_of(args, codes, norms);
   static_cast<Sizes&>(op) = args.sizes();
   if (kOnHost && op.lengths) {
     for (int row = 0; row < op.batch; ++row) {
@@ -32,6 +33,7 @@ void append_kv(Tensor k, Tensor v, Optional lengths, Tensor k_pages, Tensor v_pa
 
 ENTMAXKV_OP(append_kv,
             "(Tensor k, Tensor v, Tensor? lengths, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_min, "
-            "Tensor(d!)? k_max, Tensor(e!)? k_mean, Tensor(f!)? k_std, Tensor page_table, Tensor(g!) seq_lens) -> ()")
+            "Tensor(d!)? k_max, Tensor(e!)? k_mean, Tensor(f!)? k_std, Tensor page_table, Tensor(g!) seq_lens, "
+            "Tensor(h!)? codes=None, Tensor(i!)? norms=None) -> ()")
 
 }  // namespace entmaxkv

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "sketch.h"
 
 namespace entmaxkv {
 
@@ -159,7 +160,11 @@ class Arguments {
   T* values(const Tensor& tensor, std::string_view text) {
     shape(tensor, text);
     const auto name = text.substr(0, text.find(' '));
-    dtype(tensor, name, std::is_same_v<std::remove_const_t<T>, float> ? ScalarType::Float : ScalarType::Int);
+    using Value = std::remove_const_t<T>;
+    dtype(tensor, name,
+          std::is_same_v<Value, float>     ? ScalarType::Float
+          : std::is_same_v<Value, uint8_t> ? ScalarType::Byte
+                                           : ScalarType::Int);
     if (!tensor.is_contiguous()) fail(name, "a contiguous tensor", "strides that are not");
     return static_cast<T*>(tensor.data_ptr());
   }
@@ -221,6 +226,8 @@ class Arguments {
         return "float64";
       case ScalarType::Int:
         return "int32";
+      case ScalarType::Byte:
+        return "uint8";
       case ScalarType::Long:
         return "int64";
       default:
@@ -328,6 +335,17 @@ inline PageStatistics statistics_of(Arguments& args, const Tensor& like, const O
   if (k_mean) statistics.k_mean = args.written_rows(*k_mean, "k_mean [pages, kv_heads, head_dim]", like);
   if (k_std) statistics.k_std = args.written_rows(*k_std, "k_std [pages, kv_heads, head_dim]", like);
   return statistics;
+}
+
+/// The codes and norms of a sketch: both or neither.
+inline Sketch sketch_of(Arguments& args, const Optional& codes, const Optional& norms) {
+  args.expect(codes.has_value() == norms.has_value(), "codes, norms", "both or neither", "one of them");
+  if (!codes) return {};
+  args.know("2", 2);
+  args.know("3", 3);
+  args.know("ceil(head_dim / 64) * 16", sketch::row_bytes(args["head_dim"]));
+  return {args.values<uint8_t>(*codes, "codes [pages, kv_heads, 2, page_size, ceil(head_dim / 64) * 16]"),
+          args.values<uint8_t>(*norms, "norms [pages, kv_heads, 3, page_size]")};
 }
 
 }  // namespace entmaxkv

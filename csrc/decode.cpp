@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor seq_lens, int64_t 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                                                          Tensor seq_lens, Tensor selected, Tensor counts, double alpha,
                                                          std::optional<double> scale, Optional alibi_slopes,
-                                                         Optional head_alpha);
+                                                         Optional head_alpha, bool by_token);
 
 Tensor decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens,
               int64_t budget, double alpha, std::optional<double> scale, Optional alibi_slopes, Optional head_alpha) {
@@ -19,7 +19,7 @@ Tensor decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor k_min, Tensor k_m
   const Tensor scores = score_pages(q, k_min, k_max, page_table, seq_lens, args["page_size"], scale, alibi_slopes);
   const auto [selected, counts] = select_pages(scores, seq_lens, args["kv_heads"], args["page_size"], budget);
   return std::get<0>(sparse_decode(q, k_pages, v_pages, page_table, seq_lens, selected, counts, alpha, scale,
-                                   alibi_slopes, head_alpha));
+                                   alibi_slopes, head_alpha, false));
 }
 
 ENTMAXKV_OP(

@@ -7,7 +7,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_decode(Tensor q, Tensor k_pages
                                                         Optional alibi_slopes, Optional head_alpha) {
   Arguments args("dense_decode");
   return decode_selection(args, q, k_pages, v_pages, page_table, seq_lens, {}, {}, alpha, scale, alibi_slopes,
-                          head_alpha);
+                          head_alpha, false);
 }
 
 ENTMAXKV_OP(dense_decode,

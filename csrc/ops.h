@@ -45,6 +45,22 @@ struct PageStatistics {
   Rows k_mean, k_std;  // [pages, kv_heads, head_dim]
 };
 
+/// A code of 4 bits per coordinate of each key, in two planes of 2, and norms of what it loses (sketch.h); or nothing.
+struct Sketch {
+  uint8_t* codes = nullptr;  // [pages, kv_heads, 2, page_size, row_bytes]
+  uint8_t* norms = nullptr;  // [pages, kv_heads, 3, page_size]: scale, norm of the coarse and of the fine distance
+
+  constexpr explicit operator bool() const { return codes != nullptr; }
+
+  /// A page's part of a plane of codes, and of one of the norms. `page_head` is page * kv_heads + kv_head.
+  constexpr uint8_t* plane(int64_t page_head, int plane, int page_size, int row_bytes) const {
+    return codes + (page_head * 2 + plane) * page_size * row_bytes;
+  }
+  constexpr uint8_t* norm(int64_t page_head, int which, int page_size) const {
+    return norms + (page_head * 3 + which) * page_size;
+  }
+};
+
 /// alpha of every query head: one value, or one per head.
 struct Alpha {
   double value;
@@ -61,16 +77,26 @@ struct Scoring {
   constexpr float slope(int head) const { return alibi_slopes ? alibi_slopes[head] : 0.0f; }
 };
 
-/// Writes `lengths[b]` new tokens behind the `seq_lens[b]` present ones, renews the statistics of the
-/// pages it touched, and only then moves seq_lens.
+/// Writes `lengths[b]` new tokens and their sketch behind the `seq_lens[b]` present ones, renews the statistics of
+/// the pages it touched, and only then moves seq_lens.
 struct AppendKv : Sizes {
   Dtype dtype;
   Rows k, v;               // [batch, tokens, kv_heads, head_dim]
   const int32_t* lengths;  // [batch] or null: every row appends `tokens`
   Rows k_pages, v_pages;   // [pages, kv_heads, page_size, head_dim]
   PageStatistics statistics;
+  Sketch sketch;
   PageTable page_table;
   int32_t* seq_lens;  // [batch]
+};
+
+/// Renews the sketch of every key in the cache.
+struct KeySketch : Sizes {
+  Dtype dtype;
+  Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
+  Sketch sketch;
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
 };
 
 /// Renews the statistics of every page in use.
@@ -107,11 +133,12 @@ struct ScoreGaussian : Sizes {
   float* std;   // [batch, q_heads, max_pages]
 };
 
-/// Pages chosen for each KV head: logical indices, ascending, padded with -1. Or nothing chosen: every page.
+/// Pages or tokens chosen for each KV head: logical indices, ascending. Or nothing chosen: every page.
 struct Selection {
   int32_t* selected = nullptr;  // [batch, kv_heads, max_selected]
   int32_t* counts = nullptr;    // [batch, kv_heads]
   int max_selected = 0;
+  bool by_token = false;
 
   constexpr explicit operator bool() const { return counts != nullptr; }
 
@@ -138,7 +165,25 @@ struct SelectGaussian : Sizes {
   Selection selection;
 };
 
-/// Exact alpha-entmax attention over the tokens of the selected pages; of every page when none are given.
+/// The tokens that may have weight, by the bounds of the sketch: those with s_i <= upper_i, upper_i > floor for some
+/// head of the group, where floor is the threshold on the exact scores of some tokens, in s, and so at most that on
+/// all. Of more than the selection has room for, those furthest above the floor.
+struct SelectSketch : Sizes {
+  Dtype dtype;
+  Rows q;        // [batch, q_heads, head_dim]
+  Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
+  Sketch sketch;
+  PageTable page_table;
+  const int32_t* seq_lens;  // [batch]
+  Alpha alpha;
+  Scoring scoring;
+  bool fine;      // both planes, or the first alone
+  float certain;  // share of the proved error that bounds count: 1, or less where they only hold almost certainly
+  Selection selection;
+  float* delta_bound;  // [batch, q_heads] upper bound of the weight of the tokens that did not fit; 0 where all do
+};
+
+/// Exact alpha-entmax attention over the selected tokens, or those of the selected pages; over all when none are given.
 struct SparseDecode : Sizes {
   Dtype dtype;
   Rows q;                 // [batch, q_heads, head_dim]

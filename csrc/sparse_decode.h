@@ -5,20 +5,23 @@
 
 namespace entmaxkv {
 
-/// On the host: every selection is an ascending list of pages in use.
+/// On the host: every selection is an ascending list of pages or tokens in use.
 inline void check_selection(const Arguments& args, const SparseDecode& op) {
   for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
     const int count = op.selection.counts[row_head];
     if (count < 0 || count > op.selection.max_selected) {
       args.fail("counts", "0 ... " + std::to_string(op.selection.max_selected), std::to_string(count));
     }
-    const int used = (op.seq_lens[row_head / op.kv_heads] + op.page_size - 1) / op.page_size;
+    const bool by_token = op.selection.by_token;
+    const int unit = by_token ? 1 : op.page_size;
+    const int used = (op.seq_lens[row_head / op.kv_heads] + unit - 1) / unit;
     for (int nth = 0; nth < count; ++nth) {
-      const int page = op.selection.row(row_head)[nth];
+      const int each = op.selection.row(row_head)[nth];
       const int least = nth > 0 ? op.selection.row(row_head)[nth - 1] + 1 : 0;
-      if (page >= least && page < used) continue;
-      args.fail("selected", "ascending pages below " + std::to_string(used) + ", the pages in use",
-                std::to_string(page));
+      if (each >= least && each < used) continue;
+      const std::string kind = by_token ? "tokens" : "pages";
+      args.fail("selected", "ascending " + kind + " below " + std::to_string(used) + ", the " + kind + " in use",
+                std::to_string(each));
     }
   }
 }
@@ -26,7 +29,7 @@ inline void check_selection(const Arguments& args, const SparseDecode& op) {
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
     Arguments& args, const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& page_table,
     const Tensor& seq_lens, const Optional& selected, const Optional& counts, double alpha, std::optional<double> scale,
-    const Optional& alibi_slopes, const Optional& head_alpha) {
+    const Optional& alibi_slopes, const Optional& head_alpha, bool by_token) {
   SparseDecode op;
   op.dtype = args.element(k_pages, "k_pages");
   op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
@@ -37,10 +40,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.selection.selected = args.values<int32_t>(selected, "selected [batch, kv_heads, max_selected]");
   op.selection.counts = args.values<int32_t>(counts, "counts [batch, kv_heads]");
   op.selection.max_selected = args["max_selected"];
+  op.selection.by_token = by_token;
   op.alpha = alpha_of(args, alpha, head_alpha);
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
-  args.expect(int64_t{op.selection.max_selected} * op.page_size <= kMostTokens, "max_selected",
+  args.expect(int64_t{op.selection.max_selected} * (by_token ? 1 : op.page_size) <= kMostTokens, "max_selected",
               "room for at most 2^31 - 4097 tokens", op.selection.max_selected);
   check_cache(args, op.page_table, op.seq_lens);
   if (kOnHost && selected) check_selection(args, op);

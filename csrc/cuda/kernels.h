@@ -10,14 +10,17 @@ namespace entmaxkv::cuda {
 
 int64_t workspace_bytes(const SelectGaussian& op);
 int64_t workspace_bytes(const SelectPages& op);
+int64_t workspace_bytes(const SelectSketch& op);
 int64_t workspace_bytes(const SparseDecode& op);
 
 void append_kv(const AppendKv& op, cudaStream_t stream);
+void key_sketch(const KeySketch& op, cudaStream_t stream);
 void page_stats(const PageStats& op, cudaStream_t stream);
 void score_gaussian(const ScoreGaussian& op, cudaStream_t stream);
 void score_pages(const ScorePages& op, cudaStream_t stream);
 void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t stream);
 void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream);
+void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream);
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream);
 
 }  // namespace entmaxkv::cuda

@@ -1,0 +1,140 @@
+// The key sketch: what both backends share of its layout and arithmetic.
+//
+// A key is rotated, r = H S k: S turns signs, fixed and random-like; H is an orthonormal Hadamard matrix of the blocks
+// of kBlock dimensions (one matrix over all where their number is a power of two), zeros filling up the last one. Per
+// token one step s, and of each coordinate x of r a code of 4 bits, c = floor(4 x / s) + 8 in 0 ... 15:
+//     fine value    (c - 7.5) s / 4                 from both planes, the high and the low 2 bits
+//     coarse value  (floor(c / 4) - 1.5) s          from plane 0 alone
+// and of each value's distance from r the norm, rounded up. As rotations keep products,
+//     |q.k - q.value| <= ||q|| (norm of the distance)
+// where arithmetic on either side is paid for too: kSlack in the norms, the query's own rounding in QueryCode.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "entmax.h"
+#include "ops.h"
+
+namespace entmaxkv::sketch {
+
+constexpr int kBlock = 64;
+constexpr int kMaxDims = kMaxHeadDim;
+constexpr int kUnknown = 255;       // the scale of a key that has no sketch: it may have any score
+constexpr float kNormUnit = 256;    // a norm of the coarse distance, in units of s sqrt(dims) / kNormUnit
+constexpr float kFineUnit = 1024;   // of the fine distance
+constexpr float kSpread = 1.13f;    // s over the root mean square of r: balances both distances for normal r
+constexpr float kSlack = 0x1p-15f;  // times ||k||: more than fp32 rounds in the rotation and in a product of 256 terms
+
+ENTMAXKV_HOST_DEVICE constexpr int dims_of(int head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
+
+/// The size of the Hadamard matrices.
+ENTMAXKV_HOST_DEVICE constexpr int rotation_of(int dims) { return dims == 192 ? 64 : dims; }
+
+/// Bytes of a token in one plane.
+ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head_dim) / 4; }
+
+/// Bits 2 nth and 2 nth + 1 of a byte are the code of that coordinate.
+ENTMAXKV_HOST_DEVICE constexpr int coordinate(int byte, int nth) { return byte / 16 * kBlock + 16 * nth + byte % 16; }
+
+/// The sign of S for a dimension.
+ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
+  uint32_t x = (static_cast<uint32_t>(d) + 1) * 0x9e3779b9u;
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x >> 31 ? -1.0f : 1.0f;
+}
+
+/// s of a scale: 8 steps to every power of two.
+ENTMAXKV_HOST_DEVICE inline float step_of(int scale) { return std::exp2(static_cast<float>(scale - 112) * 0.125f); }
+
+/// The scale whose s is nearest to the one that is wanted, or at least that; kUnknown if it is too large.
+ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
+  const float place = 8 * std::log2(wanted) + 112;
+  if (!(place < 254)) return kUnknown;  // NaN too
+  return static_cast<int>(std::fmax(at_least ? std::ceil(place + 1e-3f) : std::rint(place), 0.0f));
+}
+
+ENTMAXKV_HOST_DEVICE inline int code_of(float x_per_step) {
+  return static_cast<int>(std::fmin(std::fmax(std::floor(4 * x_per_step) + 8, 0.0f), 15.0f));
+}
+
+/// Squared distances of a coordinate x / s from its values.
+struct Distances {
+  float coarse = 0, fine = 0;
+
+  ENTMAXKV_HOST_DEVICE void add(float x_per_step) {
+    const int code = code_of(x_per_step);
+    const float c = x_per_step - (static_cast<float>(code >> 2) - 1.5f);
+    const float f = x_per_step - (static_cast<float>(code) - 7.5f) * 0.25f;
+    coarse += c * c;
+    fine += f * f;
+  }
+
+  ENTMAXKV_HOST_DEVICE friend Distances operator+(const Distances& a, const Distances& b) {
+    return {a.coarse + b.coarse, a.fine + b.fine};
+  }
+};
+
+/// What is kept of a token beside its codes. Of a scale that does not fit, !fits().
+struct Norms {
+  int scale, coarse, fine;
+
+  /// From the norm of r, the sums over its coordinates, and the number of these.
+  ENTMAXKV_HOST_DEVICE Norms(int scale, float norm, const Distances& squares, int dims)
+      : scale(scale),
+        coarse(units(norm, squares.coarse, dims, kNormUnit)),
+        fine(units(norm, squares.fine, dims, kFineUnit)) {}
+
+  ENTMAXKV_HOST_DEVICE bool fits() const { return scale != kUnknown && coarse <= 255 && fine <= 255; }
+
+ private:
+  ENTMAXKV_HOST_DEVICE int units(float norm, float square, int dims, float unit) const {
+    const float distance = std::sqrt(square) * (1 + kSlack) + norm / step_of(scale) * kSlack;
+    return static_cast<int>(std::fmin(std::ceil(distance * unit / std::sqrt(static_cast<float>(dims))), 256.0f));
+  }
+};
+
+/// A scaled and rotated query as whole numbers of 15 bits, and what its products with codes say of scores.
+struct QueryCode {
+  static constexpr int kMost = 127 * 128;
+
+  float unit;   // of the numbers
+  int sum;      // of the numbers
+  float error;  // of a score over s, for each unit of the coarse norm
+  float slack;  // of a score over s
+
+  /// numbers_i = rint(q_i / unit) in -kMost ... kMost; norm = ||q||, distance = ||q - unit numbers||; certain: 1, or
+  /// the share of the proved error that counts.
+  ENTMAXKV_HOST_DEVICE QueryCode(float unit, int sum, float norm, float distance, int dims, float certain)
+      : unit(unit), sum(sum) {
+    const float root = std::sqrt(static_cast<float>(dims));
+    error = norm * root * (certain / kNormUnit) * (1 + kSlack);
+    slack = 1.5f * root * (distance + norm * kSlack) * (1 + kSlack);
+  }
+
+  /// Upper bounds of scale q.k: from sum_i numbers_i (c_i >> 2), and from sum_i numbers_i c_i.
+  ENTMAXKV_HOST_DEVICE float coarse_bound(int product, int scale, int norm) const {
+    return bound(0.5f * static_cast<float>(2 * product - 3 * sum), static_cast<float>(norm), scale);
+  }
+  ENTMAXKV_HOST_DEVICE float fine_bound(int product, int scale, int norm) const {
+    return bound(0.125f * static_cast<float>(2 * product - 15 * sum), 0.25f * static_cast<float>(norm), scale);
+  }
+
+ private:
+  ENTMAXKV_HOST_DEVICE float bound(float product, float norm, int scale) const {
+    if (scale == kUnknown) return std::numeric_limits<float>::infinity();
+    return step_of(scale) * (unit * product + (error * norm + 2 * slack));
+  }
+};
+
+/// The unit of a query's numbers: with it the largest coordinate is kMost.
+ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / QueryCode::kMost; }
+
+/// The ALiBi term of a bound, rounded up.
+ENTMAXKV_HOST_DEVICE inline float bias_bound(float slope, int distance) {
+  const float bias = slope * static_cast<float>(distance);
+  return bias + std::fabs(bias) * 0x1p-20f;
+}
+
+}  // namespace entmaxkv::sketch
