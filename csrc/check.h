@@ -344,8 +344,11 @@ inline Sketch sketch_of(Arguments& args, const Optional& codes, const Optional& 
   args.know("2", 2);
   args.know("3", 3);
   args.know("ceil(head_dim / 64) * 16", sketch::row_bytes(args["head_dim"]));
-  return {args.values<uint8_t>(*codes, "codes [pages, kv_heads, 2, page_size, ceil(head_dim / 64) * 16]"),
-          args.values<uint8_t>(*norms, "norms [pages, kv_heads, 3, page_size]")};
+  const Sketch sketch{args.values<uint8_t>(*codes, "codes [pages, kv_heads, 2, page_size, ceil(head_dim / 64) * 16]"),
+                      args.values<uint8_t>(*norms, "norms [pages, kv_heads, 3, page_size]")};
+  const auto addresses = reinterpret_cast<uintptr_t>(sketch.codes) | reinterpret_cast<uintptr_t>(sketch.norms);
+  args.expect(addresses % 16 == 0, "codes, norms", "memory aligned to 16 bytes", "another alignment");
+  return sketch;
 }
 
 }  // namespace entmaxkv

@@ -104,6 +104,8 @@ struct QueryCode {
   float error;  // of a score over s, for each unit of the coarse norm
   float slack;  // of a score over s
 
+  QueryCode() = default;
+
   /// numbers_i = rint(q_i / unit) in -kMost ... kMost; norm = ||q||, distance = ||q - unit numbers||; certain: 1, or
   /// the share of the proved error that counts.
   ENTMAXKV_HOST_DEVICE QueryCode(float unit, int sum, float norm, float distance, int dims, float certain)

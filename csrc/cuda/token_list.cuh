@@ -1,4 +1,5 @@
-// The tokens that a KV head of a row attends to: those of the selected pages, or all, in ascending order.
+// The tokens that a KV head of a row attends to, in ascending order: the selected ones, those of the selected pages,
+// or all.
 #pragma once
 
 #include "tile.cuh"
@@ -10,6 +11,7 @@ struct TokenList {
   const int32_t* selected;  // null: all pages
   const int32_t* table;
   int page_size, page_bits;
+  int entry_bits;  // log2 of the tokens of an entry of the list, a page or one
   int seq_len;
   int tokens;
 
@@ -17,24 +19,27 @@ struct TokenList {
 
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
       : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(0) {
-    page_bits = __ffs(page_size) - 1;
+    page_bits = entry_bits = __ffs(page_size) - 1;
     seq_len = length_of(op, row);
-    int pages = (seq_len + page_size - 1) >> page_bits;
+    int entries = (seq_len + page_size - 1) >> page_bits;
     if (op.selection) {
+      if (op.selection.by_token) entry_bits = 0;
       selected = op.selection.row(row * op.kv_heads + kv_head);
-      pages = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], op.selection.max_selected));
+      entries = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], op.selection.max_selected));
     }
-    if (pages == 0) return;
-    const int of_last = min(page_size, seq_len - logical(pages - 1) * page_size);
-    tokens = max(0, (pages - 1) * page_size + of_last);
+    if (entries == 0) return;
+    const int of_last = min(1 << entry_bits, seq_len - (entry(entries - 1) << entry_bits));
+    tokens = max(0, ((entries - 1) << entry_bits) + of_last);
   }
 
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
 
   /// Of the token at a place of the list.
-  __device__ int page(int place) const { return table[logical(place >> page_bits)]; }
-  __device__ int slot(int place) const { return place & (page_size - 1); }
-  __device__ int position(int place) const { return logical(place >> page_bits) * page_size + slot(place); }
+  __device__ int position(int place) const {
+    return (entry(place >> entry_bits) << entry_bits) + (place & ((1 << entry_bits) - 1));
+  }
+  __device__ int page(int place) const { return table[position(place) >> page_bits]; }
+  __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
 
   /// The key or value of the token at a place of the list, in pages [pages, kv_heads, page_size, head_dim].
   template <typename T>
@@ -56,7 +61,7 @@ struct TokenList {
   }
 
  private:
-  __device__ int logical(int nth) const { return selected ? selected[nth] : nth; }
+  __device__ int entry(int nth) const { return selected ? selected[nth] : nth; }
 };
 
 /// What makes scores of a lane's products.
@@ -88,8 +93,8 @@ struct LaneScoring {
 
 /// Tokens of the longest list that there is room for, in whole tiles.
 inline int capacity_of(const SparseDecode& op) {
-  const int pages = op.selection ? op.selection.max_selected : op.max_pages;
-  return ceil_div(pages * op.page_size, kTileRows) * kTileRows;
+  const int entries = op.selection ? op.selection.max_selected : op.max_pages;
+  return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), kTileRows) * kTileRows;
 }
 
 }  // namespace entmaxkv::cuda

@@ -26,6 +26,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -188,6 +192,13 @@ T atomicMax(T* to, T value) {
 }
 
 template <typename T>
+T atomicOr(T* to, T value) {
+  const T before = *to;
+  *to |= value;
+  return before;
+}
+
+template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
@@ -244,6 +255,27 @@ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
   for (int i = 0; i < 4; ++i) {
     d[i] = c[i];
     for (int k = 0; k < 16; ++k) d[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
+  }
+}
+
+/// mma.sync.m16n8k32 of unsigned and signed bytes, in whole numbers: C [16, 8] += A [16, 32] B [32, 8].
+inline void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  int left[16][32], right[32][8];
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  for (int word = 0; word < 6; ++word) {
+    const uint64_t* values = exchange(Call::kMma, words[word]);
+    for (int i = 0; i < 128; ++i) {
+      const int group = i / 16, column = i % 16, row = word % 2 * 8 + group;
+      const auto byte = static_cast<uint8_t>(values[i / 4] >> 8 * (i % 4));
+      if (word < 4) {
+        left[row][word / 2 * 16 + column] = byte;
+      } else {
+        right[word % 2 * 16 + column][group] = static_cast<int8_t>(byte);
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 32; ++k) c[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
   }
 }
 
