@@ -18,7 +18,7 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 576;
+constexpr int kMostThreads = 544;
 
 /// Of a KV head.
 __host__ __device__ int head_threads(const AppendKv& op) {
