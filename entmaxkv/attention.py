@@ -100,8 +100,10 @@ def decode(
     if chosen is None:
         out, tau, support, tokens = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
     else:
-        read = (chosen.selected, chosen.counts, number, scale, alibi_slopes, head_alpha, chosen.by_token)
-        out, tau, support, tokens = ops.sparse_decode(q, *pool, *read)
+        read = chosen.selected, chosen.counts
+        out, tau, support, tokens = ops.sparse_decode(
+            q, *pool, *read, number, scale, alibi_slopes, head_alpha, chosen.by_token
+        )
     if not return_info:
         return out
     bound = certify.delta_bound(chosen, q, cache, tau, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
