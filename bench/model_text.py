@@ -40,7 +40,7 @@ class Probe:
         scale: float | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.Selector.pages`."""
+        """See `entmaxkv.select.PageSelector.pages`."""
         self.seen.append(q)
         return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
 

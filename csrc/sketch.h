@@ -25,6 +25,7 @@ constexpr float kNormUnit = 256;    // a norm of the coarse distance, in units o
 constexpr float kFineUnit = 1024;   // of the fine distance
 constexpr float kSpread = 1.13f;    // s over the root mean square of r: balances both distances for normal r
 constexpr float kSlack = 0x1p-15f;  // times ||k||: more than fp32 rounds in the rotation and in a product of 256 terms
+constexpr float kMostQuery = 0x1p100f;  // of a coordinate of q or scale q: larger ones could overflow in bounds
 
 ENTMAXKV_HOST_DEVICE constexpr int dims_of(int head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
 

@@ -3,7 +3,7 @@
 from entmaxkv import ops
 from entmaxkv.attention import DecodeInfo, decode
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Gaussian, TopPages
+from entmaxkv.select import Gaussian, KeySketch, TopPages
 
-__all__ = ["DecodeInfo", "Gaussian", "PagedKVCache", "TopPages", "decode", "ops"]
+__all__ = ["DecodeInfo", "Gaussian", "KeySketch", "PagedKVCache", "TopPages", "decode", "ops"]
 __version__ = "0.1.0"

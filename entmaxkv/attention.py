@@ -4,23 +4,29 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from entmaxkv import ops
+from entmaxkv import certify, ops
 from entmaxkv.cache import PagedKVCache
 from entmaxkv.select import Selector, selection, split_alpha
 
 
 class DecodeInfo(NamedTuple):
-    """What a decode step found.
+    """What a decode step found, and what it proved (`entmaxkv.certify`).
 
     Attributes:
         tau: [batch, q_heads] float32, threshold in units of z = (alpha - 1) s; logsumexp(s) where alpha = 1.
         support: [batch, q_heads] int32, tokens with p > 0.
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
+        certified: [batch, q_heads] bool, whether every token with weight was read, so that this is the dense result.
+        delta_bound: [batch, q_heads] float32, proved upper bound of the dense weight of the tokens that were not read:
+            0 where certified, at most 1. With a `certainty` below 1 nothing is proved of a head that left tokens out,
+            however likely: certified is False and delta_bound 1.
     """
 
     tau: Tensor
     support: Tensor
     tokens: Tensor
+    certified: Tensor
+    delta_bound: Tensor
 
 
 @overload
@@ -70,7 +76,8 @@ def decode(
         alpha: 1 is softmax, 1.5 the usual entmax, 2 sparsemax; a number in [1, 2] or one per head, [q_heads] float32.
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32, added as slope * (i - position); None for none.
-        select: `TopPages`, `Gaussian` or another selector of pages; None reads the whole cache and is exact.
+        select: `KeySketch`, `TopPages`, `Gaussian` or another selector, of pages or of tokens; None reads the whole
+            cache and is exact.
         return_info: also return a `DecodeInfo`.
 
     Returns:
@@ -85,13 +92,19 @@ def decode(
         >>> decode(torch.randn(1, 4, 64), cache).shape
         torch.Size([1, 4, 64])
     """
-    if select is not None and (isinstance(select, type) or not hasattr(select, "pages")):
-        raise ValueError(f"decode: select: expected a selector such as TopPages(budget=2048), or None, got {select!r}")
+    if select is not None and (isinstance(select, type) or not (hasattr(select, "pages") or hasattr(select, "tokens"))):
+        raise ValueError(f"decode: select: expected a selector such as KeySketch(), or None, got {select!r}")
     number, head_alpha = split_alpha(alpha)
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
     chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     if chosen is None:
-        out, *info = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
+        out, tau, support, tokens = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
     else:
-        out, *info = ops.sparse_decode(q, *pool, *chosen, number, scale, alibi_slopes, head_alpha)
-    return (out, DecodeInfo(*info)) if return_info else out
+        read = chosen.selected, chosen.counts
+        out, tau, support, tokens = ops.sparse_decode(
+            q, *pool, *read, number, scale, alibi_slopes, head_alpha, chosen.by_token
+        )
+    if not return_info:
+        return out
+    bound = certify.delta_bound(chosen, q, cache, tau, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    return out, DecodeInfo(tau, support, tokens, bound == 0, bound)

@@ -4,7 +4,7 @@ Importing this module registers the attention implementation `entmaxkv` and its 
 
     import entmaxkv.hf
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="entmaxkv")
-    cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=16384, select=entmaxkv.TopPages(budget=1024))
+    cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=16384, select=entmaxkv.KeySketch())
     model.generate(**inputs, past_key_values=cache)
 
 Decode steps (one query) use `select`; prefill is exact. alpha is `config.entmax_alpha`, 1.5 if it is missing.
@@ -39,6 +39,13 @@ ADASPLASH_HEAD_DIMS = (16, 32, 64, 128, 256)
 ADASPLASH_MIN_TOKENS = 64
 # Refinements of the threshold after AdaSplash's histogram.
 ADASPLASH_ITERATIONS = 2
+
+
+def needs(select: Selector | None) -> dict[str, bool]:
+    """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
+    known = {"minmax": entmaxkv.TopPages, "moments": entmaxkv.Gaussian, "sketch": entmaxkv.KeySketch}
+    theirs = not (select is None or isinstance(select, tuple(known.values())))
+    return {name: theirs or isinstance(select, kind) for name, kind in known.items()}
 
 
 class EntmaxLayer(CacheLayerMixin):
@@ -82,8 +89,15 @@ class EntmaxLayer(CacheLayerMixin):
             page_size=self.page_size,
             dtype=self.dtype or key_states.dtype,
             device=self.device or key_states.device,
+            **needs(self.select),
         )
         self.is_initialized = True
+
+    def read_by(self, select: Selector | None) -> None:
+        """Decodes by another selector from now on, which may need statistics of the tokens that are there."""
+        self.select = select
+        if self.is_initialized:
+            self.paged.keep(**needs(select))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the new keys, marked with this layer, and values [batch, kv_heads, tokens, head_dim]."""
@@ -147,7 +161,8 @@ class EntmaxCache(Cache):
         max_tokens: Tokens that each row can hold, padding included.
         batch: Rows.
         page_size: Tokens of a page.
-        select: Page selector of the decode steps; None reads the whole cache. May be changed at any time.
+        select: Selector of the decode steps; None reads the whole cache. May be changed at any time: the cache keeps
+            what its selectors so far look at, and makes it anew for another one.
         dtype: dtype of the cache; that of the keys where None.
         device: Device of the cache; that of the keys where None.
     """
@@ -177,13 +192,13 @@ class EntmaxCache(Cache):
 
     @property
     def select(self) -> Selector | None:
-        """The page selector of the decode steps."""
+        """The selector of the decode steps."""
         return self._layers[0].select
 
     @select.setter
     def select(self, select: Selector | None) -> None:
         for layer in self._layers:
-            layer.select = select
+            layer.read_by(select)
 
 
 def padding_mask(
@@ -338,9 +353,7 @@ def _scatter(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
 def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
     """A cache that holds just these keys and values [batch, kv_heads, tokens, head_dim]."""
     batch, kv_heads, tokens, head_dim = key.shape
-    cache = entmaxkv.PagedKVCache(
-        batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, minmax=False, moments=False
-    )
+    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **needs(None))
     cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
     return cache
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from entmaxkv import reference
 from entmaxkv.attention import decode
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Selector, selection
+from entmaxkv.select import KeySketch, Selection, Selector, selection
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,12 @@ class Metrics:
         output_error: [batch, q_heads] float64, ||out - dense|| / ||dense||.
         support: [batch, q_heads] int32, tokens to which `decode` gave weight.
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
-        bytes_read: keys of these tokens, values that any head of their group gives weight, and the page
-            statistics that the selector looks at.
+        certified: [batch, q_heads] bool, what `decode` proved.
+        delta_bound: [batch, q_heads] float32, likewise.
+        survivors: [batch, kv_heads] int32, tokens whose second plane of codes was read, too; 0 without a sketch.
+        index_bytes: what the selector looks at. Two statistics of every page; or of the sketch the first plane and the
+            norms of every token, and the second plane of the survivors.
+        bytes_read: these, the keys of `tokens`, and the values that any head of their group gives weight.
         kv_bytes: all keys and values of the tokens in the cache.
     """
 
@@ -32,8 +36,17 @@ class Metrics:
     output_error: Tensor
     support: Tensor
     tokens: Tensor
+    certified: Tensor
+    delta_bound: Tensor
+    survivors: Tensor
+    index_bytes: int
     bytes_read: int
     kv_bytes: int
+
+    @property
+    def share(self) -> float:
+        """bytes_read over kv_bytes."""
+        return self.bytes_read / self.kv_bytes if self.kv_bytes else 0.0
 
 
 def measure(
@@ -71,7 +84,7 @@ def measure(
         v = reference.gather(cache.v_pages, cache.page_table[b], seq_len)
         keep = torch.ones(cache.kv_heads, seq_len, dtype=torch.bool, device=q.device)
         if chosen is not None:
-            keep = _tokens(chosen[0][b], chosen[1][b], seq_len, cache.page_size)
+            keep = kept(chosen, b, seq_len, cache.page_size)
         heads = keep.repeat_interleave(q.shape[1] // cache.kv_heads, dim=0)
         dense, p, _ = reference.attention(q[b], k, v, **options)
         weight = p if chosen is None else reference.attention(q[b], k, v, keep=keep, **options)[1]
@@ -79,22 +92,43 @@ def measure(
         support_recall[b] = ((p > 0) & heads).sum(dim=1) / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
-    pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
-    statistics = 2 * pages * cache.kv_heads if chosen else 0
+    survivors = torch.zeros_like(info.tokens)
+    if chosen is None:
+        index_bytes = 0
+    elif isinstance(select, KeySketch) and cache.codes is not None:
+        if select.bits == 4:
+            survivors = _survivors(q, cache, select, **options)
+        plane = cache.codes.shape[-1]
+        index_bytes = (plane + 3) * sum(seq_lens) * cache.kv_heads + plane * int(survivors.sum())
+    else:
+        pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
+        index_bytes = 2 * pages * cache.kv_heads * row_bytes
     return Metrics(
         dropped_mass=dropped_mass,
         support_recall=support_recall,
         output_error=output_error,
         support=info.support,
         tokens=info.tokens,
-        bytes_read=(rows_read + statistics) * row_bytes,
+        certified=info.certified,
+        delta_bound=info.delta_bound,
+        survivors=survivors,
+        index_bytes=index_bytes,
+        bytes_read=rows_read * row_bytes + index_bytes,
         kv_bytes=2 * sum(seq_lens) * cache.kv_heads * row_bytes,
     )
 
 
-def _tokens(selected: Tensor, counts: Tensor, seq_len: int, page_size: int) -> Tensor:
-    """keep [kv_heads, seq_len], bool, of the pages selected [kv_heads, max_selected], counts [kv_heads]."""
-    pages = torch.zeros(selected.shape[0], -(-seq_len // page_size), dtype=torch.bool, device=selected.device)
+def kept(chosen: Selection, row: int, seq_len: int, page_size: int) -> Tensor:
+    """keep [kv_heads, seq_len], bool: the tokens of a row that were chosen, or those of the chosen pages."""
+    selected, counts = chosen.selected[row], chosen.counts[row]
+    unit = 1 if chosen.by_token else page_size
+    units = torch.zeros(selected.shape[0], -(-seq_len // unit), dtype=torch.bool, device=selected.device)
     for head, count in enumerate(counts.tolist()):
-        pages[head, selected[head, :count].long()] = True
-    return pages.repeat_interleave(page_size, dim=1)[:, :seq_len]
+        units[head, selected[head, :count].long()] = True
+    return units.repeat_interleave(unit, dim=1)[:, :seq_len]
+
+
+def _survivors(q: Tensor, cache: PagedKVCache, select: KeySketch, **options: Any) -> Tensor:
+    """[batch, kv_heads] tokens that the first plane does not rule out: what it alone would select."""
+    coarse = KeySketch(certainty=select.certainty, bits=2)
+    return coarse.tokens(q, cache, **options)[1]

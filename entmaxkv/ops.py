@@ -50,8 +50,10 @@ def append_kv(
     k_std: Tensor | None,
     page_table: Tensor,
     seq_lens: Tensor,
+    codes: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
-    """Appends tokens to every row in place and renews the statistics of the pages they touch.
+    """Appends tokens and their sketch to every row in place and renews the statistics of the pages they touch.
 
     `seq_lens` moves last: an interrupted call leaves tokens and lengths as they were (the statistics of the last page
     may already count new keys, which loosens its bounds until the next append). Pages that are written must belong to
@@ -65,11 +67,31 @@ def append_kv(
         k_mean, k_std: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32. Written.
+        codes, norms: the key sketch, as in `key_sketch`, or both None. Written.
 
     Raises:
         RuntimeError: a row would outgrow its page table, among others; nothing is written then.
     """
-    _ops.append_kv(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens)
+    _ops.append_kv(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens, codes, norms)
+
+
+def key_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Tensor, norms: Tensor) -> None:
+    """Rebuilds the sketch of every key in the cache, for caches that were filled without `append_kv`.
+
+    A key is rotated, r = H S k, with random signs S and orthonormal Hadamard blocks H, and each coordinate of r gets a
+    code c of 4 bits in steps of s / 4: fine value (c - 7.5) s / 4, and from its high 2 bits, plane 0, the coarse value
+    (floor(c / 4) - 1.5) s. `norms` holds the scale of s, 2^((scale - 112) / 8), and bounds of how far either value is
+    from r: coarse s sqrt(dims) / 256 and fine s sqrt(dims) / 1024, dims = 64 ceil(head_dim / 64). A scale of 255 marks
+    keys that are not finite or larger than a sketch can be: they count as possible candidates always.
+
+    Args:
+        k_pages: [pages, kv_heads, page_size, head_dim].
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        codes: [pages, kv_heads, 2, page_size, ceil(head_dim / 64) * 16] uint8, the planes. Written.
+        norms: [pages, kv_heads, 3, page_size] uint8: scale, coarse, fine. Written.
+    """
+    _ops.key_sketch(k_pages, page_table, seq_lens, codes, norms)
 
 
 def page_stats(
@@ -211,6 +233,66 @@ def select_gaussian(
     return _ops.select_gaussian(mean, std, seq_lens, kv_heads, page_size, alpha, quantile, margin, head_alpha)
 
 
+def select_sketch(
+    q: Tensor,
+    k_pages: Tensor,
+    codes: Tensor,
+    norms: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    head_alpha: Tensor | None = None,
+    bits: int = 4,
+    certainty: float = 1.0,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that may have weight, by the bounds that the key sketch proves.
+
+    As rotations keep products, |q.k - q.value| <= ||q|| ||r - value||: an upper bound of every score s_i. The threshold
+    on the exact scores of some tokens, those with the highest bounds in each stretch of the cache, is at most that on
+    all: a token is a candidate where its bound exceeds it, for some head of the group. Every token with weight is one.
+
+    Args:
+        q: [batch, q_heads, head_dim].
+        k_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
+        codes, norms: the key sketch, as in `key_sketch`.
+        page_table: [batch, max_pages] int32.
+        seq_lens: [batch] int32.
+        alpha: in [1, 2]; 1 makes every token a candidate.
+        scale: default 1 / sqrt(head_dim).
+        alibi_slopes: [q_heads] float32 or None.
+        head_alpha: [q_heads] float32 or None.
+        bits: 4, or 2 for the first plane alone.
+        certainty: 1 proves; at less, bounds count on the random signs, and each holds with that probability.
+        max_tokens: most tokens to select for each KV head, None for any number. Of more candidates those are kept
+            whose bounds are furthest above the threshold.
+
+    Returns:
+        selected: [batch, kv_heads, min(max_pages * page_size, max_tokens)] int32, tokens in ascending order, padded
+            with -1.
+        counts: [batch, kv_heads] int32, tokens selected.
+        delta_bound: [batch, q_heads] float32, at least the weight of all candidates that were not selected; 0 where
+            all were.
+    """
+    return _ops.select_sketch(
+        q,
+        k_pages,
+        codes,
+        norms,
+        page_table,
+        seq_lens,
+        alpha,
+        scale,
+        alibi_slopes,
+        head_alpha,
+        bits,
+        certainty,
+        max_tokens,
+    )
+
+
 def sparse_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -223,8 +305,9 @@ def sparse_decode(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     head_alpha: Tensor | None = None,
+    by_token: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact alpha-entmax attention over the tokens of the selected pages.
+    """Exact alpha-entmax attention over the selected tokens, or those of the selected pages.
 
     p_i = [z_i - tau]_+^beta with sum p = 1, out = sum p_i v_i. Keys are read once, value rows only where p > 0.
 
@@ -233,12 +316,13 @@ def sparse_decode(
         k_pages, v_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32.
-        selected: [batch, kv_heads, max_selected] int32, logical pages, ascending.
+        selected: [batch, kv_heads, max_selected] int32, logical pages or tokens, ascending.
         counts: [batch, kv_heads] int32, how many of them count; 0 gives zeros.
         alpha: in [1, 2].
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32 or None.
         head_alpha: [q_heads] float32 or None.
+        by_token: whether `selected` lists tokens.
 
     Returns:
         out: [batch, q_heads, head_dim], q's dtype. NaN for a head whose q holds NaN.
@@ -247,7 +331,7 @@ def sparse_decode(
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
     """
     return _ops.sparse_decode(
-        q, k_pages, v_pages, page_table, seq_lens, selected, counts, alpha, scale, alibi_slopes, head_alpha
+        q, k_pages, v_pages, page_table, seq_lens, selected, counts, alpha, scale, alibi_slopes, head_alpha, by_token
     )
 
 
@@ -339,8 +423,27 @@ def _one_device(op: str, arguments: dict[str, object]) -> None:
 
 
 @torch.library.register_fake("entmaxkv::append_kv")
-def _(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens):
+def _(
+    k,
+    v,
+    lengths,
+    k_pages,
+    v_pages,
+    k_min,
+    k_max,
+    k_mean,
+    k_std,
+    page_table,
+    seq_lens,
+    codes=None,
+    norms=None,
+):
     _one_device("append_kv", locals())
+
+
+@torch.library.register_fake("entmaxkv::key_sketch")
+def _(k_pages, page_table, seq_lens, codes, norms):
+    _one_device("key_sketch", locals())
 
 
 @torch.library.register_fake("entmaxkv::page_stats")
@@ -376,6 +479,29 @@ def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.95, margin
     return selected, selected.new_empty(selected.shape[:2])
 
 
+@torch.library.register_fake("entmaxkv::select_sketch")
+def _(
+    q,
+    k_pages,
+    codes,
+    norms,
+    page_table,
+    seq_lens,
+    alpha=1.5,
+    scale=None,
+    alibi_slopes=None,
+    head_alpha=None,
+    bits=4,
+    certainty=1.0,
+    max_tokens=None,
+):
+    _one_device("select_sketch", locals())
+    room = page_table.shape[1] * k_pages.shape[2]
+    most = room if max_tokens is None else min(room, max_tokens)
+    selected = q.new_empty((q.shape[0], k_pages.shape[1], most), dtype=torch.int32)
+    return selected, selected.new_empty(selected.shape[:2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
 def _new_results(q: Tensor, k_pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau = q.new_empty(q.shape[:2], dtype=torch.float32)
     support = q.new_empty(q.shape[:2], dtype=torch.int32)
@@ -396,6 +522,7 @@ def _(
     scale=None,
     alibi_slopes=None,
     head_alpha=None,
+    by_token=False,
 ):
     _one_device("sparse_decode", locals())
     return _new_results(q, k_pages)
@@ -440,5 +567,5 @@ def _no_gradient(ctx, *_):
     raise NotImplementedError("entmaxkv: decoding has no gradient, got backward through it; to train, see entmaxkv.hf")
 
 
-for _op in ("score_pages", "score_gaussian", "sparse_decode", "dense_decode", "decode"):
+for _op in ("score_pages", "score_gaussian", "select_sketch", "sparse_decode", "dense_decode", "decode"):
     torch.library.register_autograd(f"entmaxkv::{_op}", _no_gradient)

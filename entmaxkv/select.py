@@ -1,15 +1,16 @@
-"""Selectors: which pages of the cache a query reads."""
+"""Selectors: what of the cache a query reads, by page or by token."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from entmaxkv import ops
 from entmaxkv.cache import PagedKVCache
 
 
-class Selector(Protocol):
+class PageSelector(Protocol):
     """Anything that can choose pages for a query."""
 
     def pages(
@@ -37,6 +38,51 @@ class Selector(Protocol):
         ...
 
 
+class TokenSelector(Protocol):
+    """Anything that can choose single tokens for a query, and say what it left out."""
+
+    def tokens(
+        self,
+        q: Tensor,
+        cache: PagedKVCache,
+        *,
+        alpha: float | Tensor = 1.5,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Chooses tokens for every KV head.
+
+        Args:
+            As those of `PageSelector.pages`.
+
+        Returns:
+            selected: [batch, kv_heads, max_selected] int32, positions in ascending order; behind counts anything.
+            counts: [batch, kv_heads] int32, tokens selected.
+            delta_bound: [batch, q_heads] float32, a proved upper bound of the dense weight of all other tokens: 0 where
+                none of them has any, 1 where nothing is known.
+        """
+        ...
+
+
+Selector = PageSelector | TokenSelector
+
+
+class Selection(NamedTuple):
+    """What a selector chose for a query.
+
+    Attributes:
+        selected: [batch, kv_heads, max_selected] int32, pages or token positions in ascending order.
+        counts: [batch, kv_heads] int32, how many of them count.
+        by_token: whether they are tokens.
+        delta_bound: [batch, q_heads] float32, see `TokenSelector.tokens`; None from a selector of pages.
+    """
+
+    selected: Tensor
+    counts: Tensor
+    by_token: bool
+    delta_bound: Tensor | None
+
+
 def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
     """alpha and head_alpha of the ops, from the one argument of the Python API."""
     if isinstance(alpha, Tensor) and alpha.dim() != 1:
@@ -52,11 +98,15 @@ def selection(
     alpha: float | Tensor,
     scale: float | None,
     alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
+) -> Selection | None:
     """What a selector chooses; None where the whole cache is to be read, as selecting does not pay."""
     if select is None or cache.max_tokens <= dense_below(select, cache.k_pages.device.type):
         return None
-    return select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    if hasattr(select, "tokens"):
+        selected, counts, delta_bound = select.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+        return Selection(selected, counts, True, delta_bound)
+    selected, counts = select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    return Selection(selected, counts, False, None)
 
 
 def dense_below(select: Selector, device: str) -> int:
@@ -68,6 +118,77 @@ def dense_below(select: Selector, device: str) -> int:
 def check_dense_below(name: str, value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
+
+
+@dataclass(frozen=True)
+class KeySketch:
+    """The tokens whose weight the sketch of their keys cannot rule out: the result is that of dense decoding.
+
+    Every token of the dense support is among them, which `DecodeInfo.certified` states for each head. How many there
+    are depends on the query: a head with a wide support reads more.
+
+    Attributes:
+        certainty: 1 proves. Less, such as 1 - 1e-9, takes the error of a score for the sum of random signs that the
+            rotation makes it: fewer tokens, each bound holds with that probability, and nothing is proved.
+        bits: 4 reads the second plane of the codes where the first leaves doubt; 2 reads the first alone.
+        max_tokens: most tokens per KV head whose keys are read, those of the highest bounds; the rest of the bounds
+            goes into `DecodeInfo.delta_bound`. None: as many as it takes.
+        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
+            `select=None`. None: 32768 on a GPU, 0, so never, on the CPU.
+    """
+
+    certainty: float = 1.0
+    bits: int = 4
+    max_tokens: int | None = None
+    dense_below: int | None = None
+
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 32768}  # by device
+
+    def __post_init__(self) -> None:
+        if not 0 < self.certainty <= 1:
+            raise ValueError(f"KeySketch: certainty: expected a number above 0, at most 1, got {self.certainty}")
+        if self.bits not in (2, 4):
+            raise ValueError(f"KeySketch: bits: expected 2 or 4, got {self.bits}")
+        most = self.max_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most < 2**63):
+            raise ValueError(f"KeySketch: max_tokens: expected a whole number of at least 1, or None, got {most!r}")
+        check_dense_below("KeySketch", self.dense_below)
+
+    def tokens(
+        self,
+        q: Tensor,
+        cache: PagedKVCache,
+        *,
+        alpha: float | Tensor = 1.5,
+        scale: float | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `TokenSelector.tokens`."""
+        if cache.codes is None or cache.norms is None:
+            raise ValueError(
+                "KeySketch: cache: expected a key sketch, got a cache made with sketch=False; use sketch=True"
+            )
+        alpha, head_alpha = split_alpha(alpha)
+        selected, counts, delta_bound = ops.select_sketch(
+            q,
+            cache.k_pages,
+            cache.codes,
+            cache.norms,
+            cache.page_table,
+            cache.seq_lens,
+            alpha,
+            scale,
+            alibi_slopes,
+            head_alpha,
+            bits=self.bits,
+            certainty=self.certainty,
+            max_tokens=self.max_tokens,
+        )
+        if self.certainty < 1:  # what the op bounds holds almost certainly, which is no proof
+            all_read = counts >= cache.seq_lens.clamp(max=cache.max_tokens)[:, None]
+            group = q.shape[1] // cache.kv_heads
+            delta_bound = torch.where(all_read, 0.0, 1.0).repeat_interleave(group, dim=1)
+        return selected, counts, delta_bound
 
 
 @dataclass(frozen=True)
@@ -99,7 +220,7 @@ class TopPages:
         scale: float | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Selector.pages`."""
+        """See `PageSelector.pages`."""
         if cache.k_min is None or cache.k_max is None:
             raise ValueError(
                 "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
@@ -153,7 +274,7 @@ class Gaussian:
         scale: float | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Selector.pages`."""
+        """See `PageSelector.pages`."""
         if cache.k_mean is None or cache.k_std is None:
             raise ValueError(
                 "Gaussian: cache: expected page moments, got a cache made with moments=False; use moments=True"

@@ -46,7 +46,7 @@ class Probe:
         scale: float | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.Selector.pages`."""
+        """See `entmaxkv.select.PageSelector.pages`."""
         options = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
         if self.active:
             for name, select in self.methods.items():
@@ -137,6 +137,7 @@ def row(metrics: list[Metrics]) -> list[str]:
         f"{mean('dropped_mass'):.4f}",
         f"{mean('support_recall'):.4f}",
         f"{mean('output_error'):.1e}",
+        f"{mean('certified'):.0%}",
     ]
 
 
@@ -195,12 +196,13 @@ def main() -> None:
 
     methods: dict[str, Selector | None] = {
         "dense": None,
+        "KeySketch()": entmaxkv.KeySketch(dense_below=0),
         f"TopPages({args.budget})": entmaxkv.TopPages(args.budget, dense_below=0),
         "Gaussian()": entmaxkv.Gaussian(dense_below=0),
     }
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("method", no_wrap=True)
-    for title in ("tok/s", "keys read", "KV bytes", "δ", "recall", "error", "same bytes"):
+    for title in ("tok/s", "keys read", "KV bytes", "δ", "recall", "error", "proved", "same bytes"):
         table.add_column(title, justify="right")
     texts, speeds = {}, {}
     for name, select in methods.items():
@@ -219,10 +221,11 @@ def main() -> None:
     table.caption = (
         f"{args.dtype} on {where}, torch {torch.__version__}. "
         f"tok/s: whole model, {args.tokens - 1} steps. keys read: per token and head. KV bytes: share of the cache "
-        "that is read (no values of weight zero), page statistics included: short contexts can exceed 100 %. "
-        "δ: attention mass on pages left out. recall: share of the dense support that is read. "
-        "error: of the attention output, against float64. "
-        f"keys read to error: means over {steps} steps of the dense continuation, all layers and heads, each method "
+        "that is read (no values of weight zero), page statistics or sketch included: short contexts can exceed 100 %. "
+        "δ: attention mass on what is left out. recall: share of the dense support that is read. "
+        "error: of the attention output, against float64. proved: share of the heads whose output is certified to be "
+        "the dense one. "
+        f"keys read to proved: means over {steps} steps of the dense continuation, all layers and heads, each method "
         "on the same queries. same bytes: generated before the first that differs from dense."
     )
     console.print(table)

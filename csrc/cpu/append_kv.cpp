@@ -1,10 +1,12 @@
-// append_kv on the CPU: one task per (row, KV head, page) copies the page's new tokens and renews its statistics
-// from the stored keys, so that they depend on the page's content alone, not on how it was filled.
+// append_kv on the CPU: one task per (row, KV head, page) copies the page's new tokens, sketches them, and renews the
+// page's statistics, all from the stored keys, so that it depends on the page's content alone, not on how it was
+// filled.
 #include <atomic>
 
 #include "kernels.h"
 #include "pages.h"
 #include "parallel.h"
+#include "sketches.h"
 
 namespace entmaxkv::cpu {
 
@@ -28,6 +30,7 @@ void append(const AppendKv& op) {
       const int slot = token % op.page_size;
       std::copy_n(op.k.at<T>(row, token - first, kv_head), op.head_dim, op.k_pages.at<T>(physical, kv_head, slot));
       std::copy_n(op.v.at<T>(row, token - first, kv_head), op.head_dim, op.v_pages.at<T>(physical, kv_head, slot));
+      if (op.sketch) sketch_key<T>(op, op.k_pages, op.sketch, physical, kv_head, slot);
     }
     summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, op.head_dim);
   });

@@ -1,5 +1,5 @@
-// sparse_decode on the CPU. The selected pages of a row are cut into spans of kSpanTokens; every key is read once,
-// every value row at most once, and only where some head of the group gives it weight.
+// sparse_decode on the CPU. The selected units of a row, pages or tokens, are cut into spans of kSpanTokens; every key
+// is read once, every value row at most once, and only where some head of the group gives it weight.
 //   1. score:  per (row, KV head, span) the scores of the group's heads; a token stays a candidate of a head while it
 //              is less than beta below the best score seen, in s (entmax.h)
 //   2. solve:  per (row, query head) the threshold on the candidates, and the weights of those above it
@@ -46,25 +46,29 @@ struct Candidates {
 struct Span {
   int64_t row;
   int kv_head;
-  int first, pages;  // of the row's selected pages
+  int first, units;  // of those that the row has selected
 };
 
 template <typename T>
 class Decoder {
  public:
   explicit Decoder(const SparseDecode& op)
-      : op_(op), group_(op.group), span_pages_(kSpanTokens / op.page_size), heads_(int64_t{op.batch} * op.q_heads) {
+      : op_(op),
+        group_(op.group),
+        unit_tokens_(op.selection.by_token ? 1 : op.page_size),
+        heads_(int64_t{op.batch} * op.q_heads) {
     first_span_.push_back(0);
     for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
       const int64_t row = row_head / op.kv_heads;
-      const int pages = page_count(row_head);
-      for (int first = 0; first < pages; first += span_pages_) {
-        spans_.push_back({row, static_cast<int>(row_head % op.kv_heads), first, std::min(span_pages_, pages - first)});
+      const int units = unit_count(row_head);
+      const int span_units = kSpanTokens / unit_tokens_;
+      for (int first = 0; first < units; first += span_units) {
+        spans_.push_back({row, static_cast<int>(row_head % op.kv_heads), first, std::min(span_units, units - first)});
       }
       first_span_.push_back(static_cast<int64_t>(spans_.size()));
       op.tokens[row_head] = 0;
-      for (int nth = 0; nth < pages; ++nth) {
-        op.tokens[row_head] += tokens_in_page(page(row_head, nth), op.seq_lens[row], op.page_size);
+      for (int nth = 0; nth < units; ++nth) {
+        op.tokens[row_head] += tokens_in_page(unit(row_head, nth), op.seq_lens[row], unit_tokens_);
       }
     }
     found_.resize(spans_.size() * group_);
@@ -79,22 +83,23 @@ class Decoder {
   }
 
  private:
-  int page_count(int64_t row_head) const {
+  int unit_count(int64_t row_head) const {
     if (op_.selection) return op_.selection.counts[row_head];
     return pages_in_use(op_.seq_lens[row_head / op_.kv_heads], op_.page_size);
   }
 
-  int page(int64_t row_head, int nth) const { return op_.selection ? op_.selection.row(row_head)[nth] : nth; }
+  int unit(int64_t row_head, int nth) const { return op_.selection ? op_.selection.row(row_head)[nth] : nth; }
 
   /// Calls body(token, physical page, slot) for the tokens of a span, in ascending order.
   template <typename Body>
   void for_each_token(const Span& span, Body body) const {
     const int64_t row_head = span.row * op_.kv_heads + span.kv_head;
     const int32_t* table = op_.page_table.row(span.row);
-    for (int nth = span.first; nth < span.first + span.pages; ++nth) {
-      const int logical = page(row_head, nth);
-      const int tokens = tokens_in_page(logical, op_.seq_lens[span.row], op_.page_size);
-      for (int slot = 0; slot < tokens; ++slot) body(logical * op_.page_size + slot, table[logical], slot);
+    for (int nth = span.first; nth < span.first + span.units; ++nth) {
+      const int first = unit(row_head, nth) * unit_tokens_;
+      const int end = std::min(first + unit_tokens_, op_.seq_lens[span.row]);
+      const int64_t physical = table[first / op_.page_size];
+      for (int token = first; token < end; ++token) body(token, physical, token % op_.page_size);
     }
   }
 
@@ -217,10 +222,10 @@ class Decoder {
     std::vector<size_t> next(group_);  // per head, its first candidate that is still to come
     for (int h = 0; h < group_; ++h) {
       const auto& tokens = heads_[first_head + h].tokens;
-      const int32_t begin = page(row_head, span.first) * op_.page_size;
+      const int32_t begin = unit(row_head, span.first) * unit_tokens_;
       next[h] = std::lower_bound(tokens.begin(), tokens.end(), begin) - tokens.begin();
     }
-    const int32_t end = (page(row_head, span.first + span.pages - 1) + 1) * op_.page_size;
+    const int32_t end = (unit(row_head, span.first + span.units - 1) + 1) * unit_tokens_;
     const int32_t* table = op_.page_table.row(span.row);
     std::vector<float> weights(group_ * kTile);
     const T* values[kTile];
@@ -263,7 +268,7 @@ class Decoder {
   const SparseDecode& op_;
   const RowKernels<T>& kernels_ = row_kernels<T>();
   const int group_;
-  const int span_pages_;
+  const int unit_tokens_;
   std::vector<Span> spans_;
   std::vector<int64_t> first_span_;  // of each (row, KV head), and behind the last
   std::vector<Candidates> found_;    // per (span, head of the group)

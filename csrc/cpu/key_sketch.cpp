@@ -1,0 +1,95 @@
+// key_sketch on the CPU: one task per (row, KV head, page in use), key by key.
+//   1. rotate the key
+//   2. the step that suits its root mean square; where its norms do not fit, one that its largest coordinate fits;
+//   where
+//      that does not fit either, no sketch
+//   3. codes, in two planes
+#include <algorithm>
+
+#include "../dtype.h"
+#include "kernels.h"
+#include "pages.h"
+#include "parallel.h"
+#include "sketches.h"
+
+namespace entmaxkv::cpu {
+
+namespace {
+
+constexpr int kLanes = 16;  // sums that run side by side, for the sake of vectors
+
+sketch::Norms norms_of(const float* x, int dims, float norm, int scale) {
+  const float steps = 1 / sketch::step_of(scale);
+  sketch::Distances squares[kLanes];
+  for (int d = 0; d < dims; ++d) squares[d % kLanes].add(x[d] * steps);
+  for (int lane = 1; lane < kLanes; ++lane) squares[0] = squares[0] + squares[lane];
+  return {scale, norm, squares[0], dims};
+}
+
+}  // namespace
+
+template <typename T>
+void sketch_key(const Sizes& sizes, const Rows& k_pages, const Sketch& sketch, int64_t page, int kv_head, int slot) {
+  const int dims = sketch::dims_of(sizes.head_dim);
+  const int row_bytes = sketch::row_bytes(sizes.head_dim);
+  const T* key = k_pages.at<T>(page, kv_head, slot);
+  float x[sketch::kMaxDims] = {};
+  for (int d = 0; d < sizes.head_dim; ++d) x[d] = to_float(key[d]);
+  rotate(x, dims);
+
+  float squares[kLanes] = {}, largest[kLanes] = {};
+  for (int d = 0; d < dims; ++d) {
+    squares[d % kLanes] += x[d] * x[d];
+    largest[d % kLanes] = std::max(largest[d % kLanes], std::fabs(x[d]));
+  }
+  for (int lane = 1; lane < kLanes; ++lane) squares[0] += squares[lane];
+  const float norm = std::sqrt(squares[0]);
+  const float mean = norm / std::sqrt(static_cast<float>(dims));
+  sketch::Norms norms = norms_of(x, dims, norm, sketch::scale_of(sketch::kSpread * mean, false));
+  if (!norms.fits()) {
+    const float most = *std::max_element(largest, largest + kLanes);
+    norms = norms_of(x, dims, norm, sketch::scale_of(most / 2, true));
+  }
+  const bool fits = norms.fits();
+
+  const int64_t page_head = page * sizes.kv_heads + kv_head;
+  const int kept[3] = {norms.scale, norms.coarse, norms.fine};
+  for (int which = 0; which < 3; ++which) {
+    sketch.norm(page_head, which, sizes.page_size)[slot] = static_cast<uint8_t>(fits ? kept[which] : sketch::kUnknown);
+  }
+  uint8_t* planes[2];
+  for (int plane = 0; plane < 2; ++plane) {
+    planes[plane] = sketch.plane(page_head, plane, sizes.page_size, row_bytes) + slot * row_bytes;
+  }
+  const float steps = fits ? 1 / sketch::step_of(norms.scale) : 0;
+  for (int byte = 0; byte < row_bytes; ++byte) {
+    int high = 0, low = 0;
+    for (int nth = 0; fits && nth < 4; ++nth) {
+      const int code = sketch::code_of(x[sketch::coordinate(byte, nth)] * steps);
+      high |= code >> 2 << 2 * nth;
+      low |= (code & 3) << 2 * nth;
+    }
+    planes[0][byte] = static_cast<uint8_t>(high);
+    planes[1][byte] = static_cast<uint8_t>(low);
+  }
+}
+
+template void sketch_key<float>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
+template void sketch_key<Float16>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
+template void sketch_key<BFloat16>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
+
+void key_sketch(const KeySketch& op) {
+  parallel_for(int64_t{op.batch} * op.kv_heads * op.max_pages, [&](int64_t task) {
+    const int page = task % op.max_pages;
+    const int kv_head = task / op.max_pages % op.kv_heads;
+    const int64_t row = task / op.max_pages / op.kv_heads;
+    const int tokens = tokens_in_page(page, op.seq_lens[row], op.page_size);
+    dispatch(op.dtype, [&](auto element) {
+      for (int slot = 0; slot < tokens; ++slot) {
+        sketch_key<decltype(element)>(op, op.k_pages, op.sketch, op.page_table.row(row)[page], kv_head, slot);
+      }
+    });
+  });
+}
+
+}  // namespace entmaxkv::cpu

@@ -1,0 +1,357 @@
+// select_sketch on the CPU. The tokens of a row are cut into chunks, and whole chunks make up spans.
+//   1. code:   per (row, query head) the query's numbers (sketch.h)
+//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0; in each chunk, of the tokens whose
+//              position & 8 is 0 and of the others, the exact score of the one with the highest bound
+//   3. floor:  per (row, query head) the threshold on these exact scores, rounded down
+//   4. fine:   per (row, KV head, span) the candidates: tokens with all bounds above the floor, for some head
+//   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../entmax.h"
+#include "kernels.h"
+#include "pages.h"
+#include "sketches.h"
+
+namespace entmaxkv::cpu {
+
+namespace {
+
+constexpr int kMostChunks = 256;
+constexpr int kChunkUnit = 64;
+constexpr int kSpanTokens = 2048;  // at least, if the row has as many
+constexpr int kBins = 255;         // of candidates by merit
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+int chunk_tokens(int seq_len) {
+  constexpr int kMost = kMostChunks * kChunkUnit;
+  return std::max(1, (seq_len + kMost - 1) / kMost) * kChunkUnit;
+}
+
+/// Codes of a row of bytes, or only what a plane says of them, by coordinate.
+void unpack(const uint8_t* bytes, int row_bytes, int16_t* codes) {
+  for (int block = 0; block < row_bytes / 16; ++block) {
+    for (int nth = 0; nth < 4; ++nth) {
+      for (int i = 0; i < 16; ++i) codes[block * 64 + 16 * nth + i] = bytes[block * 16 + i] >> 2 * nth & 3;
+    }
+  }
+}
+
+int product(const int16_t* numbers, const int16_t* codes, int dims) {
+  int sum = 0;
+  for (int d = 0; d < dims; ++d) sum += numbers[d] * codes[d];
+  return sum;
+}
+
+/// A query head of a row.
+struct Query {
+  std::vector<float> q;
+  std::vector<int16_t> numbers;
+  sketch::QueryCode code{0, 0, 0, 0, 0, 1};
+  double norm = 0;     // of scale q
+  bool known = false;  // the code stands for q
+  float floor = kNothing;
+};
+
+/// What one span says of one head.
+struct Sample {
+  std::vector<float> scores;
+  double key_norm = 0;  // the largest
+};
+
+struct Candidate {
+  int32_t token;
+  int bin;
+};
+
+struct Span {
+  int64_t row;
+  int kv_head;
+  int first, end, chunk;  // tokens
+};
+
+template <typename T>
+class Selector {
+ public:
+  explicit Selector(const SelectSketch& op)
+      : op_(op),
+        group_(op.group),
+        dims_(sketch::dims_of(op.head_dim)),
+        row_bytes_(sketch::row_bytes(op.head_dim)),
+        queries_(int64_t{op.batch} * op.q_heads) {
+    int64_t tokens = 0;
+    first_span_.push_back(0);
+    for (int64_t row = 0; row < op.batch; ++row) {
+      const int seq_len = op.seq_lens[row];
+      const int chunk = chunk_tokens(seq_len);
+      const int span = chunk * std::max(1, kSpanTokens / chunk);
+      for (int kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
+        for (int64_t first = 0; first < seq_len; first += span) {
+          const auto end = static_cast<int>(std::min<int64_t>(seq_len, first + span));
+          spans_.push_back({row, kv_head, static_cast<int>(first), end, chunk});
+        }
+        first_span_.push_back(static_cast<int64_t>(spans_.size()));
+      }
+      first_upper_.push_back(tokens);
+      tokens += int64_t{op.q_heads} * seq_len;
+    }
+    uppers_.resize(tokens);
+    samples_.resize(spans_.size() * group_);
+    candidates_.resize(spans_.size());
+  }
+
+  void run() {
+    parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { code(head); });
+    parallel_for(static_cast<int64_t>(spans_.size()), [&](int64_t span) { coarse(span); });
+    parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { floor(head); });
+    parallel_for(static_cast<int64_t>(spans_.size()), [&](int64_t span) { fine(span); });
+    parallel_for(int64_t{op_.batch} * op_.kv_heads, [&](int64_t row_head) { choose(row_head); });
+  }
+
+ private:
+  Query* queries(const Span& span) { return queries_.data() + span.row * op_.q_heads + span.kv_head * group_; }
+
+  float* uppers(const Span& span, int h) {
+    const int64_t head = span.kv_head * group_ + h;
+    return uppers_.data() + first_upper_[span.row] + head * op_.seq_lens[span.row];
+  }
+
+  float bias(const Span& span, int h, int token) const {
+    const float slope = op_.scoring.slope(span.kv_head * group_ + h);
+    return sketch::bias_bound(slope, token - (op_.seq_lens[span.row] - 1));
+  }
+
+  void code(int64_t head_index) {
+    const T* from = op_.q.template at<T>(head_index / op_.q_heads, head_index % op_.q_heads);
+    Query& query = queries_[head_index];
+    query.q.resize(op_.head_dim);
+    query.numbers.resize(dims_);
+    float x[sketch::kMaxDims] = {};
+    bool known = true;
+    for (int d = 0; d < op_.head_dim; ++d) {
+      query.q[d] = to_float(from[d]);
+      x[d] = op_.scoring.scale * query.q[d];
+      known &= std::fabs(query.q[d]) <= sketch::kMostQuery && std::fabs(x[d]) <= sketch::kMostQuery;
+    }
+    query.known = known;
+    if (!known) return;
+    rotate(x, dims_);
+    float largest = 0;
+    for (int d = 0; d < dims_; ++d) largest = std::max(largest, std::fabs(x[d]));
+    const float unit = sketch::unit_of(largest);
+    int sum = 0;
+    double squares = 0, lost = 0;
+    for (int d = 0; d < dims_; ++d) {
+      constexpr float kMost = sketch::QueryCode::kMost;
+      const float number = unit > 0 ? std::clamp(std::rint(x[d] / unit), -kMost, kMost) : 0;
+      query.numbers[d] = static_cast<int16_t>(number);
+      sum += query.numbers[d];
+      const double left = x[d] - double{unit} * number;
+      squares += double{x[d]} * x[d];
+      lost += left * left;
+    }
+    query.norm = std::sqrt(squares);
+    query.code = {unit, sum, static_cast<float>(query.norm), static_cast<float>(std::sqrt(lost)), dims_, op_.certain};
+  }
+
+  /// Calls body(token, page * kv_heads + kv_head, slot) for first ... end - 1.
+  template <typename Body>
+  void for_each_token(const Span& span, int first, int end, Body body) const {
+    const int32_t* table = op_.page_table.row(span.row);
+    for (int token = first; token < end;) {
+      const int page = token / op_.page_size;
+      const int stop = std::min<int64_t>(end, (int64_t{page} + 1) * op_.page_size);
+      const int64_t page_head = int64_t{table[page]} * op_.kv_heads + span.kv_head;
+      for (int slot = token % op_.page_size; token < stop; ++token, ++slot) body(token, page_head, slot);
+    }
+  }
+
+  const uint8_t* codes(int64_t page_head, int plane, int slot) const {
+    return op_.sketch.plane(page_head, plane, op_.page_size, row_bytes_) + slot * row_bytes_;
+  }
+
+  int norm(int64_t page_head, int which, int slot) const {
+    return op_.sketch.norm(page_head, which, op_.page_size)[slot];
+  }
+
+  void coarse(int64_t index) {
+    const Span& span = spans_[index];
+    const Query* query = queries(span);
+    int16_t high[sketch::kMaxDims];
+    for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
+      unpack(codes(page_head, 0, slot), row_bytes_, high);
+      const int scale = norm(page_head, 0, slot), norm_of_distance = norm(page_head, 1, slot);
+      for (int h = 0; h < group_; ++h) {
+        const int sum = product(query[h].numbers.data(), high, dims_);
+        uppers(span, h)[token] = query[h].code.coarse_bound(sum, scale, norm_of_distance) + bias(span, h, token);
+      }
+    });
+    for (int h = 0; h < group_; ++h) {
+      if (query[h].known) sample(span, h, samples_[index * group_ + h]);
+    }
+  }
+
+  void sample(const Span& span, int h, Sample& sample) {
+    const float* upper = uppers(span, h);
+    std::vector<const T*> keys;
+    std::vector<int> tokens;
+    for (int64_t first = span.first; first < span.end; first += span.chunk) {
+      int best[2] = {-1, -1};
+      const auto end = static_cast<int>(std::min<int64_t>(span.end, first + span.chunk));
+      for (auto token = static_cast<int>(first); token < end; ++token) {
+        int& leader = best[token >> 3 & 1];
+        if (leader < 0 ? upper[token] > kNothing : upper[token] > upper[leader]) leader = token;
+      }
+      for (int token : best) {
+        if (token < 0) continue;
+        const int32_t page = op_.page_table.row(span.row)[token / op_.page_size];
+        keys.push_back(op_.k_pages.template at<T>(page, span.kv_head, token % op_.page_size));
+        tokens.push_back(token);
+      }
+    }
+    const int head = span.kv_head * group_ + h;
+    const auto count = static_cast<int>(keys.size());
+    sample.scores.resize(count);
+    kernels_.dot(keys.data(), count, queries(span)[h].q.data(), 1, op_.head_dim, sample.scores.data(), count);
+    for (int i = 0; i < count; ++i) {
+      const int distance = tokens[i] - (op_.seq_lens[span.row] - 1);
+      sample.scores[i] = op_.scoring.scale * sample.scores[i] + op_.scoring.slope(head) * static_cast<float>(distance);
+      double squares = 0;
+      for (int d = 0; d < op_.head_dim; ++d) squares += double{to_float(keys[i][d])} * to_float(keys[i][d]);
+      sample.key_norm = std::max(sample.key_norm, std::sqrt(squares));
+    }
+  }
+
+  void floor(int64_t head_index) {
+    const int64_t row = head_index / op_.q_heads;
+    const int head = static_cast<int>(head_index % op_.q_heads);
+    const int64_t row_head = row * op_.kv_heads + head / group_;
+    const Entmax<double> entmax(op_.alpha.of(head));
+    Query& query = queries_[head_index];
+    if (!query.known || entmax.is_softmax()) return;
+    std::vector<double> x;
+    double best = kNothing, key_norm = 0;
+    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
+      const Sample& sample = samples_[span * group_ + head % group_];
+      key_norm = std::max(key_norm, sample.key_norm);
+      for (float score : sample.scores) {
+        if (!(score < -kNothing)) return;  // NaN or infinite
+        best = std::max<double>(best, score);
+        x.push_back(score);
+      }
+    }
+    if (best == kNothing) return;
+    for (double& value : x) value = entmax.gap * (value - best);
+    double threshold = -1;
+    constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
+    for (int step = 0; step < kMostSteps; ++step) {
+      Excess<double> excess;
+      for (double value : x) {
+        if (value > threshold) excess.add(value - threshold, entmax.beta);
+      }
+      const double move = entmax.step(excess);
+      if (!(move > 1e-12)) break;
+      threshold += move;
+    }
+    const double exact = threshold / entmax.gap + best;
+    const double most_bias = std::fabs(double{op_.scoring.slope(head)}) * (op_.seq_lens[row] - 1);
+    // Scores of fp32, here and in decoding, are off by half of that each.
+    const double slack = 0x1p-15 * query.norm * key_norm + 0x1p-20 * (std::fabs(exact) + most_bias);
+    query.floor = std::nextafter(static_cast<float>(exact - slack), kNothing);
+  }
+
+  void fine(int64_t index) {
+    const Span& span = spans_[index];
+    const Query* query = queries(span);
+    std::vector<float> gaps(group_);
+    for (int h = 0; h < group_; ++h) {
+      gaps[h] = static_cast<float>(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)).gap);
+    }
+    int16_t high[sketch::kMaxDims], whole[sketch::kMaxDims];
+    for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
+      bool wanted = false, unpacked = false;
+      float merit = 0;
+      for (int h = 0; h < group_; ++h) {
+        float upper = uppers(span, h)[token];
+        if (upper <= query[h].floor) continue;
+        if (op_.fine) {
+          if (!unpacked) {
+            unpack(codes(page_head, 0, slot), row_bytes_, high);
+            unpack(codes(page_head, 1, slot), row_bytes_, whole);
+            for (int d = 0; d < dims_; ++d) whole[d] = static_cast<int16_t>(4 * high[d] + whole[d]);
+            unpacked = true;
+          }
+          const int sum = product(query[h].numbers.data(), whole, dims_);
+          upper = query[h].code.fine_bound(sum, norm(page_head, 0, slot), norm(page_head, 2, slot));
+          upper += bias(span, h, token);
+          if (upper <= query[h].floor) continue;
+        }
+        wanted = true;
+        const float above = gaps[h] * (upper - query[h].floor);
+        merit = std::max(merit, above < 1 ? above : 1.0f);  // NaN counts as 1
+      }
+      if (!wanted) return;
+      candidates_[index].push_back({token, std::min(kBins - 1, static_cast<int>(merit * kBins))});
+    });
+  }
+
+  void choose(int64_t row_head) {
+    int64_t counts[kBins] = {};
+    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
+      for (const Candidate& candidate : candidates_[span]) ++counts[candidate.bin];
+    }
+    int64_t left = op_.selection.max_selected;  // room behind the whole bins
+    int least = kBins;                          // the lowest bin that is taken whole
+    while (least > 0 && counts[least - 1] <= left) left -= counts[--least];
+    const bool part = left == op_.selection.max_selected;  // of the top bin only its first tokens fit
+
+    int32_t* selected = op_.selection.row(row_head);
+    int count = 0;
+    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
+      for (const Candidate& candidate : candidates_[span]) {
+        const bool first = part && candidate.bin == least - 1 && left > 0;
+        if (candidate.bin < least && !first) continue;
+        if (first) {
+          --left;
+          --counts[candidate.bin];
+        }
+        selected[count++] = candidate.token;
+      }
+    }
+    std::fill(selected + count, selected + op_.selection.max_selected, -1);
+    op_.selection.counts[row_head] = count;
+
+    for (int h = 0; h < group_; ++h) {
+      const int64_t head_index = row_head * group_ + h;
+      const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
+      double lost = 0;
+      for (int bin = 0; bin < least; ++bin) {
+        if (counts[bin] > 0) {
+          lost += static_cast<double>(counts[bin]) * std::pow((bin + 1) / static_cast<double>(kBins), entmax.beta);
+        }
+      }
+      op_.delta_bound[head_index] = static_cast<float>(std::min(1.0, lost));
+    }
+  }
+
+  const SelectSketch& op_;
+  const RowKernels<T>& kernels_ = row_kernels<T>();
+  const int group_, dims_, row_bytes_;
+  std::vector<Span> spans_;
+  std::vector<int64_t> first_span_;                 // of each (row, KV head), and behind the last
+  std::vector<int64_t> first_upper_;                // of each row
+  std::vector<float> uppers_;                       // per row [q_heads, seq_len]
+  std::vector<Query> queries_;                      // per (row, query head)
+  std::vector<Sample> samples_;                     // per (span, head of the group)
+  std::vector<std::vector<Candidate>> candidates_;  // per span
+};
+
+}  // namespace
+
+void select_sketch(const SelectSketch& op) {
+  dispatch(op.dtype, [&](auto element) { Selector<decltype(element)>(op).run(); });
+}
+
+}  // namespace entmaxkv::cpu

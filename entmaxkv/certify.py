@@ -1,0 +1,108 @@
+"""What a decode step proves about the tokens that it did not read.
+
+C are the tokens that were read, tau_C the threshold on them, z = (alpha - 1) s, beta = 1 / (alpha - 1).
+
+1. sum over C of [z_i - t]_+^beta falls with t, and leaving tokens out can only lower it: tau_C <= tau, the threshold on
+   all tokens.
+2. So a token i outside of C, whose score is at most U_i, has the weight p_i = [z_i - tau]_+^beta
+   <= [(alpha - 1) U_i - tau_C]_+^beta, and the dropped mass delta = sum of p_i outside of C at most the sum of these.
+3. Where that is 0, the support lies in C: then tau_C = tau, and what was decoded is the dense result.
+
+For pages, U is the box bound scale sum_d max(q_d k_min_d, q_d k_max_d) of `score_pages`, counted once for every token
+of the page. Where alpha = 1, tau_C is the logsumexp of s over C, B = sum of exp(U_i - tau_C) bounds the mass outside of
+C as a share of that in C, and delta <= B / (1 + B).
+
+tau_C and U are computed in fp32. A sum of head_dim products rounds by at most head_dim units of 2^-24 of the sum M of
+their sizes, twice that where a tensor core cuts off instead; bias and scale add a few. So with
+e = (2 head_dim + 16) 2^-24 M for the largest M of the row, U rises by e, and tau_C falls by (alpha - 1) e and by what
+the search for it leaves open. Everything after that is float64, and the result is rounded up.
+"""
+
+import torch
+from torch import Tensor
+
+from entmaxkv import ops
+from entmaxkv.cache import PagedKVCache
+from entmaxkv.select import Selection
+
+UNIT = 2.0**-24  # half the spacing of fp32 numbers at 1
+OPEN = 2.0**-15  # mass by which the sum of the weights may miss 1
+LEAST = -80.0  # exp of it is still a normal fp32 number: no weight of softmax is 0
+ROOM = 1 + 2.0**-10  # for what float64 rounds
+
+
+def delta_bound(
+    chosen: Selection | None,
+    q: Tensor,
+    cache: PagedKVCache,
+    tau: Tensor,
+    *,
+    alpha: float | Tensor,
+    scale: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Upper bound of the dropped mass of each head, 0 where the result is proved to be the dense one.
+
+    Of pages that a cache without page bounds leaves out nothing is known: 1.
+
+    Args:
+        chosen: what was read; None for everything.
+        q: [batch, q_heads, head_dim].
+        cache: what it was read from.
+        tau: [batch, q_heads] float32, the threshold that `sparse_decode` found.
+        alpha, scale, alibi_slopes: as those of `decode`.
+
+    Returns:
+        [batch, q_heads] float32, in [0, 1].
+    """
+    if chosen is None:
+        return torch.zeros_like(tau)
+    if chosen.delta_bound is not None:
+        return chosen.delta_bound
+    left_out = tokens_left_out(chosen, cache).repeat_interleave(q.shape[1] // cache.kv_heads, dim=1)
+    if cache.k_min is None or cache.k_max is None:
+        return (left_out > 0).any(dim=2).to(tau.dtype)
+
+    def scores(q: Tensor, k_min: Tensor, k_max: Tensor, scale: float, alibi_slopes: Tensor | None) -> Tensor:
+        """[batch, q_heads, max_pages] float64, -inf behind the last token."""
+        table = cache.page_table, cache.seq_lens, cache.page_size
+        return ops.score_pages(q, k_min, k_max, *table, scale, alibi_slopes).double()
+
+    scale = cache.head_dim**-0.5 if scale is None else scale
+    largest = torch.maximum(cache.k_min.abs(), cache.k_max.abs())
+    size = scores(q.abs(), -largest, largest, abs(scale), None).amax(dim=2, keepdim=True)
+    if alibi_slopes is not None:
+        size = size + alibi_slopes.double().abs()[:, None] * cache.seq_lens.double()[:, None, None]
+    error = (2 * cache.head_dim + 16) * UNIT * size
+    upper = scores(q, cache.k_min, cache.k_max, scale, alibi_slopes) + error
+
+    if isinstance(alpha, Tensor):
+        less_one = alpha.double()[:, None] - 1  # [q_heads, 1]
+    else:
+        less_one = torch.full((q.shape[1], 1), alpha - 1, dtype=torch.float64, device=q.device)
+    softmax = less_one == 0
+    unit = torch.where(softmax, 1.0, less_one)  # of tau in units of s
+    threshold = tau.double()[..., None]
+    # A mass that is off by m moves tau by at most (alpha - 1) m. Rounding alpha by UNIT moves z by UNIT s, and tau by
+    # another UNIT log(tokens) through the exponent.
+    threshold = threshold - unit * (error + OPEN) - UNIT * (4 * threshold.abs() + 2 * size + 32)
+    above = unit * upper - threshold
+    weight = torch.where(softmax, above.clamp(min=LEAST).exp(), above.clamp(min=0).pow(1 / unit))
+    dropped = torch.where(left_out > 0, weight * left_out, 0.0).sum(dim=2) * ROOM
+    softmax = softmax[:, 0]
+    dropped = torch.where(softmax, dropped / (1 + dropped), dropped).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1)
+    rounded = (dropped * ROOM).clamp(min=torch.finfo(torch.float32).tiny, max=1).float()
+    return torch.where(dropped > 0, rounded, 0.0)
+
+
+def tokens_left_out(chosen: Selection, cache: PagedKVCache) -> Tensor:
+    """Tokens of each page that a selection of pages leaves out, [batch, kv_heads, max_pages] int32."""
+    batch, max_pages = cache.page_table.shape
+    first = torch.arange(0, max_pages * cache.page_size, cache.page_size, device=cache.seq_lens.device)
+    tokens = (cache.seq_lens[:, None] - first).clamp(min=0, max=cache.page_size)
+    places = torch.arange(chosen.selected.shape[2], device=first.device)
+    counted = places < chosen.counts[..., None]
+    selected = torch.where(counted, chosen.selected, max_pages).long()  # the others into a place of their own
+    read = torch.zeros((batch, cache.kv_heads, max_pages + 1), dtype=torch.bool, device=first.device)
+    read = read.scatter(2, selected, torch.ones_like(selected, dtype=torch.bool))
+    return tokens[:, None].masked_fill(read[..., :max_pages], 0)
