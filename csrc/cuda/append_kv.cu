@@ -18,11 +18,12 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 544;
+constexpr int kMostThreads = 2 * kMaxHeadDim;
 
-/// Of a KV head.
+/// Of a KV head: two for each dimension, and a warp to code the key, if there can be one more.
 __host__ __device__ int head_threads(const AppendKv& op) {
-  return (ceil_div(2 * op.head_dim, 32) + (op.sketch ? 1 : 0)) * 32;
+  const int threads = (ceil_div(2 * op.head_dim, 32) + (op.sketch ? 1 : 0)) * 32;
+  return threads < kMostThreads ? threads : kMostThreads;
 }
 
 /// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.

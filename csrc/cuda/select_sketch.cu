@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads) find_floors(SelectSketch op, Scratch
   const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: keys and q are there
   const float slope = op.scoring.slope(head);
   float best = kNothing, most_square = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int first = thread / kLanes; first < kMostChunks; first += kThreads / kLanes) {
     const bool there = first < chunks && s_keys[first];
     float product = 0, square = 0;
