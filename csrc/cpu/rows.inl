@@ -199,17 +199,21 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
   }
 }
 
-// Plain loops over pointers, of which compilers make 16-bit multiply-and-add instructions.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef int16_t Codes __attribute__((vector_size(32)));
+
+// The last loop is plain, for compilers to make 16-bit multiply-and-add instructions of.
 inline void dot_codes(const uint8_t* high, const uint8_t* low, const int16_t* numbers, int heads, int dims, int* out) {
   int16_t codes[sketch::kMaxDims];
-  for (int first = 0; first < dims; first += sketch::kBlock, high += 16) {
+  for (int block = 0; block < dims / sketch::kBlock; ++block) {
+    const Codes first = __builtin_convertvector(load_as<Bytes>(high + 16 * block), Codes);
+    const Codes second = low ? __builtin_convertvector(load_as<Bytes>(low + 16 * block), Codes) : Codes{};
+#pragma GCC unroll 4
     for (int nth = 0; nth < 4; ++nth) {
-      int16_t* to = codes + first + 16 * nth;
-      for (int i = 0; i < 16; ++i) to[i] = static_cast<int16_t>(high[i] >> 2 * nth & 3);
-      if (!low) continue;
-      for (int i = 0; i < 16; ++i) to[i] = static_cast<int16_t>(4 * to[i] + (low[i] >> 2 * nth & 3));
+      Codes code = first >> 2 * nth & 3;
+      if (low) code = 4 * code + (second >> 2 * nth & 3);
+      std::memcpy(codes + sketch::coordinate(16 * block, nth), &code, sizeof(code));
     }
-    if (low) low += 16;
   }
   for (int h = 0; h < heads; ++h, numbers += dims) {
     int sum = 0;
