@@ -26,7 +26,8 @@ class Metrics:
         delta_bound: [batch, q_heads] float32, likewise.
         survivors: [batch, kv_heads] int32, tokens whose second plane of codes was read, too; 0 without a sketch.
         index_bytes: what the selector looks at. Two statistics of every page; or of the sketch the first plane and the
-            norms of every token, and the second plane of the survivors.
+            norms of every token, the second plane of the survivors, and the keys whose exact scores give the lower
+            bound of tau, as if no two heads took the same one.
         bytes_read: these, the keys of `tokens`, and the values that any head of their group gives weight.
         kv_bytes: all keys and values of the tokens in the cache.
     """
@@ -99,7 +100,10 @@ def measure(
         if select.bits == 4:
             survivors = _survivors(q, cache, select, **options)
         plane = cache.codes.shape[-1]
-        index_bytes = (plane + 3) * sum(seq_lens) * cache.kv_heads + plane * int(survivors.sum())
+        group = q.shape[1] // cache.kv_heads
+        sampled = sum(min(seq_len, group * _sampled(seq_len)) for seq_len in seq_lens)
+        index_bytes = ((plane + 3) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
+        index_bytes += plane * int(survivors.sum())
     else:
         pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
         index_bytes = 2 * pages * cache.kv_heads * row_bytes
@@ -126,6 +130,12 @@ def kept(chosen: Selection, row: int, seq_len: int, page_size: int) -> Tensor:
     for head, count in enumerate(counts.tolist()):
         units[head, selected[head, :count].long()] = True
     return units.repeat_interleave(unit, dim=1)[:, :seq_len]
+
+
+def _sampled(seq_len: int) -> int:
+    """Most tokens that `select_sketch` scores exactly for a head: 2 of each of up to 256 chunks of whole 64 tokens."""
+    chunk = 64 * max(1, -(-seq_len // (64 * 256)))
+    return min(seq_len, 2 * -(-seq_len // chunk))
 
 
 def _survivors(q: Tensor, cache: PagedKVCache, select: KeySketch, **options: Any) -> Tensor:

@@ -91,6 +91,10 @@ SELECTORS = {
     "all top pages": entmaxkv.TopPages(budget=10**6, dense_below=0),
     "gaussian": entmaxkv.Gaussian(quantile=0.9, dense_below=0),
     "everything gaussian": entmaxkv.Gaussian(margin=math.inf, dense_below=0),
+    "key sketch": entmaxkv.KeySketch(dense_below=0),
+    "key sketch, 2 bits": entmaxkv.KeySketch(bits=2, dense_below=0),
+    "key sketch, almost certain": entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0),
+    "key sketch, 24 tokens": entmaxkv.KeySketch(max_tokens=24, dense_below=0),
 }
 
 
@@ -107,9 +111,19 @@ def test_python_api(device, select, alpha, bias, dtype):
     cache = paged(like)
     out, info = entmaxkv.decode(q, cache, select=select, return_info=True, **options)
     assert_same_bits([entmaxkv.decode(q, cache, select=select, **options)], [out])
-    keep = None if select is None else masks(like, *select.pages(q, cache, **options))
     got = Decoded(out, info.tau, info.support, info.tokens)
-    check_decode(like, q, got, alpha=alpha or 1.5, scale=0.2, alibi_slopes=slopes, head_alpha=alphas, keep=keep)
+    heads = {"alpha": alpha or 1.5, "scale": 0.2, "alibi_slopes": slopes, "head_alpha": alphas}
+    if isinstance(select, entmaxkv.KeySketch):
+        _, counts, bound = select.tokens(q, cache, **options)
+        assert torch.equal(info.tokens, counts) and torch.equal(info.delta_bound, bound)
+        assert (info.tokens <= (select.max_tokens or 400)).all()
+        if select.max_tokens is None and select.certainty == 1:
+            assert info.certified.all()
+            want = entmaxkv.decode(q, cache, return_info=True, **options)[1].tokens
+            check_decode(like, q, got._replace(tokens=want), **heads)
+        return
+    keep = None if select is None else masks(like, *select.pages(q, cache, **options))
+    check_decode(like, q, got, **heads, keep=keep)
 
 
 def test_defaults(device):
@@ -136,6 +150,7 @@ def test_everything_selected_is_dense_to_the_bit(device, alpha, dtype):
     want = entmaxkv.decode(q, cache, alpha=alpha, return_info=True)
     for select in (entmaxkv.TopPages(budget=1504, dense_below=0), entmaxkv.Gaussian(margin=math.inf, dense_below=0)):
         got = entmaxkv.decode(q, cache, alpha=alpha, select=select, return_info=True)
+        assert got[1].certified.all()
         assert_same_bits([got[0], *got[1]], [want[0], *want[1]])
 
 
@@ -175,6 +190,8 @@ def test_decoding_leaves_the_cache_alone(device, select):
         cache.k_max,
         cache.k_mean,
         cache.k_std,
+        cache.codes,
+        cache.norms,
         cache.page_table,
         cache.seq_lens,
     ]
@@ -198,24 +215,29 @@ def test_generation_step_by_step(device):
 def test_has_no_gradient_and_says_so(device):
     cache = paged(make_cache([40], device=device))
     q = make_query(1, 4, 64, device=device).requires_grad_()
-    for select in (None, entmaxkv.TopPages(16), entmaxkv.Gaussian()):
+    for select in (None, entmaxkv.TopPages(16), entmaxkv.Gaussian(), entmaxkv.KeySketch()):
         with pytest.raises(NotImplementedError, match="no gradient"):
             entmaxkv.decode(q, cache, select=select).sum().backward()
 
 
-@pytest.mark.parametrize("select", [entmaxkv.TopPages, 64, "top"], ids=str)
+@pytest.mark.parametrize("select", [entmaxkv.TopPages, entmaxkv.KeySketch, 64, "top"], ids=str)
 def test_refuses_what_is_no_selector(device, select):
     cache = paged(make_cache([40], device=device))
     with pytest.raises(ValueError, match=r"select: expected a selector .* got"):
         entmaxkv.decode(make_query(1, 4, 64, device=device), cache, select=select)
 
 
-@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian])
+@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian, entmaxkv.KeySketch])
 def test_a_small_cache_is_decoded_densely(device, selector):
     """Up to dense_below tokens of room, with the bits of select=None; by default where a GPU is faster so."""
     cache, q = paged(make_cache([400], device=device)), make_query(1, 8, 64, device=device)
     want = entmaxkv.decode(q, cache, return_info=True)
-    room, options = cache.max_tokens, {"budget": 64} if selector is entmaxkv.TopPages else {"margin": -0.7}
+    less = {
+        entmaxkv.TopPages: {"budget": 64},
+        entmaxkv.Gaussian: {"margin": -0.7},
+        entmaxkv.KeySketch: {"max_tokens": 64},
+    }
+    room, options = cache.max_tokens, less[selector]
     for below, dense in [(room, True), (room - 1, False), (None, device == "cuda"), (0, False)]:
         got = entmaxkv.decode(q, cache, select=selector(**options, dense_below=below), return_info=True)
         if dense:
@@ -225,7 +247,33 @@ def test_a_small_cache_is_decoded_densely(device, selector):
 
 
 @pytest.mark.parametrize("below", [-1, 1.5, "4096", True], ids=str)
-@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian])
+@pytest.mark.parametrize("selector", [entmaxkv.TopPages, entmaxkv.Gaussian, entmaxkv.KeySketch])
 def test_dense_below_is_a_number_of_tokens(selector, below):
     with pytest.raises(ValueError, match=r"dense_below: expected a number of tokens, at least 0, or None, got"):
         selector(dense_below=below)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"certainty": 0}, "certainty: expected a number above 0, at most 1, got 0"),
+        ({"certainty": 1.5}, "certainty: expected a number above 0, at most 1, got 1.5"),
+        ({"certainty": math.nan}, "certainty: expected a number above 0, at most 1, got nan"),
+        ({"bits": 3}, "bits: expected 2 or 4, got 3"),
+        ({"max_tokens": 0}, "max_tokens: expected a whole number of at least 1, or None, got 0"),
+        ({"max_tokens": 8.0}, "max_tokens: expected a whole number of at least 1, or None, got 8.0"),
+        ({"max_tokens": True}, "max_tokens: expected a whole number of at least 1, or None, got True"),
+    ],
+    ids=str,
+)
+def test_key_sketch_says_what_it_expected(options, expected):
+    with pytest.raises(ValueError, match=f"^KeySketch: {expected}$"):
+        entmaxkv.KeySketch(**options)
+
+
+def test_key_sketch_needs_a_sketch():
+    cache = paged(make_cache([40]), sketch=False)
+    with pytest.raises(
+        ValueError, match=r"KeySketch: cache: expected a key sketch, got a cache made with sketch=False"
+    ):
+        entmaxkv.decode(make_query(1, 4, 64), cache, select=entmaxkv.KeySketch(dense_below=0))

@@ -13,6 +13,9 @@ SELECTORS = {
     "TopPages(64)": entmaxkv.TopPages(64),
     "Gaussian": entmaxkv.Gaussian(),
     "all": entmaxkv.TopPages(1 << 20),
+    "KeySketch": entmaxkv.KeySketch(),
+    "KeySketch, 2 bits": entmaxkv.KeySketch(bits=2),
+    "KeySketch, 20 tokens": entmaxkv.KeySketch(max_tokens=20),
 }
 
 
@@ -27,6 +30,11 @@ def filled(lengths, *, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float3
 def kept(select, q, cache, b, seq_len, **options):
     """keep [kv_heads, seq_len] of one row, token by token."""
     keep = torch.zeros(cache.kv_heads, seq_len, dtype=torch.bool)
+    if isinstance(select, entmaxkv.KeySketch):
+        selected, counts, _ = select.tokens(q, cache, **options)
+        for head in range(cache.kv_heads):
+            keep[head, selected[b, head, : counts[b, head]].long()] = True
+        return keep
     selected, counts = select.pages(q, cache, **options)
     for head in range(cache.kv_heads):
         for page in selected[b, head, : counts[b, head]].tolist():
@@ -68,9 +76,20 @@ def test_against_the_oracle(select, alpha, slopes):
         values = (weight > 0).view(2, 2, seq_len).any(1)
         rows_read += int(keep.sum() + values.sum())
         pages += -(-seq_len // 16)
-    statistics = 0 if select is DENSE else 2 * 2 * pages
-    assert found.bytes_read == (rows_read + statistics) * 64 * 4
+    index_bytes = 0 if select is DENSE else 2 * 2 * pages * 64 * 4
+    if isinstance(select, entmaxkv.KeySketch):
+        survivors = torch.zeros_like(found.tokens)
+        if select.bits == 4:
+            survivors = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
+        assert torch.equal(found.survivors, survivors)
+        sampled = 1 + 2 * 2 * (100 // 64 + 1) + 2 * 2 * (333 // 64 + 1)  # two heads, two of every 64 tokens
+        index_bytes = 2 * (sum(lengths) * (16 + 3) + sampled * 64 * 4) + int(survivors.sum()) * 16
+    assert found.index_bytes == index_bytes
+    assert found.bytes_read == rows_read * 64 * 4 + index_bytes
     assert found.kv_bytes == 2 * 2 * sum(lengths) * 64 * 4
+    assert found.share == found.bytes_read / found.kv_bytes
+    assert (found.dropped_mass <= found.delta_bound + 1e-12).all()
+    assert torch.equal(found.certified, found.delta_bound == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -123,14 +123,20 @@ def test_fake_kernel_runs_without_data(name, device):
 
 @pytest.mark.parametrize(
     "select",
-    [None, entmaxkv.TopPages(budget=48, dense_below=0), entmaxkv.Gaussian(dense_below=0)],
-    ids=["dense", "top pages", "gaussian"],
+    [
+        None,
+        entmaxkv.TopPages(budget=48, dense_below=0),
+        entmaxkv.Gaussian(dense_below=0),
+        entmaxkv.KeySketch(dense_below=0),
+        entmaxkv.KeySketch(certainty=1 - 1e-9, max_tokens=30, dense_below=0),
+    ],
+    ids=["dense", "top pages", "gaussian", "key sketch", "almost certain"],
 )
 def test_compiled_step_equals_eager(device, select):
     def step(q, k, v, cache):
         cache.append(k, v)
         out, info = entmaxkv.decode(q * 2, cache, alpha=1.5, select=select, return_info=True)
-        return out + 1, info.support
+        return out + 1, info.support, info.certified
 
     torch._dynamo.reset()
     results = []

@@ -1,0 +1,219 @@
+"""What a step says that it proved is true, by the float64 oracle: bound >= dropped mass, certified => same support."""
+
+import math
+
+import pytest
+import torch
+from conftest import draw, make_alphas, make_query, make_slopes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import entmaxkv
+from entmaxkv import certify, reference
+from entmaxkv.metrics import kept
+from entmaxkv.select import selection
+
+PAGE = 16
+LENGTHS = [0, 1, 16, 17, 700]
+
+
+class Everything:
+    """A user's own selector of pages: it takes all."""
+
+    def pages(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
+        return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, alibi_slopes=alibi_slopes, scale=scale)
+
+
+class Newest:
+    """A user's own selector of tokens, the newest of each row, that knows nothing of the others."""
+
+    def tokens(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
+        newest = (cache.seq_lens - 1)[:, None, None].repeat(1, cache.kv_heads, 1)
+        return newest, (newest[..., 0] >= 0).int(), torch.ones(q.shape[:2], device=q.device)
+
+
+SELECTORS = {
+    "dense": None,
+    "1 page": entmaxkv.TopPages(PAGE, dense_below=0),
+    "4 pages": entmaxkv.TopPages(4 * PAGE, dense_below=0),
+    "half": entmaxkv.TopPages(352, dense_below=0),
+    "gaussian": entmaxkv.Gaussian(dense_below=0),
+    "everything": Everything(),
+    "newest": Newest(),
+    "sketch": entmaxkv.KeySketch(dense_below=0),
+    "2 bits": entmaxkv.KeySketch(bits=2, dense_below=0),
+    "20 tokens": entmaxkv.KeySketch(max_tokens=20, dense_below=0),
+    "almost certain": entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0),
+}
+
+
+def normal(seed: int) -> Tensor:
+    return draw(len(LENGTHS), max(LENGTHS), 2, 64, seed=seed)
+
+
+def clustered(seed: int) -> Tensor:
+    """Pages of keys that are nearly alike: boxes are tight."""
+    centres = draw(len(LENGTHS), -(-max(LENGTHS) // PAGE), 2, 64, seed=seed).repeat_interleave(PAGE, dim=1)
+    return centres[:, : max(LENGTHS)] + 0.01 * normal(seed + 1)
+
+
+def equal(seed: int) -> Tensor:
+    """Every page is one key, many times over, and so exactly its own box."""
+    centres = draw(len(LENGTHS), -(-max(LENGTHS) // PAGE), 2, 64, seed=seed).repeat_interleave(PAGE, dim=1)
+    return centres[:, : max(LENGTHS)].contiguous()
+
+
+def outlier(seed: int) -> Tensor:
+    """One channel is far from 0 in every key."""
+    k = normal(seed)
+    k[..., 5] += 30
+    return k
+
+
+def dominated(seed: int) -> Tensor:
+    """One key far above all."""
+    k = normal(seed)
+    k[:, 3] *= 20
+    return k
+
+
+def huge(seed: int) -> Tensor:
+    return 100 * normal(seed)
+
+
+KEYS = {make.__name__: make for make in (normal, clustered, equal, outlier, dominated, huge)}
+
+
+def filled(k: Tensor, dtype: torch.dtype, device: str, **options: bool) -> entmaxkv.PagedKVCache:
+    cache = entmaxkv.PagedKVCache(len(LENGTHS), max(LENGTHS), 2, 64, dtype=dtype, device=device, **options)
+    k = k.to(dtype).to(device)
+    cache.append(k, torch.zeros_like(k), torch.tensor(LENGTHS, dtype=torch.int32, device=device))
+    return cache
+
+
+def check(q: Tensor, cache: entmaxkv.PagedKVCache, select: object, **options) -> entmaxkv.DecodeInfo:
+    """The claims of a step against float64; returns them."""
+    _, info = entmaxkv.decode(q, cache, select=select, return_info=True, **options)
+    assert info.certified.dtype == torch.bool and info.delta_bound.dtype == torch.float32
+    assert info.certified.shape == info.delta_bound.shape == q.shape[:2]
+    assert torch.equal(info.certified, info.delta_bound == 0)
+    assert ((info.delta_bound >= 0) & (info.delta_bound <= 1)).all()
+    chosen = selection(select, q, cache, **{"alpha": 1.5, "scale": None, "alibi_slopes": None, **options})
+    for row, seq_len in enumerate(cache.seq_lens.tolist()):
+        if seq_len == 0:
+            assert info.certified[row].all()
+            continue
+        k = reference.gather(cache.k_pages, cache.page_table[row], seq_len)
+        _, p, _ = reference.attention(q[row], k, k, **options)
+        read = torch.ones(2, seq_len, dtype=torch.bool, device=q.device)
+        if chosen is not None:
+            read = kept(chosen, row, seq_len, PAGE)
+        read = read.repeat_interleave(q.shape[1] // 2, 0)
+        dropped = p.masked_fill(read, 0).sum(-1)
+        assert (dropped <= info.delta_bound[row] + 1e-12).all(), (dropped, info.delta_bound[row])
+        assert not ((p > 0) & ~read)[info.certified[row]].any()
+        assert info.certified[row][read.all(-1)].all()
+    return info
+
+
+@pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("alpha", [1.0, 1.1, 1.5, 2.0, None], ids=str)
+def test_claims_hold(device, select, keys, alpha):
+    cache = filled(keys(0), torch.float32, device)
+    heads = make_alphas(8, device) if alpha is None else alpha
+    for slopes in (None, make_slopes(8, device)):
+        for strength in (0.1, 1.0, 10.0):
+            check(
+                strength * make_query(len(LENGTHS), 8, 64, device=device),
+                cache,
+                select,
+                alpha=heads,
+                alibi_slopes=slopes,
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_claims_hold_in_other_dtypes(device, dtype):
+    cache, q = filled(clustered(0), dtype, device), make_query(len(LENGTHS), 8, 64, dtype, device)
+    for select in SELECTORS.values():
+        check(q, cache, select, scale=-0.2)
+
+
+@given(
+    st.sampled_from(list(KEYS)),
+    st.integers(0, 99),
+    st.sampled_from([1.0, 1.05, 4 / 3, 1.5, 2.0]),
+    st.floats(-2, 2),
+    st.sampled_from(list(SELECTORS)),
+)
+def test_no_draw_breaks_a_claim(device, keys, seed, alpha, magnitude, select):
+    cache = filled(KEYS[keys](seed), torch.float32, device)
+    q = 10**magnitude * draw(len(LENGTHS), 4, 64, device=device, seed=seed)
+    q[:, 1] = cache.k_pages[cache.page_table[:, 0].long(), 0, 0]  # some key itself
+    q[0, 1] = 1
+    check(q, cache, SELECTORS[select], alpha=alpha)
+
+
+def test_tight_boxes_certify(device):
+    """Where every page is one key, its box is exact: pages that are far below tau are proved to be."""
+    cache, q = filled(equal(0), torch.float32, device), 4 * draw(len(LENGTHS), 4, 64, device=device, seed=1)
+    info = check(q, cache, entmaxkv.TopPages(352, dense_below=0))
+    assert info.certified[4].any() and (info.tokens[4] < 700).all()
+    few = check(q, cache, entmaxkv.TopPages(PAGE, dense_below=0))
+    assert (few.delta_bound[4] > 0).any()
+
+
+def test_bounds_are_no_looser_than_they_are(device):
+    """Boxes of single keys give the exact terms of the sum, and so a bound near the formula's."""
+    cache, q = filled(equal(0), torch.float32, device), draw(len(LENGTHS), 4, 64, device=device, seed=1)
+    select = entmaxkv.TopPages(352, dense_below=0)
+    _, info = entmaxkv.decode(q, cache, select=select, return_info=True)
+    k = reference.gather(cache.k_pages, cache.page_table[4], 700)
+    chosen = selection(select, q, cache, alpha=1.5, scale=None, alibi_slopes=None)
+    read = kept(chosen, 4, 700, PAGE).repeat_interleave(2, 0)
+    z = reference.scores(q[4], k) / 2
+    want = (z - info.tau[4].double()[:, None]).clamp(min=0).square().masked_fill(read, 0).sum(-1).clamp(max=1)
+    torch.testing.assert_close(info.delta_bound[4].double(), want, rtol=0.01, atol=1e-4)
+
+
+def test_without_bounds_nothing_is_known(device):
+    q = make_query(len(LENGTHS), 8, 64, device=device)
+    cache = filled(normal(0), torch.float32, device, minmax=False)
+    info = check(q, cache, entmaxkv.Gaussian(margin=-0.7, dense_below=0))
+    assert info.delta_bound[4].tolist() == [1] * 8 and not info.certified[4].any()
+    assert check(q, cache, entmaxkv.Gaussian(margin=math.inf, dense_below=0)).certified.all()
+    assert not check(q, cache, Newest()).certified[1:].any()
+
+
+def test_less_than_certain_proves_nothing_unless_all_was_read(device):
+    cache, q = filled(dominated(0), torch.float32, device), make_query(len(LENGTHS), 8, 64, device=device)
+    info = check(q, cache, entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0))
+    for row, n in enumerate(LENGTHS):
+        read_all = (info.tokens[row] == n).repeat_interleave(4)
+        assert torch.equal(info.certified[row], read_all)
+        assert torch.equal(info.delta_bound[row], 1 - read_all.float())
+
+
+def test_a_cap_is_never_silent(device):
+    cache, q = filled(normal(0), torch.float32, device), 0.1 * make_query(len(LENGTHS), 8, 64, device=device)
+    info = check(q, cache, entmaxkv.KeySketch(max_tokens=8, dense_below=0))
+    assert not info.certified[4].any() and (info.tokens[4] == 8).all()
+
+
+def test_nan_is_no_proof(device):
+    cache, q = filled(equal(0), torch.float32, device), make_query(len(LENGTHS), 8, 64, device=device)
+    q[4, 3] = math.nan
+    _, info = entmaxkv.decode(q, cache, select=entmaxkv.TopPages(PAGE, dense_below=0), return_info=True)
+    assert info.delta_bound[4, 3] == 1
+
+
+def test_left_out_tokens_are_counted_by_page(device):
+    cache = filled(normal(0), torch.float32, device)
+    selected = torch.tensor([0, 43, -1], dtype=torch.int32, device=device).expand(len(LENGTHS), 2, 3)
+    counts = torch.tensor([[0, 0], [1, 1], [1, 0], [1, 1], [2, 1]], dtype=torch.int32, device=device)
+    chosen = certify.Selection(selected, counts, False, None)
+    left_out = certify.tokens_left_out(chosen, cache)
+    assert left_out.sum(-1).tolist() == [[0, 0], [0, 0], [0, 16], [1, 1], [700 - 16 - 12, 700 - 16]]
+    assert left_out[4, 0, [0, 1, 42, 43]].tolist() == [0, 16, 16, 0]
