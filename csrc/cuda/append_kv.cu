@@ -57,12 +57,17 @@ __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, i
   }
   __syncthreads();  // the keys are in their slots
   if (some && op.sketch) {
-    const int warps = head_threads(op) / 32;
+    dispatch_lanes(op.head_dim, [&](auto lanes) {
+      using Coder = KeyCoder<lanes>;
+      const Coder coder(op.head_dim, false);
+      const int warps = head_threads(op) / 32;
 #pragma unroll 1
-    for (int token = start + warps - 1 - thread / 32; token < stop; token += warps) {
-      sketch_key(op.sketch, op.k.at<T>(row, token - span.first, kv_head), op.head_dim, physical * op.kv_heads + kv_head,
-                 op.page_size, token - page_begin);
-    }
+      for (int first = start + (warps - 1 - thread / 32) * Coder::kKeys; first < stop; first += warps * Coder::kKeys) {
+        const int token = first + Coder::nth();
+        coder.code(op.sketch, token < stop ? op.k.at<T>(row, token - span.first, kv_head) : nullptr,
+                   physical * op.kv_heads + kv_head, op.page_size, token - page_begin);
+      }
+    });
   }
   if (!works) return;
   if (keys) {

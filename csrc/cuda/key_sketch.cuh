@@ -1,12 +1,12 @@
-// A warp rotates a key or a query, and codes a key (sketch.h).
+// Rotated queries and the codes of keys (sketch.h).
 #pragma once
 
 #include "../sketch.h"
-#include "device.cuh"
+#include "tile.cuh"
 
 namespace entmaxkv::cuda {
 
-/// A row, rotated: a lane has dimensions lane, 32 + lane, ... All lanes call every function.
+/// A query, rotated: a lane has dimensions lane, 32 + lane, ... All lanes call every function.
 struct Rotated {
   static constexpr int kOwn = sketch::kMaxDims / 32;
   float of[kOwn];
@@ -57,45 +57,166 @@ struct Rotated {
     for (int i = 0; i < kOwn; ++i) most = larger(most, fabsf(of[i]));
     return cuda::largest<32>(most);
   }
-
-  __device__ sketch::Norms norms_at(int scale, float norm, int dims) const {
-    const float per_step = 1 / sketch::step_of(scale);
-    sketch::Distances own;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (32 * i < dims) own.add(of[i] * per_step);
-    }
-    return {scale, norm, sum<32>(own), dims};
-  }
 };
 
-/// Codes a key for a slot of a page; page_head = page * kv_heads + kv_head. All lanes of a warp call.
-template <typename T>
-__device__ void sketch_key(const Sketch& to, const T* key, int head_dim, int64_t page_head, int page_size, int slot) {
-  const int lane = threadIdx.x % 32, dims = sketch::dims_of(head_dim), row_bytes = dims / 4;
-  const Rotated r(key, head_dim, 1);
-  const float norm = r.norm();
-  sketch::Norms norms =
-      r.norms_at(sketch::scale_of(sketch::kSpread * norm / sqrtf(static_cast<float>(dims)), false), norm, dims);
-  if (!norms.fits()) norms = r.norms_at(sketch::scale_of(r.largest() / 2, true), norm, dims);
-  if (!norms.fits()) norms.scale = norms.coarse = norms.fine = sketch::kUnknown;
-  const float per_step = 1 / sketch::step_of(norms.scale);
-  uint8_t* plane = to.plane(page_head, lane / 16, page_size, row_bytes) + slot * row_bytes + lane % 16;
+/// Codes keys, kKeys of a warp at once: a lane has 16 successive coordinates of one of them, which are those of one
+/// `nth` of sketch::coordinate. kLanes lanes have a key. All lanes call every function.
+template <int kLanes>
+class KeyCoder {
+ public:
+  static constexpr int kKeys = 32 / kLanes;
+
+  __device__ KeyCoder(int head_dim, bool vectors)
+      : head_dim_(head_dim), dims_(sketch::dims_of(head_dim)), vectors_(vectors) {
+#pragma unroll 1
+    for (int i = 0; i < kOwn; ++i) signs_ |= (sketch::sign_of(own() * kOwn + i) < 0 ? 1u : 0u) << i;
+  }
+
+  /// Which of the keys this lane has a part of.
+  static __device__ int nth() { return static_cast<int>(threadIdx.x % 32) / kLanes; }
+
+  /// Codes this lane's key for a slot of a page, or none, where key is null; page_head = page * kv_heads + kv_head.
+  template <typename T>
+  __device__ void code(const Sketch& to, const T* key, int64_t page_head, int page_size, int slot) const {
+    float x[kOwn];
+    load(key, x);
+    rotate(x);
+    float square = 0, largest = 0;
 #pragma unroll
-  for (int i = 0; i < Rotated::kOwn; i += 2) {
-    if (32 * i >= dims) break;
-    // Of coordinates 16 nth + byte of the block, this lane has two nth, lane ^ 16 the others.
-    const int first = sketch::code_of(r.of[i] * per_step), second = sketch::code_of(r.of[i + 1] * per_step);
-    const int shift = lane / 16 * 2;
-    int bits = (first >> 2 | second >> 2 << 4 | (first & 3) << 8 | (second & 3) << 12) << shift;
-    bits |= __shfl_xor_sync(kAllLanes, bits, 16);
-    plane[i / 2 * 16] = static_cast<uint8_t>(bits >> lane / 16 * 8);
+    for (const float each : x) square = fmaf(each, each, square);
+    const float norm = sqrtf(over_key(square, [](float a, float b) { return a + b; }));
+    const float spread = sketch::kSpread * norm / sqrtf(static_cast<float>(dims_));
+    sketch::Norms norms = norms_at(x, sketch::scale_of(spread, false), norm);
+    if (__ballot_sync(kAllLanes, !norms.fits())) {
+#pragma unroll
+      for (const float each : x) largest = larger(largest, fabsf(each));
+      largest = over_key(largest, [](float a, float b) { return larger(a, b); });
+      const sketch::Norms wide = norms_at(x, sketch::scale_of(largest / 2, true), norm);
+      if (!norms.fits()) norms = wide;
+      if (!norms.fits()) norms.scale = norms.coarse = norms.fine = sketch::kUnknown;
+    }
+    const float per_step = 1 / sketch::step_of(norms.scale);
+    uint32_t words[kOwn / 4] = {};  // of codes, a byte each
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) words[i / 4] |= static_cast<uint32_t>(sketch::code_of(x[i] * per_step)) << i % 4 * 8;
+    if (norms.scale == sketch::kUnknown) words[0] = words[1] = words[2] = words[3] = 0;
+    const int block = own() / 4, part = own() % 4, row_bytes = dims_ / 4;
+#pragma unroll
+    for (int plane = 0; plane < 2; ++plane) {
+      uint32_t bits[kOwn / 4];
+#pragma unroll
+      for (int i = 0; i < kOwn / 4; ++i) bits[i] = (words[i] >> (plane ? 0 : 2) & 0x03030303u) << 2 * part;
+      const uint32_t word = gather(bits, part);
+      if (key && 16 * own() < dims_) {
+        uint8_t* row = to.plane(page_head, plane, page_size, row_bytes) + slot * row_bytes;
+        *reinterpret_cast<uint32_t*>(row + 16 * block + 4 * part) = word;
+      }
+    }
+    if (key && own() < 3) {
+      to.norm(page_head, own(), page_size)[slot] = static_cast<uint8_t>(own() == 0   ? norms.scale
+                                                                        : own() == 1 ? norms.coarse
+                                                                                     : norms.fine);
+    }
   }
-  if (lane < 3) {
-    to.norm(page_head, lane, page_size)[slot] = static_cast<uint8_t>(lane == 0   ? norms.scale
-                                                                     : lane == 1 ? norms.coarse
-                                                                                 : norms.fine);
+
+ private:
+  static constexpr int kOwn = 16;
+
+  static __device__ int own() { return threadIdx.x % kLanes; }
+
+  template <typename T>
+  __device__ void load(const T* key, float (&x)[kOwn]) const {
+    constexpr int kCount = 16 / sizeof(T);
+#pragma unroll
+    for (float& each : x) each = 0;
+    if (key && vectors_) {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += kCount) {
+        float elements[kCount];
+        unpack<T>(load_word<true>(key, own() * kOwn + i, head_dim_), elements);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) x[i + e] = elements[e];
+      }
+    } else if (key) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (own() * kOwn + i < head_dim_) x[i] = to_float(key[own() * kOwn + i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) x[i] = __uint_as_float(__float_as_uint(x[i]) ^ (signs_ >> i & 1) << 31);
   }
+
+  __device__ void rotate(float (&x)[kOwn]) const {
+#pragma unroll
+    for (int step = 1; step < kOwn; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (i & step) continue;
+        const float sum = x[i] + x[i | step];
+        x[i | step] = x[i] - x[i | step];
+        x[i] = sum;
+      }
+    }
+    const int rotation = sketch::rotation_of(dims_);
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      if (kOwn * distance >= rotation) break;
+      const bool second = own() & distance;
+#pragma unroll
+      for (float& each : x) {
+        const float other = __shfl_xor_sync(kAllLanes, each, distance);
+        each = second ? other - each : each + other;
+      }
+    }
+    const float scale = 1 / sqrtf(static_cast<float>(rotation));
+#pragma unroll
+    for (float& each : x) each *= scale;
+  }
+
+  /// The combination of the lanes' values of a key, for each of them.
+  template <typename Value, typename Combine>
+  static __device__ Value over_key(Value value, Combine combine) {
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) value = combine(value, shuffle_xor(value, distance));
+    return value;
+  }
+
+  __device__ sketch::Norms norms_at(const float (&x)[kOwn], int scale, float norm) const {
+    const float per_step = 1 / sketch::step_of(scale);
+    sketch::Distances squares;
+#pragma unroll
+    for (const float each : x) squares.add(each * per_step);
+    if (16 * own() >= dims_) squares = {};
+    using Distances = sketch::Distances;
+    squares = over_key(squares, [](const Distances& a, const Distances& b) { return a + b; });
+    return {scale, norm, squares, dims_};
+  }
+
+  /// Of four words of four lanes' bits, the one that is this lane's part.
+  static __device__ uint32_t gather(const uint32_t (&bits)[4], int part) {
+    const bool upper = part >= 2, odd = part % 2;
+    uint32_t keep[2], give[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      keep[i] = upper ? bits[2 + i] : bits[i];
+      give[i] = upper ? bits[i] : bits[2 + i];
+      keep[i] |= __shfl_xor_sync(kAllLanes, give[i], 2);
+    }
+    return (odd ? keep[1] : keep[0]) | __shfl_xor_sync(kAllLanes, odd ? keep[0] : keep[1], 1);
+  }
+
+  int head_dim_, dims_;
+  bool vectors_;
+  uint32_t signs_ = 0;
+};
+
+/// Calls body with the lanes that a key takes.
+template <typename Body>
+__device__ void dispatch_lanes(int head_dim, Body body) {
+  if (head_dim <= 64) return body(std::integral_constant<int, 4>{});
+  if (head_dim <= 128) return body(std::integral_constant<int, 8>{});
+  return body(std::integral_constant<int, 16>{});
 }
 
 }  // namespace entmaxkv::cuda

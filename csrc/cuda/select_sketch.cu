@@ -8,12 +8,9 @@
 //      planes; what still is gets a bit.
 //   4. list: the tokens of these bits.
 //   If no more than max_tokens may be listed, cap comes before that: the bits of whole steps of merit go.
-// Products of codes and queries are those of whole numbers, on tensor cores: tokens as rows, as columns the high and
-// the low 7 bits of the numbers of each head. A dot product does not care for the order of its dimensions: a lane
-// multiplies a run of successive bytes of a row of codes.
 #include "kernels.h"
-#include "key_sketch.cuh"
 #include "share.cuh"
+#include "sketch_tile.cuh"
 #include "tile.cuh"
 #include "weights.cuh"
 
@@ -21,15 +18,13 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kHeads = 4;  // query heads that share one reading of the codes
-constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32;
+using namespace sketch_tile;
+
 template <int kWords>
 constexpr int kOccupancy = kWords <= 2 ? 4 : 3;  // blocks that share a multiprocessor
-constexpr int kTokens = 64;                      // that a warp multiplies together: 4 matrices of 16 rows
 constexpr int kMostChunks = 512;
-constexpr int kSegment = 512;      // tokens
-constexpr int kListSegments = 16;  // of a block
-constexpr int kBins = 256;         // of merit; nothing is in the last one
+constexpr int kSegment = 256;  // tokens
+constexpr int kBins = 256;     // of merit; nothing is in the last one
 
 /// Tokens of a chunk of a row.
 __device__ int chunk_of(int seq_len) { return max(1, ceil_div(ceil_div(seq_len, kMostChunks), kTokens)) * kTokens; }
@@ -71,192 +66,6 @@ struct Scratch {
   }
 };
 
-/// The query heads of a block: of a KV head, up to kHeads.
-struct Heads {
-  int64_t row;
-  int kv_head, first, count;
-
-  static __host__ __device__ int parts(const Sizes& sizes) { return ceil_div(sizes.group, kHeads); }
-
-  __device__ Heads() {}
-
-  __device__ Heads(const Sizes& sizes, int64_t row, int kv_head, int part)
-      : row(row),
-        kv_head(kv_head),
-        first(kv_head * sizes.group + part * kHeads),
-        count(min(kHeads, sizes.group - part * kHeads)) {}
-};
-
-/// A query times the scale.
-__device__ Rotated rotated(const SelectSketch& op, int64_t row, int head) {
-  switch (op.dtype) {
-    case Dtype::kFloat16:
-      return {op.q.at<__half>(row, head), op.head_dim, op.scoring.scale};
-    case Dtype::kBFloat16:
-      return {op.q.at<__nv_bfloat16>(row, head), op.head_dim, op.scoring.scale};
-    default:
-      return {op.q.at<float>(row, head), op.head_dim, op.scoring.scale};
-  }
-}
-
-/// Queries as whole numbers.
-struct Numbers {
-  static constexpr int kColumns = 8;  // the high parts of kHeads, then the low ones
-  alignas(16) int8_t values[kColumns][sketch::kMaxDims];
-  sketch::QueryCode codes[kHeads];
-
-  /// All threads of a block of kScanThreads call.
-  __device__ void set(const SelectSketch& op, const Heads& heads) {
-    static_assert(kScanWarps == kHeads);
-    const int h = threadIdx.x / 32, lane = threadIdx.x % 32, dims = sketch::dims_of(op.head_dim);
-    __syncthreads();  // the numbers of earlier heads have been read
-    const bool there = h < heads.count;
-    const Rotated r = rotated(op, heads.row, heads.first + (there ? h : 0));
-    const float of_head = sketch::unit_of(r.largest()), norm = r.norm();
-    const float per_unit = of_head > 0 && there ? 1 / of_head : 0;
-    int own_sum = 0;
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < Rotated::kOwn; ++i) {
-      if (32 * i >= dims) break;
-      const float number = fminf(fmaxf(rintf(r.of[i] * per_unit), -sketch::QueryCode::kMost), sketch::QueryCode::kMost);
-      const float distance = r.of[i] - number * of_head;
-      squares = fmaf(distance, distance, squares);
-      const int whole = static_cast<int>(number), high = (whole + 64) >> 7;
-      values[h][32 * i + lane] = static_cast<int8_t>(high);
-      values[kHeads + h][32 * i + lane] = static_cast<int8_t>(whole - 128 * high);
-      own_sum += whole;
-    }
-    own_sum = __reduce_add_sync(kAllLanes, own_sum);
-    const float distance = sqrtf(sum<32>(squares));
-    if (lane == 0) codes[h] = sketch::QueryCode(of_head, own_sum, norm, distance, dims, op.certain);
-    __syncthreads();
-  }
-};
-
-/// C += A B of 16 rows of unsigned and 8 columns of signed bytes, over 32 dimensions. All lanes call.
-__device__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#ifdef EMULATE_CUDA
-  emulation::multiply_bytes(c, a, b0, b1);  // tests/emulation
-#else
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-/// What a lane does of the product of kTokens tokens: it multiplies kWords words of each of the rows of its tokens, and
-/// gets the products of four successive ones with two heads.
-///   lane = 4 g + t; row r of matrix i is token 4 r + i; a lane multiplies rows g and g + 8; t < 2 gets row g, others
-///   row g + 8, of heads 2 (t % 2) and 2 (t % 2) + 1.
-template <int kWords>
-struct Lane {
-  static constexpr int kFragments = 4 * kWords;
-  uint32_t fragments[kFragments];  // of the query numbers: one column's, four dimensions each
-
-  static __device__ int part() { return threadIdx.x % 4; }
-  static __device__ int row(int which) { return static_cast<int>(threadIdx.x % 32) / 4 + 8 * which; }
-  static __device__ int own_row() { return row(part() / 2); }
-  static __device__ int head(int j) { return part() % 2 * 2 + j; }
-
-  __device__ explicit Lane(const Numbers& numbers) {
-    const int8_t* column = numbers.values[threadIdx.x % 32 / 4];
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      const int byte = 4 * (kWords * part() + f / 4);
-      fragments[f] = *reinterpret_cast<const uint32_t*>(column + sketch::coordinate(byte, f % 4));
-    }
-  }
-
-  /// The products of one plane: words[w][m] is word m of this lane's part of row(w). All lanes call.
-  __device__ void multiply(const uint32_t (&words)[2][kWords], int (&products)[2]) const {
-    int c[4] = {};
-#pragma unroll
-    for (int f = 0; f < kFragments; f += 2) {
-      uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int nth = f + i / 2;
-        a[i] = words[i % 2][nth / 4] >> 2 * (nth % 4) & 0x03030303u;
-      }
-      multiply_bytes(c, a, fragments[f], fragments[f + 1]);
-    }
-    // Columns 0 ... 3 are high parts, 4 ... 7 low ones: lane ^ 2 has the other part of this lane's row.
-    const bool lower = part() < 2;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int got = __shfl_xor_sync(kAllLanes, lower ? c[2 + j] : c[j], 2);
-      products[j] = lower ? 128 * c[j] + got : 128 * got + c[2 + j];
-    }
-  }
-};
-
-template <int kWords>
-__device__ void load_words(uint32_t (&to)[kWords], const uint8_t* from) {
-  if constexpr (kWords % 4 == 0) {
-    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
-    to[0] = word.x, to[1] = word.y, to[2] = word.z, to[3] = word.w;
-  } else if constexpr (kWords == 2) {
-    const auto word = __ldg(reinterpret_cast<const uint2*>(from));
-    to[0] = word.x, to[1] = word.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) to[i] = __ldg(reinterpret_cast<const uint32_t*>(from) + i);
-  }
-}
-
-/// Where the sketch of a row's tokens is.
-struct Pages {
-  const Sketch& sketch;
-  const int32_t* table;
-  int kv_head, kv_heads, page_size, page_bits, row_bytes;
-
-  __device__ Pages(const SelectSketch& op, int64_t row, int kv_head)
-      : sketch(op.sketch),
-        table(op.page_table.row(row)),
-        kv_head(kv_head),
-        kv_heads(op.kv_heads),
-        page_size(op.page_size),
-        page_bits(__ffs(op.page_size) - 1),
-        row_bytes(sketch::row_bytes(op.head_dim)) {}
-
-  __device__ int64_t page_head(int token) const { return int64_t{table[token >> page_bits]} * kv_heads + kv_head; }
-  __device__ int slot(int token) const { return token & (page_size - 1); }
-
-  __device__ const uint8_t* codes(int64_t page_head, int token, int plane) const {
-    return sketch.plane(page_head, plane, page_size, row_bytes) + slot(token) * row_bytes;
-  }
-  __device__ const uint8_t* norms(int64_t page_head, int token, int which) const {
-    return sketch.norm(page_head, which, page_size) + slot(token);
-  }
-};
-
-/// The codes of kTokens successive tokens, and scale and coarse norm of a lane's four.
-template <int kWords>
-struct Coarse {
-  uint32_t words[4][2][kWords];
-  uint32_t scales, norms;
-
-  /// Behind the last token, whatever there is in its page.
-  __device__ void load(const Pages& pages, int first, int last) {
-    int64_t page_heads[2];
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const int token = first + 4 * Lane<kWords>::row(w);
-      page_heads[w] = pages.page_head(min(token, last));
-      const uint8_t* codes = pages.codes(page_heads[w], token, 0) + 4 * kWords * Lane<kWords>::part();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w], codes + i * pages.row_bytes);
-    }
-    const int own = first + 4 * Lane<kWords>::own_row();
-    const int64_t page_head = Lane<kWords>::part() < 2 ? page_heads[0] : page_heads[1];
-    scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 0)));
-    norms = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 1)));
-  }
-};
-
-__device__ int byte_of(uint32_t word, int nth) { return static_cast<int>(word >> 8 * nth & 255); }
-
 /// The token of the highest bound so far.
 struct Best {
   float upper = kNothing;
@@ -271,7 +80,7 @@ template <int kWords>
 __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
-  const int parts = Heads::parts(op), lists = op.batch * op.kv_heads * parts;
+  const int parts = CodeHeads::parts(op), lists = op.batch * op.kv_heads * parts;
   const auto chunks_of = [&](int list) {
     const int seq_len = length_of(op, list / (op.kv_heads * parts));
     return ceil_div(seq_len, chunk_of(seq_len));
@@ -284,10 +93,10 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
     const int of_list = min(units_of(list) - unit, left);
     if (of_list <= 0) continue;
     left -= of_list;
-    const Heads heads(op, list / (op.kv_heads * parts), list / parts % op.kv_heads, list % parts);
+    const CodeHeads heads(op, list / (op.kv_heads * parts), list / parts % op.kv_heads, list % parts);
     s_numbers.set(op, heads);
     const Lane<kWords> lane(s_numbers);
-    const Pages pages(op, heads.row, heads.kv_head);
+    const SketchPages pages(op, heads.row, heads.kv_head);
     const int seq_len = length_of(op, heads.row), chunk = chunk_of(seq_len), last = seq_len - 1;
     const int64_t first_head = heads.row * op.q_heads + heads.first;
     const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
@@ -313,7 +122,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int products[2];
-          lane.multiply(coarse.words[i], products);
+          lane.multiply(coarse.words[i], 0, products);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float upper = codes[j].coarse_bound(products[j], byte_of(coarse.scales, i), byte_of(coarse.norms, i));
@@ -431,23 +240,119 @@ __device__ int merit_of(const Entmax<double>& entmax, float upper, float floor) 
   return above < kBins - 2 ? max(static_cast<int>(above), 0) : kBins - 2;  // NaN too
 }
 
-/// The marks of a warp's segment.
+/// A warp's segment.
 struct Segment {
   static constexpr int kWords = kSegment / 32;
+  static constexpr int kRun = kSegment / 32;  // successive tokens of a lane
   uint32_t marks[kWords];
-  uint32_t survivors[kWords];
+  uint8_t queue[kSegment];  // tokens to look at closely
   uint8_t merits[kSegment];
-  uint16_t queue[kSegment + kTokens];
+
+  /// Puts those tokens into the queue whose bound from the scan is above the floor of some head; returns how many.
+  /// All lanes call.
+  __device__ int enqueue(const __half* uppers, int64_t stride, int heads, const float* s_floors, int tokens) {
+    const int first = static_cast<int>(threadIdx.x % 32) * kRun;
+    uint32_t mask = 0;
+    if (first < tokens) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (h >= heads) break;
+        const auto word = __ldg(reinterpret_cast<const uint4*>(uppers + h * stride + first));
+        const auto* its = reinterpret_cast<const __half*>(&word);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) mask |= static_cast<uint32_t>(!(__half2float(its[i]) <= s_floors[h])) << i;
+      }
+      if (tokens - first < kRun) mask &= (1u << (tokens - first)) - 1;
+    }
+    const int upto = sum_upto(__popc(mask));
+    int to = upto - __popc(mask);
+    for (; mask; mask &= mask - 1) queue[to++] = static_cast<uint8_t>(first + __ffs(static_cast<int>(mask)) - 1);
+    __syncwarp();
+    return __shfl_sync(kAllLanes, upto, 31);
+  }
+};
+static_assert(Segment::kRun * sizeof(__half) == sizeof(uint4));
+
+/// Both planes of the codes of kTokens tokens of a segment's queue, and what a lane needs to know of its four.
+template <int kWords>
+struct Close {
+  uint32_t words[4][2][2][kWords];  // of matrix i, of row(w), of a plane
+  uint8_t tokens[4], scales[4], norms[4];
+
+  /// Entries from `first` on; behind the last one, the last one.
+  __device__ void load(const SketchPages& pages, const Segment& s, int begin, int first, int count, bool fine) {
+    using TheLane = Lane<kWords>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int64_t page_heads[2];
+      int its[2];
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        its[w] = s.queue[min(first + 16 * i + TheLane::row(w), count - 1)];
+        page_heads[w] = pages.page_head(begin + its[w]);
+#pragma unroll
+        for (int plane = 0; plane < 2; ++plane) {
+          if (plane > 0 && !fine) break;
+          load_words<kWords>(words[i][w][plane],
+                             pages.codes(page_heads[w], begin + its[w], plane) + 4 * kWords * TheLane::part());
+        }
+      }
+      const bool lower = TheLane::part() < 2;
+      tokens[i] = static_cast<uint8_t>(lower ? its[0] : its[1]);
+      const int64_t page_head = lower ? page_heads[0] : page_heads[1];
+      scales[i] = __ldg(pages.norms(page_head, begin + tokens[i], 0));
+      norms[i] = __ldg(pages.norms(page_head, begin + tokens[i], fine ? 2 : 1));
+    }
+  }
 };
 
+/// Marks a warp's tokens of which a bound by both planes is above the floor of some of the heads.
 template <int kWords>
-__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(SelectSketch op, Scratch scratch) {
+__device__ void mark(const SelectSketch& op, const SketchPages& pages, const CodeHeads& heads, const Numbers& s_numbers,
+                     const float* s_floors, Segment& s, int begin, int last, int count, bool rates) {
+  const Lane<kWords> lane(s_numbers);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kTokens) {
+    Close<kWords> close;
+    close.load(pages, s, begin, first, count, op.fine);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int high[2], low[2] = {};
+      lane.multiply(close.words[i], 0, high);
+      if (op.fine) lane.multiply(close.words[i], 1, low);
+      int merit = -1;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int h = lane.head(j);
+        if (h >= heads.count) continue;
+        const sketch::QueryCode& code = s_numbers.codes[h];
+        float upper = op.fine ? code.fine_bound(4 * high[j] + low[j], close.scales[i], close.norms[i])
+                              : code.coarse_bound(high[j], close.scales[i], close.norms[i]);
+        if (op.scoring.alibi_slopes) {
+          upper += sketch::bias_bound(op.scoring.slope(heads.first + h), begin + close.tokens[i] - last);
+        }
+        if (upper <= s_floors[h]) continue;
+        merit = rates ? max(merit, merit_of(Entmax<double>(op.alpha.of(heads.first + h)), upper, s_floors[h])) : 0;
+      }
+      merit = max(merit, __shfl_xor_sync(kAllLanes, merit, 1));
+      if (merit >= 0 && lane.part() % 2 == 0 && first + 16 * i + lane.own_row() < count) {
+        const int token = close.tokens[i];
+        atomicOr(&s.marks[token / 32], 1u << token % 32);
+        if (rates) s.merits[token] = static_cast<uint8_t>(max(merit, int{s.merits[token]}));
+      }
+    }
+  }
+  __syncwarp();
+}
+
+template <int kWords>
+__global__ void __launch_bounds__(kScanThreads, 3) refine(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
   __shared__ Segment s_segments[kScanWarps];
   __shared__ float s_floors[kHeads];
   Segment& s = s_segments[threadIdx.x / 32];
-  const int lane_id = threadIdx.x % 32;
+  const int thread = threadIdx.x, lane = thread % 32, parts = CodeHeads::parts(op);
   const auto segments_of = [&](int list) { return ceil_div(length_of(op, list / op.kv_heads), kSegment); };
   const auto units_of = [&](int list) { return ceil_div(segments_of(list), kScanWarps); };
   const auto share = Share::of_block<kScanThreads>(op.batch * op.kv_heads, units_of);
@@ -458,117 +363,41 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(Selec
     if (of_list <= 0) continue;
     left -= of_list;
     const int64_t row = list / op.kv_heads;
-    const int kv_head = list % op.kv_heads, parts = Heads::parts(op);
-    const int seq_len = length_of(op, row), last = seq_len - 1;
-    const Pages pages(op, row, kv_head);
+    const int kv_head = list % op.kv_heads, seq_len = length_of(op, row);
+    const SketchPages pages(op, row, kv_head);
+    bool fresh = true;
 #pragma unroll 1
-    for (int end = unit + of_list; unit < end; ++unit) {
-      const int segment = unit * kScanWarps + static_cast<int>(threadIdx.x / 32);
+    for (const int end = unit + of_list; unit < end; ++unit) {
+      const int segment = unit * kScanWarps + thread / 32;
       const int begin = segment * kSegment, tokens = min(kSegment, seq_len - begin);
-      if (lane_id < Segment::kWords) s.marks[lane_id] = 0;
+      if (lane < Segment::kWords) s.marks[lane] = 0;
       if (scratch.merits) {
-        for (int i = lane_id; i < kSegment; i += 32) s.merits[i] = 0;
+        for (int i = lane; i < kSegment; i += 32) s.merits[i] = 0;
       }
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
-        const Heads heads(op, row, kv_head, part);
-        if (parts > 1 || unit == end - of_list) {
+        const CodeHeads heads(op, row, kv_head, part);
+        const int64_t first_head = row * op.q_heads + heads.first;
+        if (parts > 1 || fresh) {
           s_numbers.set(op, heads);
-          if (threadIdx.x < kHeads) {
-            s_floors[threadIdx.x] = static_cast<int>(threadIdx.x) < heads.count
-                                        ? scratch.floors[row * op.q_heads + heads.first + static_cast<int>(threadIdx.x)]
-                                        : -kNothing;
-          }
+          if (thread < heads.count) s_floors[thread] = scratch.floors[first_head + thread];
           __syncthreads();
+          fresh = false;
         }
-        // Eight tokens of a lane at once.
-        int count = 0;
-#pragma unroll
-        for (int run = 0; run < kSegment / 256; ++run) {
-          const int token = run * 256 + lane_id * 8;
-          uint32_t mask = 0;
-          if (token < tokens) {
-            for (int h = 0; h < heads.count; ++h) {
-              const auto word = *reinterpret_cast<const uint4*>(
-                  scratch.uppers + (row * op.q_heads + heads.first + h) * scratch.capacity + begin + token);
-              const auto* uppers = reinterpret_cast<const __half*>(&word);
-              const float floor = s_floors[h];
-#pragma unroll
-              for (int i = 0; i < 8; ++i) mask |= static_cast<uint32_t>(!(__half2float(uppers[i]) <= floor)) << i;
-            }
-            mask &= (1u << min(8, tokens - token)) - 1;
-          }
-          const int upto = sum_upto(__popc(mask));
-          int to = count + upto - __popc(mask);
-          for (uint32_t rest = mask; rest; rest &= rest - 1) {
-            s.queue[to++] = static_cast<uint16_t>(token + __ffs(static_cast<int>(rest)) - 1);
-          }
-          count += __shfl_sync(kAllLanes, upto, 31);
-        }
-        __syncwarp();
-        const Lane<kWords> lane(s_numbers);
-        const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
-#pragma unroll 1
-        for (int first = 0; first < count; first += kTokens) {
-#pragma unroll 1
-          for (int i = 0; i < 4; ++i) {
-            // The entry of row r of matrix i is 16 i + r: the lane's tokens of its two rows, and its own.
-            int its[2];
-            int64_t page_heads[2];
-            uint32_t words[2][kWords];
-            int high[2], products[2] = {};
-#pragma unroll
-            for (int w = 0; w < 2; ++w) {
-              its[w] = begin + s.queue[min(first + 16 * i + lane.row(w), count - 1)];
-              page_heads[w] = pages.page_head(its[w]);
-              load_words<kWords>(words[w], pages.codes(page_heads[w], its[w], 0) + 4 * kWords * lane.part());
-            }
-            lane.multiply(words, high);
-            if (op.fine) {
-#pragma unroll
-              for (int w = 0; w < 2; ++w) {
-                load_words<kWords>(words[w], pages.codes(page_heads[w], its[w], 1) + 4 * kWords * lane.part());
-              }
-              lane.multiply(words, products);
-            }
-            const int own = lane.part() < 2 ? its[0] : its[1];
-            const int64_t page_head = lane.part() < 2 ? page_heads[0] : page_heads[1];
-            const int scale = *pages.norms(page_head, own, 0), norm = *pages.norms(page_head, own, op.fine ? 2 : 1);
-            int merit = -1;
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int h = lane.head(j);
-              if (h >= heads.count) continue;
-              float upper = op.fine ? codes[j].fine_bound(4 * high[j] + products[j], scale, norm)
-                                    : codes[j].coarse_bound(high[j], scale, norm);
-              if (op.scoring.alibi_slopes) {
-                upper += sketch::bias_bound(op.scoring.slope(heads.first + h), own - last);
-              }
-              if (upper <= s_floors[h]) continue;
-              merit = scratch.merits
-                          ? max(merit, merit_of(Entmax<double>(op.alpha.of(heads.first + h)), upper, s_floors[h]))
-                          : 0;
-            }
-            merit = max(merit, __shfl_xor_sync(kAllLanes, merit, 1));
-            if (merit >= 0 && lane.part() % 2 == 0 && first + 16 * i + lane.own_row() < count) {
-              const int token = own - begin;
-              atomicOr(&s.marks[token / 32], 1u << token % 32);
-              if (scratch.merits) s.merits[token] = static_cast<uint8_t>(max(merit, int{s.merits[token]}));
-            }
-          }
-        }
-        __syncwarp();
+        const int count = s.enqueue(scratch.uppers + first_head * scratch.capacity + begin, scratch.capacity,
+                                    heads.count, s_floors, tokens);
+        mark<kWords>(op, pages, heads, s_numbers, s_floors, s, begin, seq_len - 1, count, scratch.merits);
       }
       if (tokens <= 0) continue;
-      const int64_t word = (int64_t{list} * scratch.capacity + begin) / 32 + lane_id;
-      const uint32_t mask = lane_id < Segment::kWords ? s.marks[lane_id] : 0;
-      if (lane_id < Segment::kWords) scratch.marks[word] = mask;
+      const uint32_t mask = lane < Segment::kWords ? s.marks[lane] : 0;
+      const int64_t at = int64_t{list} * scratch.capacity + begin;
+      if (lane < Segment::kWords) scratch.marks[at / 32 + lane] = mask;
       const int marked = __reduce_add_sync(kAllLanes, __popc(mask));
-      if (lane_id == 0) scratch.marked[int64_t{list} * scratch.segments() + segment] = marked;
+      if (lane == 0) scratch.marked[int64_t{list} * scratch.segments() + segment] = marked;
       if (scratch.merits) {
 #pragma unroll 1
-        for (int i = lane_id; i < tokens; i += 32) {
-          scratch.merits[int64_t{list} * scratch.capacity + begin + i] = s.merits[i];
+        for (int i = lane; i < tokens; i += 32) {
+          scratch.merits[at + i] = s.merits[i];
           if (s.marks[i / 32] >> i % 32 & 1) atomicAdd(scratch.at_merit + int64_t{list} * kBins + s.merits[i], 1);
         }
       }
@@ -620,38 +449,28 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
   }
 }
 
-/// Grid (kListSegments segments, KV head, row).
+/// Grid (words of marks / kThreads, KV head, row).
 __global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch scratch) {
   take_turn();
-  __shared__ int s_marked[kListSegments];
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
-  const int thread = threadIdx.x, lane = thread % 32, room = op.selection.max_selected;
-  const int first = static_cast<int>(blockIdx.x) * kListSegments, segments = ceil_div(length_of(op, row), kSegment);
+  const int thread = threadIdx.x, room = op.selection.max_selected;
+  const int first_word = static_cast<int>(blockIdx.x) * kThreads, word = first_word + thread;
+  const int words = ceil_div(length_of(op, row), kSegment) * Segment::kWords;
   if (blockIdx.x == 0 && !scratch.merits && thread < op.group) {
     op.delta_bound[row * op.q_heads + static_cast<int>(blockIdx.y) * op.group + thread] = 0;
   }
-  if (first >= max(segments, 1)) return;
+  if (first_word > 0 && first_word >= words) return;
   const int32_t* marked = scratch.marked + list * scratch.segments();
   int own = 0;
 #pragma unroll 4
-  for (int i = thread; i < first; i += kThreads) own += marked[i];
-  if (thread < kListSegments) s_marked[thread] = first + thread < segments ? marked[first + thread] : 0;
-  int before = sum<kThreads>(own);  // the barrier in it: s_marked is there
+  for (int i = thread; i < first_word / Segment::kWords; i += kThreads) own += marked[i];
+  uint32_t mask = word < words ? scratch.marks[list * (scratch.capacity / 32) + word] : 0;
+  int total;
+  const int before = sum<kThreads>(own);
+  int to = before + exclusive_scan<kThreads>(__popc(mask), total);
   int32_t* selected = op.selection.row(list);
-#pragma unroll 1
-  for (int nth = 0; nth < kListSegments; ++nth) {
-    const int segment = first + nth;
-    if (nth % (kThreads / 32) == thread / 32 && segment < segments) {
-      const int64_t word = (list * scratch.capacity + segment * kSegment) / 32 + lane;
-      const uint32_t mask = lane < Segment::kWords ? scratch.marks[word] : 0;
-      int to = before + sum_upto(__popc(mask)) - __popc(mask);
-      for (uint32_t rest = mask; rest && to < room; rest &= rest - 1, ++to) {
-        selected[to] = segment * kSegment + lane * 32 + __ffs(static_cast<int>(rest)) - 1;
-      }
-    }
-    before += s_marked[nth];
-  }
-  if (thread == 0 && first + kListSegments >= segments) op.selection.counts[list] = min(before, room);
+  for (; mask && to < room; mask &= mask - 1, ++to) selected[to] = word * 32 + __ffs(static_cast<int>(mask)) - 1;
+  if (thread == 0 && first_word + kThreads >= words) op.selection.counts[list] = min(before + total, room);
 }
 
 template <typename Body>
@@ -690,9 +509,9 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
     });
     launch(name, refine<words>, grid, stream, op, scratch);
   });
-  const dim3 segments(std::max(1, ceil_div(scratch.segments(), kListSegments)), op.kv_heads, op.batch);
-  if (scratch.merits) launch(name, cap, {segments, kThreads}, stream, op, scratch);
-  launch(name, list_marked, {segments, kThreads}, stream, op, scratch);
+  const dim3 words(std::max(1, ceil_div(scratch.capacity / 32, kThreads)), op.kv_heads, op.batch);
+  if (scratch.merits) launch(name, cap, {words, kThreads}, stream, op, scratch);
+  launch(name, list_marked, {words, kThreads}, stream, op, scratch);
 }
 
 }  // namespace entmaxkv::cuda

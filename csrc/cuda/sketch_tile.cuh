@@ -1,0 +1,204 @@
+// The codes of a sketch times queries, on tensor cores. Products are those of whole numbers: tokens as rows, as columns
+// the high and the low 7 bits of the numbers of up to kHeads query heads. A dot product does not care for the order of
+// its dimensions: a lane multiplies a run of successive bytes of a row of codes.
+#pragma once
+
+#include "key_sketch.cuh"
+
+namespace entmaxkv::cuda {
+
+namespace sketch_tile {
+
+constexpr int kHeads = 4;    // query heads that share one reading of the codes
+constexpr int kTokens = 64;  // that a warp multiplies together: 4 matrices of 16 rows
+constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32;
+
+/// The query heads of a block: of a KV head, up to kHeads.
+struct CodeHeads {
+  int64_t row;
+  int kv_head, first, count;
+
+  static __host__ __device__ int parts(const Sizes& sizes) { return ceil_div(sizes.group, kHeads); }
+
+  __device__ CodeHeads(const Sizes& sizes, int64_t row, int kv_head, int part)
+      : row(row),
+        kv_head(kv_head),
+        first(kv_head * sizes.group + part * kHeads),
+        count(min(kHeads, sizes.group - part * kHeads)) {}
+};
+
+/// A query times the scale.
+__device__ Rotated rotated(const SelectSketch& op, int64_t row, int head) {
+  switch (op.dtype) {
+    case Dtype::kFloat16:
+      return {op.q.at<__half>(row, head), op.head_dim, op.scoring.scale};
+    case Dtype::kBFloat16:
+      return {op.q.at<__nv_bfloat16>(row, head), op.head_dim, op.scoring.scale};
+    default:
+      return {op.q.at<float>(row, head), op.head_dim, op.scoring.scale};
+  }
+}
+
+/// Queries as whole numbers.
+struct Numbers {
+  static constexpr int kColumns = 8;  // the high parts of kHeads, then the low ones
+  alignas(16) int8_t values[kColumns][sketch::kMaxDims];
+  sketch::QueryCode codes[kHeads];
+
+  /// All threads of a block of kScanThreads call.
+  __device__ void set(const SelectSketch& op, const CodeHeads& heads) {
+    static_assert(kScanWarps == kHeads);
+    const int h = threadIdx.x / 32, lane = threadIdx.x % 32, dims = sketch::dims_of(op.head_dim);
+    __syncthreads();  // the numbers of earlier heads have been read
+    const bool there = h < heads.count;
+    const Rotated r = rotated(op, heads.row, heads.first + (there ? h : 0));
+    const float of_head = sketch::unit_of(r.largest()), norm = r.norm();
+    const float per_unit = of_head > 0 && there ? 1 / of_head : 0;
+    int own_sum = 0;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < Rotated::kOwn; ++i) {
+      if (32 * i >= dims) break;
+      const float number = fminf(fmaxf(rintf(r.of[i] * per_unit), -sketch::QueryCode::kMost), sketch::QueryCode::kMost);
+      const float distance = r.of[i] - number * of_head;
+      squares = fmaf(distance, distance, squares);
+      const int whole = static_cast<int>(number), high = (whole + 64) >> 7;
+      values[h][32 * i + lane] = static_cast<int8_t>(high);
+      values[kHeads + h][32 * i + lane] = static_cast<int8_t>(whole - 128 * high);
+      own_sum += whole;
+    }
+    own_sum = __reduce_add_sync(kAllLanes, own_sum);
+    const float distance = sqrtf(sum<32>(squares));
+    if (lane == 0) codes[h] = sketch::QueryCode(of_head, own_sum, norm, distance, dims, op.certain);
+    __syncthreads();
+  }
+};
+
+/// C += A B of 16 rows of unsigned and 8 columns of signed bytes, over 32 dimensions. All lanes call.
+__device__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef EMULATE_CUDA
+  emulation::multiply_bytes(c, a, b0, b1);  // tests/emulation
+#else
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+/// What a lane does of the product of kTokens tokens: it multiplies kWords words of each of the rows of its tokens, and
+/// gets the products of four successive ones with two heads.
+///   lane = 4 g + t; row r of matrix i is token 4 r + i; a lane multiplies rows g and g + 8; t < 2 gets row g, others
+///   row g + 8, of heads 2 (t % 2) and 2 (t % 2) + 1.
+template <int kWords>
+struct Lane {
+  static constexpr int kFragments = 4 * kWords;
+  uint32_t fragments[kFragments];  // of the query numbers: one column's, four dimensions each
+
+  static __device__ int part() { return threadIdx.x % 4; }
+  static __device__ int row(int which) { return static_cast<int>(threadIdx.x % 32) / 4 + 8 * which; }
+  static __device__ int own_row() { return row(part() / 2); }
+  static __device__ int head(int j) { return part() % 2 * 2 + j; }
+
+  __device__ explicit Lane(const Numbers& numbers) {
+    const int8_t* column = numbers.values[threadIdx.x % 32 / 4];
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      const int byte = 4 * (kWords * part() + f / 4);
+      fragments[f] = *reinterpret_cast<const uint32_t*>(column + sketch::coordinate(byte, f % 4));
+    }
+  }
+
+  /// The products of a plane of 16 rows: words[w][plane][m] is word m of this lane's part of row(w). All lanes call.
+  template <int kPlanes>
+  __device__ void multiply(const uint32_t (&words)[2][kPlanes][kWords], int plane, int (&products)[2]) const {
+    int c[4] = {};
+#pragma unroll
+    for (int f = 0; f < kFragments; f += 2) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int nth = f + i / 2;
+        a[i] = words[i % 2][plane][nth / 4] >> 2 * (nth % 4) & 0x03030303u;
+      }
+      multiply_bytes(c, a, fragments[f], fragments[f + 1]);
+    }
+    // Columns 0 ... 3 are high parts, 4 ... 7 low ones: lane ^ 2 has the other part of this lane's row.
+    const bool lower = part() < 2;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int got = __shfl_xor_sync(kAllLanes, lower ? c[2 + j] : c[j], 2);
+      products[j] = lower ? 128 * c[j] + got : 128 * got + c[2 + j];
+    }
+  }
+};
+
+template <int kWords>
+__device__ void load_words(uint32_t (&to)[kWords], const uint8_t* from) {
+  if constexpr (kWords % 4 == 0) {
+    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
+    to[0] = word.x, to[1] = word.y, to[2] = word.z, to[3] = word.w;
+  } else if constexpr (kWords == 2) {
+    const auto word = __ldg(reinterpret_cast<const uint2*>(from));
+    to[0] = word.x, to[1] = word.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = __ldg(reinterpret_cast<const uint32_t*>(from) + i);
+  }
+}
+
+/// Where the sketch of a row's tokens is.
+struct SketchPages {
+  const Sketch& sketch;
+  const int32_t* table;
+  int kv_head, kv_heads, page_size, row_bytes, page_bits;
+
+  __device__ SketchPages(const SelectSketch& op, int64_t row, int kv_head)
+      : sketch(op.sketch),
+        table(op.page_table.row(row)),
+        kv_head(kv_head),
+        kv_heads(op.kv_heads),
+        page_size(op.page_size),
+        row_bytes(sketch::row_bytes(op.head_dim)) {
+    page_bits = __ffs(page_size) - 1;
+  }
+
+  __device__ int64_t page_head(int token) const { return int64_t{table[token >> page_bits]} * kv_heads + kv_head; }
+  __device__ int slot(int token) const { return token & (page_size - 1); }
+
+  __device__ const uint8_t* codes(int64_t page_head, int token, int plane) const {
+    return sketch.plane(page_head, plane, page_size, row_bytes) + slot(token) * row_bytes;
+  }
+  __device__ const uint8_t* norms(int64_t page_head, int token, int which) const {
+    return sketch.norm(page_head, which, page_size) + slot(token);
+  }
+};
+
+/// The codes of kTokens successive tokens, and scale and coarse norm of a lane's four.
+template <int kWords>
+struct Coarse {
+  uint32_t words[4][2][1][kWords];
+  uint32_t scales, norms;
+
+  /// Behind the last token, whatever there is in its page.
+  __device__ void load(const SketchPages& pages, int first, int last) {
+    int64_t page_heads[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const int token = first + 4 * Lane<kWords>::row(w);
+      page_heads[w] = pages.page_head(min(token, last));
+      const uint8_t* codes = pages.codes(page_heads[w], token, 0) + 4 * kWords * Lane<kWords>::part();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w][0], codes + i * pages.row_bytes);
+    }
+    const int own = first + 4 * Lane<kWords>::own_row();
+    const int64_t page_head = Lane<kWords>::part() < 2 ? page_heads[0] : page_heads[1];
+    scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 0)));
+    norms = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 1)));
+  }
+};
+
+__device__ int byte_of(uint32_t word, int nth) { return static_cast<int>(word >> 8 * nth & 255); }
+
+}  // namespace sketch_tile
+
+}  // namespace entmaxkv::cuda
