@@ -178,10 +178,10 @@ def rotate(k: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
     dims = -(-head_dim // 64) * 64
     signs = []
     for d in range(head_dim):
-        x = (d + 1) * 0x9E3779B9 % 2**32
-        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-        signs.append(1 - 2 * (x >> 31))
+        word = (d + 1) * 0x9E3779B9 % 2**32
+        word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
+        word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+        signs.append(1 - 2 * (word >> 31))
     x = torch.nn.functional.pad(k.to(dtype) * torch.tensor(signs, dtype=dtype, device=k.device), (0, dims - head_dim))
     size = 64 if dims == 192 else dims
     matrix = torch.ones(1, 1, dtype=dtype, device=k.device)
