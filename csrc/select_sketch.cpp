@@ -5,12 +5,13 @@ namespace entmaxkv {
 namespace {
 
 /// How much of the proved error counts at a certainty below 1. After the rotation the error of a product is a sum of
-/// random signs over the dimensions, of variance at most (||q|| e)^2 / dims: beyond t standard deviations with a
-/// probability of at most 2 exp(-t^2 / 2).
+/// random signs over the dimensions, of variance at most (||q|| e)^2 / size for Hadamard matrices of that size: beyond
+/// t standard deviations with a probability of at most 2 exp(-t^2 / 2).
 float share_of_error(double certainty, int head_dim) {
   if (certainty == 1) return 1;
   const double deviations = std::sqrt(2 * std::log(2 / (1 - certainty)));
-  return static_cast<float>(std::min(1.0, deviations / std::sqrt(static_cast<double>(sketch::dims_of(head_dim)))));
+  const double size = sketch::rotation_of(sketch::dims_of(head_dim));
+  return static_cast<float>(std::min(1.0, deviations / std::sqrt(size)));
 }
 
 }  // namespace

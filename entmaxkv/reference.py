@@ -164,6 +164,65 @@ def page_moments(k: Tensor, page_size: int, *, dtype: torch.dtype = torch.float6
     return mean, torch.stack([(page - m).square().mean(0).sqrt() for page, m in zip(pages, mean, strict=True)])
 
 
+def rotate(k: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random signs, zeros up to whole blocks of 64, and an orthonormal Hadamard matrix, in blocks if there are three.
+
+    Args:
+        k: [..., head_dim].
+        dtype: type of the arithmetic.
+
+    Returns:
+        [..., dims], dims = 64 ceil(head_dim / 64).
+    """
+    head_dim = k.shape[-1]
+    dims = -(-head_dim // 64) * 64
+    signs = []
+    for d in range(head_dim):
+        word = (d + 1) * 0x9E3779B9 % 2**32
+        word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
+        word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+        signs.append(1 - 2 * (word >> 31))
+    x = torch.nn.functional.pad(k.to(dtype) * torch.tensor(signs, dtype=dtype, device=k.device), (0, dims - head_dim))
+    size = 64 if dims == 192 else dims
+    matrix = torch.ones(1, 1, dtype=dtype, device=k.device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.unflatten(-1, (-1, size)) @ matrix / size**0.5).flatten(-2)
+
+
+def sketch_codes(codes: Tensor) -> Tensor:
+    """The codes of 4 bits, by coordinate.
+
+    Args:
+        codes: [..., 2, row_bytes] uint8, the planes of high and of low bits; byte 16 b + i holds the coordinates
+            64 b + i, + 16, + 32 and + 48, from its low bits on.
+
+    Returns:
+        [..., 4 row_bytes], in 0 ... 15.
+    """
+    shift = torch.arange(0, 8, 2, device=codes.device)[:, None]
+    plane = (codes.long().unflatten(-1, (-1, 1, 16)) >> shift & 3).flatten(-3)
+    return 4 * plane[..., 0, :] + plane[..., 1, :]
+
+
+def sketch_values(codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a key sketch says of rotated keys.
+
+    Args:
+        codes: [..., 2, row_bytes] uint8.
+        norms: [..., 3] uint8: scale, norms of the coarse and of the fine distance.
+
+    Returns:
+        Coarse and fine values [..., dims], and how far from them the key is at most, [...] each, in float64.
+    """
+    code = sketch_codes(codes).double()
+    scale, coarse, fine = norms.double().unbind(-1)
+    step = 2 ** ((scale - 112) / 8)
+    root = step * code.shape[-1] ** 0.5
+    values = ((code / 4).floor() - 1.5) * step[..., None], (code - 7.5) / 4 * step[..., None]
+    return *values, coarse * root / 256, fine * root / 1024
+
+
 def score_pages(
     q: Tensor,
     k_min: Tensor,

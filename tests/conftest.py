@@ -5,6 +5,7 @@ which the kernel accumulates (fp32), plus half an ulp of the output's type at th
 against float64 on the inputs as rounded to the kernel's type, and each is the largest over a case.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -180,8 +181,20 @@ class Cache:
     def used_pages(self) -> Tensor:
         return torch.cat([self.used(row) for row in range(len(self.k))])
 
-    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
-        torch.ops.entmaxkv.append_kv(k, v, lengths, *self.tensors)
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, sketch: Iterable[Tensor] = ()) -> None:
+        torch.ops.entmaxkv.append_kv(k, v, lengths, *self.tensors, *sketch)
+
+    def blank_sketch(self) -> tuple[Tensor, Tensor]:
+        """Codes and norms of 77."""
+        pages, kv_heads, _, head_dim = self.k_pages.shape
+        new = functools.partial(torch.full, fill_value=77, dtype=torch.uint8, device=self.k_pages.device)
+        row_bytes = -(-head_dim // 64) * 16
+        return new((pages, kv_heads, 2, self.page_size, row_bytes)), new((pages, kv_heads, 3, self.page_size))
+
+    def sketch(self) -> tuple[Tensor, Tensor]:
+        sketch = self.blank_sketch()
+        torch.ops.entmaxkv.key_sketch(self.k_pages, self.page_table, self.seq_lens, *sketch)
+        return sketch
 
     def dense(self, q: Tensor, alpha: float = 1.5, scale: float | None = None, **options: Tensor | None) -> "Decoded":
         table = self.page_table, self.seq_lens
@@ -194,7 +207,7 @@ class Cache:
         counts: Tensor,
         alpha: float = 1.5,
         scale: float | None = None,
-        **options: Tensor | None,
+        **options: Tensor | bool | None,
     ) -> "Decoded":
         inputs = q, self.k_pages, self.v_pages, self.page_table, self.seq_lens, selected, counts
         return Decoded(*torch.ops.entmaxkv.sparse_decode(*inputs, alpha, scale, **options))

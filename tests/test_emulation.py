@@ -67,11 +67,13 @@ def test_the_copy_is_what_runs(environment):
     "op",
     [
         "append_kv",
+        "key_sketch",
         "page_stats",
         "score_pages",
         "score_gaussian",
         "select_pages",
         "select_gaussian",
+        "select_sketch",
         "sparse_decode",
         "dense_decode",
     ],

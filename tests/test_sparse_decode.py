@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Cache, assert_same_bits, cases, check_decode, make_cache, make_query, selection
+from conftest import Cache, assert_same_bits, cases, check_decode, make_cache, make_query, selection, token_mask
 
 
 def pick(cache: Cache, share: float, seed: int = 0) -> list[torch.Tensor]:
@@ -44,6 +44,32 @@ def test_all_pages_are_dense_to_the_bit(device, alpha, max_pages):
     q = make_query(5, 8, 64, torch.bfloat16, device)
     for extra in (0, 3):
         assert_same_bits(cache.sparse(q, *select(cache, pick(cache, 2.0), extra), alpha), cache.dense(q, alpha))
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.0, 4 / 3, 1.5, 2.0])
+def test_tokens_of_pages_give_what_the_pages_give(device, alpha, share):
+    cache = make_cache([0, 1, 16, 17, 3000], page_size=16, dtype=torch.bfloat16, device=device)
+    q = make_query(5, 8, 64, torch.bfloat16, device)
+    keep = pick(cache, share)
+    masks = [token_mask(mask, 16, len(k)) for mask, k in zip(keep, cache.k, strict=True)]
+    chosen = selection(masks, 3003, device)
+    got = cache.sparse(q, *chosen, alpha, by_token=True)
+    check_decode(cache, q, got, alpha=alpha, keep=keep)
+    want = cache.sparse(q, *select(cache, keep), alpha)
+    torch.testing.assert_close(got.tau, want.tau, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got.tokens, want.tokens)
+
+
+def test_lone_tokens(device):
+    """Against a cache of these tokens alone."""
+    cache, q = make_cache([300], page_size=16, device=device), make_query(1, 4, 64, device=device)
+    tokens = torch.tensor([0, 5, 15, 16, 100, 101, 299])
+    mask = torch.zeros(2, 300, dtype=torch.bool)
+    mask[:, tokens] = True
+    got = cache.sparse(q, *selection([mask], 9, device), by_token=True)
+    k, v = (x[0][tokens.to(device)] for x in (cache.k, cache.v))
+    check_decode(make_cache([7], k=[k], v=[v], page_size=16, device=device), q, got)
 
 
 @pytest.mark.parametrize("keys", ["normal", "rising", "falling", "ties", "special"])

@@ -13,7 +13,8 @@ OPS = torch.ops.entmaxkv
 SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, Tensor? lengths, Tensor(a!) k_pages, Tensor(b!) v_pages, "
     "Tensor(c!)? k_min, Tensor(d!)? k_max, Tensor(e!)? k_mean, Tensor(f!)? k_std, Tensor "
-    "page_table, Tensor(g!) seq_lens) -> ()",
+    "page_table, Tensor(g!) seq_lens, Tensor(h!)? codes=None, Tensor(i!)? norms=None) -> ()",
+    "key_sketch": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!) codes, Tensor(b!) norms) -> ()",
     "page_stats": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!)? k_min, Tensor(b!)? "
     "k_max, Tensor(c!)? k_mean, Tensor(d!)? k_std) -> ()",
     "score_pages": "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int "
@@ -25,9 +26,12 @@ SCHEMAS = {
     "select_gaussian": "(Tensor mean, Tensor std, Tensor seq_lens, int kv_heads, int page_size, float "
     "alpha=1.5, float quantile=0.95, float margin=0., Tensor? head_alpha=None) -> (Tensor "
     "selected, Tensor counts)",
+    "select_sketch": "(Tensor q, Tensor k_pages, Tensor codes, Tensor norms, Tensor page_table, Tensor seq_lens, "
+    "float alpha=1.5, float? scale=None, Tensor? alibi_slopes=None, Tensor? head_alpha=None, int bits=4, float "
+    "certainty=1., int? max_tokens=None) -> (Tensor selected, Tensor counts, Tensor delta_bound)",
     "sparse_decode": "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor"
     " selected, Tensor counts, float alpha=1.5, float? scale=None, Tensor? "
-    "alibi_slopes=None, Tensor? head_alpha=None) -> (Tensor out, Tensor tau, Tensor "
+    "alibi_slopes=None, Tensor? head_alpha=None, bool by_token=False) -> (Tensor out, Tensor tau, Tensor "
     "support, Tensor tokens)",
     "dense_decode": "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, float "
     "alpha=1.5, float? scale=None, Tensor? alibi_slopes=None, Tensor? head_alpha=None) -> "
@@ -69,10 +73,13 @@ def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
     scores = OPS.score_pages(q, *bounds, *table, page)
     gaussian = OPS.score_gaussian(q, *moments, *table, page)
     chosen = OPS.select_pages(scores, cache.seq_lens, 2, page, 64)
+    sketch = cache.sketch()
+    tokens = OPS.select_sketch(q, pool[0], *sketch, *table)[:2]
     lengths = torch.tensor([3, 0, 1, 2], dtype=torch.int32, device=device)
     none = (None,) * 4
     return {
-        "append_kv": [(k, v, None, *cache.tensors), (k, v, lengths, *pool, *none, *table)],
+        "append_kv": [(k, v, None, *cache.tensors), (k, v, lengths, *pool, *none, *table, *sketch)],
+        "key_sketch": [(pool[0], *table, *sketch)],
         "page_stats": [(pool[0], *table, *cache.statistics), (pool[0], *table, *bounds, None, None)],
         "score_pages": [(q, *bounds, *table, page), (q, *bounds, *table, page, 0.3, slopes)],
         "score_gaussian": [(q, *moments, *table, page), (q, *moments, *table, page, 0.3, slopes)],
@@ -81,7 +88,15 @@ def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
             (*gaussian, cache.seq_lens, 2, page),
             (*gaussian, cache.seq_lens, 2, page, 1.5, 0.9, 0.1, alphas),
         ],
-        "sparse_decode": [(q, *pool, *table, *chosen), (q, *pool, *table, *chosen, 2.0, 0.3, slopes, alphas)],
+        "select_sketch": [
+            (q, pool[0], *sketch, *table),
+            (q, pool[0], *sketch, *table, 2.0, 0.3, slopes, alphas, 2, 0.9, 40),
+        ],
+        "sparse_decode": [
+            (q, *pool, *table, *chosen),
+            (q, *pool, *table, *chosen, 2.0, 0.3, slopes, alphas),
+            (q, *pool, *table, *tokens, 1.5, None, None, None, True),
+        ],
         "dense_decode": [(q, *pool, *table), (q, *pool, *table, 1.0, 0.3, slopes, alphas)],
         "decode": [
             (q, *pool, *bounds, *table, 48),

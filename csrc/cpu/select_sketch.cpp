@@ -30,25 +30,9 @@ int chunk_tokens(int seq_len) {
   return std::max(1, (seq_len + kMost - 1) / kMost) * kChunkUnit;
 }
 
-/// Codes of a row of bytes, or only what a plane says of them, by coordinate.
-void unpack(const uint8_t* bytes, int row_bytes, int16_t* codes) {
-  for (int block = 0; block < row_bytes / 16; ++block) {
-    for (int nth = 0; nth < 4; ++nth) {
-      for (int i = 0; i < 16; ++i) codes[block * 64 + 16 * nth + i] = bytes[block * 16 + i] >> 2 * nth & 3;
-    }
-  }
-}
-
-int product(const int16_t* numbers, const int16_t* codes, int dims) {
-  int sum = 0;
-  for (int d = 0; d < dims; ++d) sum += numbers[d] * codes[d];
-  return sum;
-}
-
 /// A query head of a row.
 struct Query {
   std::vector<float> q;
-  std::vector<int16_t> numbers;
   sketch::QueryCode code{0, 0, 0, 0, 0, 1};
   double norm = 0;     // of scale q
   bool known = false;  // the code stands for q
@@ -97,6 +81,7 @@ class Selector {
       first_upper_.push_back(tokens);
       tokens += int64_t{op.q_heads} * seq_len;
     }
+    numbers_.resize(queries_.size() * dims_);
     uppers_.resize(tokens);
     samples_.resize(spans_.size() * group_);
     candidates_.resize(spans_.size());
@@ -111,7 +96,12 @@ class Selector {
   }
 
  private:
+  /// The group's.
   Query* queries(const Span& span) { return queries_.data() + span.row * op_.q_heads + span.kv_head * group_; }
+
+  const int16_t* numbers(const Span& span) const {
+    return numbers_.data() + (span.row * op_.q_heads + span.kv_head * group_) * dims_;
+  }
 
   float* uppers(const Span& span, int h) {
     const int64_t head = span.kv_head * group_ + h;
@@ -127,7 +117,7 @@ class Selector {
     const T* from = op_.q.template at<T>(head_index / op_.q_heads, head_index % op_.q_heads);
     Query& query = queries_[head_index];
     query.q.resize(op_.head_dim);
-    query.numbers.resize(dims_);
+    int16_t* numbers = numbers_.data() + head_index * dims_;
     float x[sketch::kMaxDims] = {};
     bool known = true;
     for (int d = 0; d < op_.head_dim; ++d) {
@@ -146,8 +136,8 @@ class Selector {
     for (int d = 0; d < dims_; ++d) {
       constexpr float kMost = sketch::QueryCode::kMost;
       const float number = unit > 0 ? std::clamp(std::rint(x[d] / unit), -kMost, kMost) : 0;
-      query.numbers[d] = static_cast<int16_t>(number);
-      sum += query.numbers[d];
+      numbers[d] = static_cast<int16_t>(number);
+      sum += numbers[d];
       const double left = x[d] - double{unit} * number;
       squares += double{x[d]} * x[d];
       lost += left * left;
@@ -179,13 +169,13 @@ class Selector {
   void coarse(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
-    int16_t high[sketch::kMaxDims];
+    std::vector<int> sums(group_);
     for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
-      unpack(codes(page_head, 0, slot), row_bytes_, high);
+      kernels_.dot_codes(codes(page_head, 0, slot), nullptr, numbers(span), group_, dims_, sums.data());
       const int scale = norm(page_head, 0, slot), norm_of_distance = norm(page_head, 1, slot);
       for (int h = 0; h < group_; ++h) {
-        const int sum = product(query[h].numbers.data(), high, dims_);
-        uppers(span, h)[token] = query[h].code.coarse_bound(sum, scale, norm_of_distance) + bias(span, h, token);
+        const float upper = query[h].code.coarse_bound(sums[h], scale, norm_of_distance);
+        uppers(span, h)[token] = upper + bias(span, h, token);
       }
     });
     for (int h = 0; h < group_; ++h) {
@@ -269,22 +259,20 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       gaps[h] = static_cast<float>(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)).gap);
     }
-    int16_t high[sketch::kMaxDims], whole[sketch::kMaxDims];
+    std::vector<int> sums(group_);
     for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
-      bool wanted = false, unpacked = false;
+      bool wanted = false, summed = false;
       float merit = 0;
       for (int h = 0; h < group_; ++h) {
         float upper = uppers(span, h)[token];
         if (upper <= query[h].floor) continue;
         if (op_.fine) {
-          if (!unpacked) {
-            unpack(codes(page_head, 0, slot), row_bytes_, high);
-            unpack(codes(page_head, 1, slot), row_bytes_, whole);
-            for (int d = 0; d < dims_; ++d) whole[d] = static_cast<int16_t>(4 * high[d] + whole[d]);
-            unpacked = true;
+          if (!summed) {
+            kernels_.dot_codes(codes(page_head, 0, slot), codes(page_head, 1, slot), numbers(span), group_, dims_,
+                               sums.data());
+            summed = true;
           }
-          const int sum = product(query[h].numbers.data(), whole, dims_);
-          upper = query[h].code.fine_bound(sum, norm(page_head, 0, slot), norm(page_head, 2, slot));
+          upper = query[h].code.fine_bound(sums[h], norm(page_head, 0, slot), norm(page_head, 2, slot));
           upper += bias(span, h, token);
           if (upper <= query[h].floor) continue;
         }
@@ -344,6 +332,7 @@ class Selector {
   std::vector<int64_t> first_upper_;                // of each row
   std::vector<float> uppers_;                       // per row [q_heads, seq_len]
   std::vector<Query> queries_;                      // per (row, query head)
+  std::vector<int16_t> numbers_;                    // per (row, query head) [dims]
   std::vector<Sample> samples_;                     // per (span, head of the group)
   std::vector<std::vector<Candidate>> candidates_;  // per span
 };
