@@ -96,7 +96,7 @@ def test_prefill_and_decode_equal_recomputation(model, dense_model):
 @pytest.mark.parametrize("chunk", [1, 7, 100], ids="chunk{}".format)
 def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
     rows, _ = ids(TEXT[:41])
-    caches = [hf.EntmaxCache(model.config, max_tokens=64) for _ in range(2)]
+    caches = [hf.EntmaxCache(model.config, max_tokens=64, select=entmaxkv.TopPages()) for _ in range(2)]
     model(input_ids=rows, past_key_values=caches[0])
     for part in rows.split(chunk, dim=1):
         model(input_ids=part, past_key_values=caches[1])
@@ -108,7 +108,14 @@ def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "select", [None, entmaxkv.TopPages(budget=256, dense_below=0), entmaxkv.Gaussian(dense_below=0)], ids=str
+    "select",
+    [
+        None,
+        entmaxkv.TopPages(budget=256, dense_below=0),
+        entmaxkv.Gaussian(dense_below=0),
+        entmaxkv.KeySketch(dense_below=0),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("device", [CUDA])
 def test_text_on_a_gpu_is_that_of_the_cpu(model, device, select):
@@ -191,6 +198,7 @@ def test_generate_is_the_same_text_when_everything_is_selected(model):
     assert len(dense[0]) == 24
     assert generate(model, rows, mask, select=entmaxkv.TopPages(budget=424)) == dense
     assert generate(model, rows, mask, select=entmaxkv.Gaussian(margin=float("inf"))) == dense
+    assert generate(model, rows, mask, select=entmaxkv.KeySketch(dense_below=0)) == dense
     assert generate(model, rows, mask, page_size=64) == dense
 
 
@@ -208,9 +216,11 @@ def test_demo_prints_its_table():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     run = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    rows = re.findall(r"^ *(dense|TopPages\(320\)|Gaussian\(\))((?: +\S+){6}) +(\d+)/20 *$", run.stdout, re.MULTILINE)
-    assert [row[0] for row in rows] == ["dense", "TopPages(320)", "Gaussian()"], run.stdout
-    assert [row[2] for row in rows[:2]] == ["20", "20"]
+    methods = r"dense|KeySketch\(\)|TopPages\(320\)|Gaussian\(\)"
+    rows = re.findall(rf"^ *({methods})((?: +\S+){{7}}) +(\d+)/20 *$", run.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["dense", "KeySketch()", "TopPages(320)", "Gaussian()"], run.stdout
+    assert [row[2] for row in rows[:3]] == ["20", "20", "20"]
+    assert [row[1].split()[-1] for row in rows[:3]] == ["100%", "100%", "100%"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +249,27 @@ def test_selector_reads_less(model):
     logits = [model(input_ids=one, past_key_values=c).logits for c in (dense, sparse)]
     assert not torch.equal(*logits)
     assert cache.get_seq_length() == 400 and dense.get_seq_length() == 401
+
+
+@torch.no_grad()
+def test_keeps_what_its_selectors_look_at(model):
+    """And makes it of the tokens that are there when the selector changes."""
+    rows, _ = ids(TEXT[:200])
+    one = torch.tensor([[10]])
+    kept = {"k_min": entmaxkv.TopPages(64), "k_mean": entmaxkv.Gaussian(), "codes": entmaxkv.KeySketch()}
+    late = hf.EntmaxCache(model.config, 240)
+    model(input_ids=rows, past_key_values=late)
+    pages = late.layers[0].paged
+    assert all(getattr(pages, name) is None for name in kept)
+    for i, (name, select) in enumerate(kept.items()):
+        late.select = select
+        assert [getattr(pages, name) is not None for name in kept] == [j <= i for j in range(3)]
+        own = hf.EntmaxCache(model.config, 240, select=select)
+        model(input_ids=rows, past_key_values=own)
+        assert [getattr(own.layers[0].paged, other) is not None for other in kept] == [other == name for other in kept]
+        for _ in range(3):
+            logits = [model(input_ids=one, past_key_values=copy.deepcopy(c)).logits for c in (late, own)]
+            assert torch.equal(*logits)
 
 
 @torch.no_grad()
