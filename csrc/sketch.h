@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "entmax.h"
 #include "ops.h"
@@ -56,8 +57,16 @@ ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
   return static_cast<int>(std::fmax(at_least ? std::ceil(place + 1e-3f) : std::rint(place), 0.0f));
 }
 
-ENTMAXKV_HOST_DEVICE inline int code_of(float x_per_step) {
-  return static_cast<int>(std::fmin(std::fmax(std::floor(4 * x_per_step) + 8, 0.0f), 15.0f));
+/// A whole number in 0 ... 15, from 0 ... 15. Conversions of floats are slow on a GPU: adding kWhole rounds.
+constexpr float kWhole = 0x1.8p23f;
+ENTMAXKV_HOST_DEVICE inline float code_of(float x_per_step) {
+  return std::fmin(std::fmax(4 * x_per_step + 7.5f, 0.0f), 15.0f) + kWhole - kWhole;
+}
+ENTMAXKV_HOST_DEVICE inline uint32_t bits_of(float code) {
+  const float shifted = code + kWhole;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  return bits & 15;
 }
 
 /// Squared distances of a coordinate x / s from its values.
@@ -65,9 +74,8 @@ struct Distances {
   float coarse = 0, fine = 0;
 
   ENTMAXKV_HOST_DEVICE void add(float x_per_step) {
-    const int code = code_of(x_per_step);
-    const float c = x_per_step - (static_cast<float>(code >> 2) - 1.5f);
-    const float f = x_per_step - (static_cast<float>(code) - 7.5f) * 0.25f;
+    const float code = code_of(x_per_step), high = (0.25f * code - 0.375f) + kWhole - kWhole;
+    const float c = x_per_step - (high - 1.5f), f = x_per_step - (code - 7.5f) * 0.25f;
     coarse += c * c;
     fine += f * f;
   }
@@ -124,6 +132,13 @@ struct QueryCode {
     return bound(0.125f * static_cast<float>(2 * product - 15 * sum), 0.25f * static_cast<float>(norm), scale);
   }
 
+  /// The latter from the former, however that was rounded up, and from sum_i numbers_i (c_i & 3).
+  ENTMAXKV_HOST_DEVICE float refined(float coarse_bound, int product, int scale, int coarse, int fine) const {
+    const float nearer = 0.25f * static_cast<float>(fine) - static_cast<float>(coarse);
+    const float moved = 0.125f * static_cast<float>(2 * product - 3 * sum);
+    return coarse_bound + step_of(scale) * (unit * moved + error * nearer);
+  }
+
  private:
   ENTMAXKV_HOST_DEVICE float bound(float product, float norm, int scale) const {
     if (scale == kUnknown) return std::numeric_limits<float>::infinity();
@@ -133,6 +148,20 @@ struct QueryCode {
 
 /// The unit of a query's numbers: with it the largest coordinate is kMost.
 ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / QueryCode::kMost; }
+
+/// How far a bound is above the floor, in z, in kMerits steps of 1 / kMeritUnit, the last of which has no end.
+constexpr int kMerits = 255;
+constexpr float kMeritUnit = 64;
+ENTMAXKV_HOST_DEVICE inline int merit_of(float above) {
+  const float place = above * kMeritUnit;
+  return place < kMerits - 1 ? static_cast<int>(std::fmax(place, 0.0f)) : kMerits - 1;  // NaN too
+}
+
+/// The weight that a token of that merit has at most.
+ENTMAXKV_HOST_DEVICE inline double most_weight(int merit, const Entmax<double>& entmax) {
+  if (entmax.is_softmax() || merit + 1 >= kMeritUnit) return 1;
+  return power((merit + 1) / double{kMeritUnit}, entmax.beta);
+}
 
 /// The ALiBi term of a bound, rounded up.
 ENTMAXKV_HOST_DEVICE inline float bias_bound(float slope, int distance) {

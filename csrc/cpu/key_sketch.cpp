@@ -65,7 +65,7 @@ void sketch_key(const Sizes& sizes, const Rows& k_pages, const Sketch& sketch, i
   for (int byte = 0; byte < row_bytes; ++byte) {
     int high = 0, low = 0;
     for (int nth = 0; fits && nth < 4; ++nth) {
-      const int code = sketch::code_of(x[sketch::coordinate(byte, nth)] * steps);
+      const auto code = static_cast<int>(sketch::code_of(x[sketch::coordinate(byte, nth)] * steps));
       high |= code >> 2 << 2 * nth;
       low |= (code & 3) << 2 * nth;
     }

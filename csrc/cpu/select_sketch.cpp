@@ -22,7 +22,6 @@ namespace {
 constexpr int kMostChunks = 256;
 constexpr int kChunkUnit = 64;
 constexpr int kSpanTokens = 2048;  // at least, if the row has as many
-constexpr int kBins = 255;         // of candidates by merit
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int chunk_tokens(int seq_len) {
@@ -47,7 +46,7 @@ struct Sample {
 
 struct Candidate {
   int32_t token;
-  int bin;
+  int merit;
 };
 
 struct Span {
@@ -262,7 +261,7 @@ class Selector {
     std::vector<int> sums(group_);
     for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
       bool wanted = false, summed = false;
-      float merit = 0;
+      int merit = 0;
       for (int h = 0; h < group_; ++h) {
         float upper = uppers(span, h)[token];
         if (upper <= query[h].floor) continue;
@@ -277,33 +276,32 @@ class Selector {
           if (upper <= query[h].floor) continue;
         }
         wanted = true;
-        const float above = gaps[h] * (upper - query[h].floor);
-        merit = std::max(merit, above < 1 ? above : 1.0f);  // NaN counts as 1
+        merit = std::max(merit, sketch::merit_of(gaps[h] * (upper - query[h].floor)));
       }
       if (!wanted) return;
-      candidates_[index].push_back({token, std::min(kBins - 1, static_cast<int>(merit * kBins))});
+      candidates_[index].push_back({token, merit});
     });
   }
 
   void choose(int64_t row_head) {
-    int64_t counts[kBins] = {};
+    int64_t counts[sketch::kMerits] = {};
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
-      for (const Candidate& candidate : candidates_[span]) ++counts[candidate.bin];
+      for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
     }
-    int64_t left = op_.selection.max_selected;  // room behind the whole bins
-    int least = kBins;                          // the lowest bin that is taken whole
+    int64_t left = op_.selection.max_selected;  // room behind the whole merits
+    int least = sketch::kMerits;                // the lowest merit that is taken whole
     while (least > 0 && counts[least - 1] <= left) left -= counts[--least];
-    const bool part = left == op_.selection.max_selected;  // of the top bin only its first tokens fit
+    const bool part = left == op_.selection.max_selected;  // of the top merit only its first tokens fit
 
     int32_t* selected = op_.selection.row(row_head);
     int count = 0;
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       for (const Candidate& candidate : candidates_[span]) {
-        const bool first = part && candidate.bin == least - 1 && left > 0;
-        if (candidate.bin < least && !first) continue;
+        const bool first = part && candidate.merit == least - 1 && left > 0;
+        if (candidate.merit < least && !first) continue;
         if (first) {
           --left;
-          --counts[candidate.bin];
+          --counts[candidate.merit];
         }
         selected[count++] = candidate.token;
       }
@@ -315,10 +313,8 @@ class Selector {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
       double lost = 0;
-      for (int bin = 0; bin < least; ++bin) {
-        if (counts[bin] > 0) {
-          lost += static_cast<double>(counts[bin]) * std::pow((bin + 1) / static_cast<double>(kBins), entmax.beta);
-        }
+      for (int merit = 0; merit < least; ++merit) {
+        lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
       }
       op_.delta_bound[head_index] = static_cast<float>(std::min(1.0, lost));
     }

@@ -68,8 +68,11 @@ class KeyCoder {
 
   __device__ KeyCoder(int head_dim, bool vectors)
       : head_dim_(head_dim), dims_(sketch::dims_of(head_dim)), vectors_(vectors) {
-#pragma unroll 1
-    for (int i = 0; i < kOwn; ++i) signs_ |= (sketch::sign_of(own() * kOwn + i) < 0 ? 1u : 0u) << i;
+#pragma unroll
+    for (int i = 0; i < kOwn * kLanes / 32; ++i) {
+      const uint32_t signs = __ballot_sync(kAllLanes, sketch::sign_of(32 * i + static_cast<int>(threadIdx.x % 32)) < 0);
+      if (own() / 2 == i) signs_ = signs >> own() % 2 * 16;
+    }
   }
 
   /// Which of the keys this lane has a part of.
@@ -98,7 +101,7 @@ class KeyCoder {
     const float per_step = 1 / sketch::step_of(norms.scale);
     uint32_t words[kOwn / 4] = {};  // of codes, a byte each
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) words[i / 4] |= static_cast<uint32_t>(sketch::code_of(x[i] * per_step)) << i % 4 * 8;
+    for (int i = 0; i < kOwn; ++i) words[i / 4] |= sketch::bits_of(sketch::code_of(x[i] * per_step)) << i % 4 * 8;
     if (norms.scale == sketch::kUnknown) words[0] = words[1] = words[2] = words[3] = 0;
     const int block = own() / 4, part = own() % 4, row_bytes = dims_ / 4;
 #pragma unroll

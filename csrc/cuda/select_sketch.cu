@@ -21,10 +21,10 @@ namespace {
 using namespace sketch_tile;
 
 template <int kWords>
-constexpr int kOccupancy = kWords <= 2 ? 4 : 3;  // blocks that share a multiprocessor
+constexpr int kOccupancy = kWords <= 2 ? 4 : 6 - kWords;  // blocks that share a multiprocessor
 constexpr int kMostChunks = 512;
 constexpr int kSegment = 256;  // tokens
-constexpr int kBins = 256;     // of merit; nothing is in the last one
+constexpr int kBins = 256;     // sketch::kMerits, and one more
 
 /// Tokens of a chunk of a row.
 __device__ int chunk_of(int seq_len) { return max(1, ceil_div(ceil_div(seq_len, kMostChunks), kTokens)) * kTokens; }
@@ -186,33 +186,44 @@ __global__ void __launch_bounds__(kThreads) find_floors(SelectSketch op, Scratch
   const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: keys and q are there
   const float slope = op.scoring.slope(head);
   float best = kNothing, most_square = 0;
-#pragma unroll 2
-  for (int first = thread / kLanes; first < kMostChunks; first += kThreads / kLanes) {
-    const bool there = first < chunks && s_keys[first];
-    float product = 0, square = 0;
-    if (there) {
-      for (int d = thread % kLanes * kCount; d < op.head_dim; d += kLanes * kCount) {
+  constexpr int kAtOnce = 8, kStep = kThreads / kLanes;
+#pragma unroll 1
+  for (int first = thread / kLanes; first < ceil_div(chunks, kStep) * kStep; first += kAtOnce * kStep) {
+    float products[kAtOnce] = {}, squares[kAtOnce] = {};
+#pragma unroll 1
+    for (int d = thread % kLanes * kCount; d < ceil_div(op.head_dim, kLanes * kCount) * kLanes * kCount;
+         d += kLanes * kCount) {
+      uint4 words[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const T* key = first + i * kStep < chunks ? s_keys[first + i * kStep] : nullptr;
+        if (key) words[i] = vectors ? load_word<true>(key, d, op.head_dim) : load_word<false>(key, d, op.head_dim);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
         float elements[kCount];
-        unpack<T>(
-            vectors ? load_word<true>(s_keys[first], d, op.head_dim) : load_word<false>(s_keys[first], d, op.head_dim),
-            elements);
+        unpack<T>(words[i], elements);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          product = fmaf(elements[e], s_q[d + e], product);
-          square = fmaf(elements[e], elements[e], square);
+          products[i] = fmaf(elements[e], s_q[d + e], products[i]);
+          squares[i] = fmaf(elements[e], elements[e], squares[i]);
         }
       }
     }
 #pragma unroll
-    for (int distance = 1; distance < kLanes; distance *= 2) {
-      product += __shfl_xor_sync(kAllLanes, product, distance);
-      square += __shfl_xor_sync(kAllLanes, square, distance);
-    }
-    if (there) product += slope * static_cast<float>(s_tokens[first] - (seq_len - 1));
-    if (thread % kLanes == 0 && first < chunks) s_scores[first] = there ? product : kNothing;
-    if (there) {
-      best = larger(best, product);
-      most_square = larger(most_square, square);
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) {
+        products[i] += __shfl_xor_sync(kAllLanes, products[i], distance);
+        squares[i] += __shfl_xor_sync(kAllLanes, squares[i], distance);
+      }
+      const int nth = first + i * kStep;
+      if (nth >= chunks) continue;
+      const float score =
+          s_keys[nth] ? products[i] + slope * static_cast<float>(s_tokens[nth] - (seq_len - 1)) : kNothing;
+      if (thread % kLanes == 0) s_scores[nth] = score;
+      best = larger(best, score);
+      most_square = larger(most_square, squares[i]);
     }
   }
   best = largest<kThreads>(best);
@@ -224,129 +235,154 @@ __global__ void __launch_bounds__(kThreads) find_floors(SelectSketch op, Scratch
                           [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; });
     Team team = Team::block();
     const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, near <= kFewTokens);
-    const double found = origin + weights.threshold * entmax.beta;
+    const double found = weights.origin + weights.threshold * entmax.beta;
     const double rounding =
         0x1p-15 * q_norm * sqrtf(most_square) +
-        0x1p-20 * (fabs(found) + fabsf(best) + entmax.beta + fabsf(slope) * static_cast<float>(seq_len));
+        0x1p-18 * (fabs(found) + fabsf(best) + entmax.beta + fabsf(slope) * static_cast<float>(seq_len));
     floor = nextafterf(static_cast<float>(found - rounding), kNothing);
     if (floor != floor) floor = kNothing;
   }
   if (thread == 0) scratch.floors[at] = floor;
 }
 
-/// How far above the floor a token may be, in steps of z; above 1 no weight is.
-__device__ int merit_of(const Entmax<double>& entmax, float upper, float floor) {
-  const float above = static_cast<float>(entmax.gap) * (upper - floor) * (kBins - 1);
-  return above < kBins - 2 ? max(static_cast<int>(above), 0) : kBins - 2;  // NaN too
-}
+/// A warp's tile of tokens to be bounded by both planes: those that some head still wants.
+template <int kWords>
+struct Fine {
+  uint32_t words[4][2][1][kWords];
+  uint32_t scales, coarse, fine;
+  uint2 uppers[2];  // of this lane's four tokens, for its two heads
+  uint32_t wanted;  // of the four, a bit each
+
+  /// The bounds that the scan has left, of kTokens tokens from `first` on.
+  static __device__ void load(uint2 (&to)[2], const __half* uppers, int64_t stride, int heads, int first) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int h = min(Lane<kWords>::head(j), heads - 1);
+      to[j] = __ldg(reinterpret_cast<const uint2*>(uppers + h * stride + first + 4 * Lane<kWords>::own_row()));
+    }
+  }
+
+  static __device__ float upper_of(const uint2& word, int nth) {
+    return __half2float(reinterpret_cast<const __half*>(&word)[nth]);
+  }
+
+  /// Begins to load what is wanted of the tile; returns whether that is anything. All lanes call.
+  __device__ bool load(const SketchPages& pages, const uint2 (&its_uppers)[2], const float (&floors)[2], int first,
+                       int end, bool both_planes) {
+    const int own = first + 4 * Lane<kWords>::own_row();
+    wanted = 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uppers[j] = its_uppers[j];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) wanted |= static_cast<uint32_t>(!(upper_of(uppers[j], i) <= floors[j])) << i;
+    }
+    wanted &= own < end ? (1u << min(4, end - own)) - 1 : 0;
+    wanted |= __shfl_xor_sync(kAllLanes, wanted, 1);
+    const uint32_t other = __shfl_xor_sync(kAllLanes, wanted, 2);
+    if (__ballot_sync(kAllLanes, wanted != 0) == 0) return false;
+    if (!both_planes) return true;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t of_row = (Lane<kWords>::part() / 2 == w) ? wanted : other;
+      const int token = first + 4 * Lane<kWords>::row(w);
+      const int64_t page_head = of_row ? pages.page_head(token) : 0;
+      const uint8_t* codes = pages.codes(page_head, token, 1) + 4 * kWords * Lane<kWords>::part();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (of_row >> i & 1) load_words<kWords>(words[i][w][0], codes + i * pages.row_bytes);
+      }
+      if (Lane<kWords>::part() / 2 == w && of_row) {
+        scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 0)));
+        coarse = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 1)));
+        fine = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 2)));
+      }
+    }
+    return true;
+  }
+};
 
 /// A warp's segment.
 struct Segment {
   static constexpr int kWords = kSegment / 32;
-  static constexpr int kRun = kSegment / 32;  // successive tokens of a lane
   uint32_t marks[kWords];
-  uint8_t queue[kSegment];  // tokens to look at closely
   uint8_t merits[kSegment];
-
-  /// Puts those tokens into the queue whose bound from the scan is above the floor of some head; returns how many.
-  /// All lanes call.
-  __device__ int enqueue(const __half* uppers, int64_t stride, int heads, const float* s_floors, int tokens) {
-    const int first = static_cast<int>(threadIdx.x % 32) * kRun;
-    uint32_t mask = 0;
-    if (first < tokens) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (h >= heads) break;
-        const auto word = __ldg(reinterpret_cast<const uint4*>(uppers + h * stride + first));
-        const auto* its = reinterpret_cast<const __half*>(&word);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) mask |= static_cast<uint32_t>(!(__half2float(its[i]) <= s_floors[h])) << i;
-      }
-      if (tokens - first < kRun) mask &= (1u << (tokens - first)) - 1;
-    }
-    const int upto = sum_upto(__popc(mask));
-    int to = upto - __popc(mask);
-    for (; mask; mask &= mask - 1) queue[to++] = static_cast<uint8_t>(first + __ffs(static_cast<int>(mask)) - 1);
-    __syncwarp();
-    return __shfl_sync(kAllLanes, upto, 31);
-  }
-};
-static_assert(Segment::kRun * sizeof(__half) == sizeof(uint4));
-
-/// Both planes of the codes of kTokens tokens of a segment's queue, and what a lane needs to know of its four.
-template <int kWords>
-struct Close {
-  uint32_t words[4][2][2][kWords];  // of matrix i, of row(w), of a plane
-  uint8_t tokens[4], scales[4], norms[4];
-
-  /// Entries from `first` on; behind the last one, the last one.
-  __device__ void load(const SketchPages& pages, const Segment& s, int begin, int first, int count, bool fine) {
-    using TheLane = Lane<kWords>;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int64_t page_heads[2];
-      int its[2];
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        its[w] = s.queue[min(first + 16 * i + TheLane::row(w), count - 1)];
-        page_heads[w] = pages.page_head(begin + its[w]);
-#pragma unroll
-        for (int plane = 0; plane < 2; ++plane) {
-          if (plane > 0 && !fine) break;
-          load_words<kWords>(words[i][w][plane],
-                             pages.codes(page_heads[w], begin + its[w], plane) + 4 * kWords * TheLane::part());
-        }
-      }
-      const bool lower = TheLane::part() < 2;
-      tokens[i] = static_cast<uint8_t>(lower ? its[0] : its[1]);
-      const int64_t page_head = lower ? page_heads[0] : page_heads[1];
-      scales[i] = __ldg(pages.norms(page_head, begin + tokens[i], 0));
-      norms[i] = __ldg(pages.norms(page_head, begin + tokens[i], fine ? 2 : 1));
-    }
-  }
 };
 
-/// Marks a warp's tokens of which a bound by both planes is above the floor of some of the heads.
+/// Marks the tokens of a warp's segment of which the closest bound is above the floor of some of the heads. All lanes
+/// call.
 template <int kWords>
-__device__ void mark(const SelectSketch& op, const SketchPages& pages, const CodeHeads& heads, const Numbers& s_numbers,
-                     const float* s_floors, Segment& s, int begin, int last, int count, bool rates) {
+__device__ void mark(const SelectSketch& op, const Scratch& scratch, const SketchPages& pages, const CodeHeads& heads,
+                     const Numbers& s_numbers, const float* s_floors, Segment& s, int begin, int tokens, int last) {
   const Lane<kWords> lane(s_numbers);
+  const int end = begin + tokens;
+  const int64_t first_head = heads.row * op.q_heads + heads.first;
+  const __half* all_uppers = scratch.uppers + first_head * scratch.capacity;
+  float floors[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) floors[j] = lane.head(j) < heads.count ? s_floors[lane.head(j)] : -kNothing;
+  uint2 uppers[2];
+  Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, begin);
+  Fine<kWords> next;
+  bool there = next.load(pages, uppers, floors, begin, end, op.fine);
+  if (begin + kTokens < end) {
+    Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, begin + kTokens);
+  }
 #pragma unroll 1
-  for (int first = 0; first < count; first += kTokens) {
-    Close<kWords> close;
-    close.load(pages, s, begin, first, count, op.fine);
+  for (int first = begin; first < end; first += kTokens) {
+    const Fine<kWords> tile = next;
+    const bool wanted = there;
+    if (first + kTokens < end) {
+      there = next.load(pages, uppers, floors, first + kTokens, end, op.fine);
+      if (first + 2 * kTokens < end) {
+        Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, first + 2 * kTokens);
+      }
+    }
+    if (!wanted) continue;
+    uint32_t marks = 0;
+    int merits[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int high[2], low[2] = {};
-      lane.multiply(close.words[i], 0, high);
-      if (op.fine) lane.multiply(close.words[i], 1, low);
-      int merit = -1;
+      int products[2];
+      if (op.fine) lane.multiply(tile.words[i], 0, products);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int h = lane.head(j);
-        if (h >= heads.count) continue;
-        const sketch::QueryCode& code = s_numbers.codes[h];
-        float upper = op.fine ? code.fine_bound(4 * high[j] + low[j], close.scales[i], close.norms[i])
-                              : code.coarse_bound(high[j], close.scales[i], close.norms[i]);
-        if (op.scoring.alibi_slopes) {
-          upper += sketch::bias_bound(op.scoring.slope(heads.first + h), begin + close.tokens[i] - last);
+        float upper = tile.upper_of(tile.uppers[j], i);
+        if (op.fine) {
+          upper = s_numbers.codes[lane.head(j)].refined(upper, products[j], byte_of(tile.scales, i),
+                                                        byte_of(tile.coarse, i), byte_of(tile.fine, i));
         }
-        if (upper <= s_floors[h]) continue;
-        merit = rates ? max(merit, merit_of(Entmax<double>(op.alpha.of(heads.first + h)), upper, s_floors[h])) : 0;
+        if ((tile.wanted >> i & 1) == 0 || upper <= floors[j] || lane.head(j) >= heads.count) continue;
+        marks |= 1u << i;
+        if (scratch.merits) {
+          const auto gap = static_cast<float>(Entmax<double>(op.alpha.of(heads.first + lane.head(j))).gap);
+          merits[i] = max(merits[i], sketch::merit_of(gap * (upper - floors[j])));
+        }
       }
-      merit = max(merit, __shfl_xor_sync(kAllLanes, merit, 1));
-      if (merit >= 0 && lane.part() % 2 == 0 && first + 16 * i + lane.own_row() < count) {
-        const int token = close.tokens[i];
-        atomicOr(&s.marks[token / 32], 1u << token % 32);
-        if (rates) s.merits[token] = static_cast<uint8_t>(max(merit, int{s.merits[token]}));
+    }
+    marks |= __shfl_xor_sync(kAllLanes, marks, 1);
+    const int row = lane.own_row() % 8;
+    const bool speaks = lane.part() % 2 == 0;
+    if (scratch.merits) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        merits[i] = max(merits[i], __shfl_xor_sync(kAllLanes, merits[i], 1));
+        uint8_t& merit = s.merits[first - begin + 4 * lane.own_row() + i];
+        if (speaks && marks >> i & 1) merit = static_cast<uint8_t>(max(merits[i], int{merit}));
       }
+    }
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const bool own = speaks && lane.part() / 2 == w;
+      const uint32_t word = __reduce_or_sync(kAllLanes, own ? marks << 4 * row : 0);
+      if (threadIdx.x % 32 == 0) s.marks[(first - begin) / 32 + w] |= word;
     }
   }
   __syncwarp();
 }
 
 template <int kWords>
-__global__ void __launch_bounds__(kScanThreads, 3) refine(SelectSketch op, Scratch scratch) {
+__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
   __shared__ Segment s_segments[kScanWarps];
@@ -377,16 +413,14 @@ __global__ void __launch_bounds__(kScanThreads, 3) refine(SelectSketch op, Scrat
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
         const CodeHeads heads(op, row, kv_head, part);
-        const int64_t first_head = row * op.q_heads + heads.first;
         if (parts > 1 || fresh) {
           s_numbers.set(op, heads);
-          if (thread < heads.count) s_floors[thread] = scratch.floors[first_head + thread];
+          if (thread < heads.count) s_floors[thread] = scratch.floors[row * op.q_heads + heads.first + thread];
           __syncthreads();
           fresh = false;
         }
-        const int count = s.enqueue(scratch.uppers + first_head * scratch.capacity + begin, scratch.capacity,
-                                    heads.count, s_floors, tokens);
-        mark<kWords>(op, pages, heads, s_numbers, s_floors, s, begin, seq_len - 1, count, scratch.merits);
+        __syncwarp();
+        if (tokens > 0) mark<kWords>(op, scratch, pages, heads, s_numbers, s_floors, s, begin, tokens, seq_len - 1);
       }
       if (tokens <= 0) continue;
       const uint32_t mask = lane < Segment::kWords ? s.marks[lane] : 0;
@@ -425,7 +459,7 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
     for (int h = 0; h < op.group; ++h) {
       const int head = static_cast<int>(blockIdx.y) * op.group + h;
       const Entmax<double> entmax(op.alpha.of(head));
-      const double most = entmax.is_softmax() ? 1 : power(double(merit + 1) / (kBins - 1), entmax.beta);
+      const double most = sketch::most_weight(merit, entmax);
       const double bound = sum<kThreads>(left_out > 0 ? left_out * most : 0.0);
       if (thread == 0) op.delta_bound[row * op.q_heads + head] = static_cast<float>(fmin(bound * (1 + 0x1p-20), 1.0));
     }

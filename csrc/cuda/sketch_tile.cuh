@@ -52,7 +52,8 @@ struct Numbers {
     __syncthreads();  // the numbers of earlier heads have been read
     const bool there = h < heads.count;
     const Rotated r = rotated(op, heads.row, heads.first + (there ? h : 0));
-    const float of_head = sketch::unit_of(r.largest()), norm = r.norm();
+    const float largest = r.largest(), norm = r.norm();
+    const float of_head = largest <= sketch::kMostQuery ? sketch::unit_of(largest) : kUndefined;
     const float per_unit = of_head > 0 && there ? 1 / of_head : 0;
     int own_sum = 0;
     float squares = 0;

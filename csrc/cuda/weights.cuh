@@ -61,10 +61,10 @@ struct Candidates {
   }
 };
 
-/// A threshold, and the mass of the tokens above it.
+/// A threshold, and sum y^beta and sum y^(beta-1) over the tokens that are y above it.
 template <typename Real>
 struct Solution {
-  Real threshold, mass;  // threshold from (alpha-1) origin on
+  Real threshold, mass, slope;  // threshold from (alpha-1) origin on
 };
 
 /// Adds a token with x = (alpha-1)(score - origin) to those above a threshold.
@@ -82,11 +82,12 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
 template <typename Real, typename ExcessAbove>
 __device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_above) {
   constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
-  Solution<Real> solution{0, 1};
+  Solution<Real> solution{0, 1, 1};
   for (int step = 0; step < kMostSteps; ++step) {
     const auto all = excess_above(solution.threshold);
     solution.mass = static_cast<Real>(all.mass);
-    const Real next = solution.threshold + entmax.step({solution.mass, static_cast<Real>(all.slope)});
+    solution.slope = static_cast<Real>(all.slope);
+    const Real next = solution.threshold + entmax.step({solution.mass, solution.slope});
     if (!(next > solution.threshold)) break;
     solution.threshold = next;
   }
@@ -166,8 +167,7 @@ struct Weights {
 
 /// The weights of a head of which all tokens that can have weight are candidates: up to kFewTokens of them, and all in
 /// this block, or any number over the team. All threads call, of the block or of the team.
-__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, const Candidates& candidates,
-                                       bool few) {
+__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, Candidates candidates, bool few) {
   const float origin = candidates.origin;
   Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
@@ -184,7 +184,15 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
     weights.mass = solution.mass;
   };
   const auto solve_by = [&](const Entmax<float>& real, auto square) {
-    take(few ? solve_few<square>(real, candidates) : solve_many<square>(team, real, candidates));
+    if (few) return take(solve_few<square>(real, candidates));
+    constexpr float kClose = 0x1p-8f;
+    Solution<float> solution = solve_many<square>(team, real, candidates);
+    if (solution.mass < kClose * solution.slope) {  // many tokens just above: fp32 must count from closer by
+      const float below = 0x1p-21f * (fabsf(origin) + real.beta);
+      weights.origin = candidates.origin = origin + solution.threshold * real.beta - below;
+      solution = solve_many<square>(team, real, candidates);
+    }
+    take(solution);
   };
   if (!Weights::are_in_float(entmax)) {
     Team all = few ? Team::block() : team;
@@ -195,7 +203,7 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
   } else {
     solve_by(Entmax<float>(entmax), std::false_type{});
   }
-  weights.tau = static_cast<float>(weights.threshold + entmax.gap * origin);
+  weights.tau = static_cast<float>(weights.threshold + entmax.gap * weights.origin);
   return weights;
 }
 

@@ -170,6 +170,13 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   return static_cast<unsigned>(*std::max_element(values, values + 32));
 }
 
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  const uint64_t* values = emulation::exchange(emulation::Call::kReduce, value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(values[lane]);
+  return bits;
+}
+
 inline int __reduce_add_sync(unsigned, int value) {
   const uint64_t* values = emulation::exchange(emulation::Call::kReduce, value);
   int sum = 0;
