@@ -11,7 +11,23 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import KEYS, OPS, OWN, TABLES, TOP, TUNED, Row, load, machine_line, places, size, standard, steps
+from tables import (
+    KEYS,
+    OPS,
+    OWN,
+    SKETCH,
+    TABLES,
+    TOP,
+    TUNED,
+    Row,
+    load,
+    machine_line,
+    measured,
+    places,
+    size,
+    standard,
+    steps,
+)
 
 plt.rcParams["font.size"] = 8
 HERE = Path(__file__).parent
@@ -73,7 +89,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
     grid[0][0].invert_yaxis()
     grid[0][0].set_xlim(0, MOST_SHOWN + 0.6)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
-    labels = ["whole step", "score pages", "select pages", "decode them"]
+    labels = ["whole step", "score pages", "select pages or tokens", "decode them"]
     figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
     figure.suptitle(f"time of a step, softmax = 1\n{machine_line(rows)}")
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
@@ -88,7 +104,7 @@ def draw_floor(rows: list[Row]) -> Figure | None:
     figure, (line,) = panels(1, len(present(rows)), width=2 + 3.2 * len(present(rows)), height=3.8)
     for panel, keys in zip(line, present(rows), strict=True):
         found = lines(rows, keys)
-        for method in ("softmax SDPA, cuDNN", "dense softmax", "dense entmax", *OPS):
+        for method in measured(("softmax SDPA, cuDNN", "dense softmax", "dense entmax", *OPS), rows):
             points = found.get(method, [])
             style = "o--" if method in OPS else "o-"
             panel.plot(
@@ -114,7 +130,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
     figure, (line,) = panels(1, len(present(rows)), width=2.4 + 3.4 * len(present(rows)), height=3.8)
     for panel, keys in zip(line, present(rows), strict=True):
         found = lines(rows, keys)
-        for method in (TOP, TUNED, "Gaussian()", "dense entmax"):
+        for method in measured((TOP, TUNED, "Gaussian()", "dense entmax", SKETCH), rows):
             points = found.get(method, [])
             panel.plot([row["us"] for row in points], [row["delta"] for row in points], "o-", label=method, ms=4)
             for row in points:

@@ -38,7 +38,7 @@ def refused(program, monkeypatch, capsys, *arguments):
 
 def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     path = tmp_path / "out.json"
-    run("decode", monkeypatch, *SMALL, "--keys", "normal", "clustered", "model", "--json", path)
+    run("decode", monkeypatch, *SMALL, "--keys", *inputs.KEYS, "--json", path)
     report = json.loads(path.read_text())
     assert {"cpu", "threads", "torch", "commit", "read_gb_per_s"} == set(report["machine"])
     rows = report["rows"]
@@ -47,7 +47,7 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     }
     here = [row for row in rows if (row["keys"], row["batch"]) == ("model", 1)]
     steps = tables.steps(here)
-    selecting = ["TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
+    selecting = ["KeySketch()", "TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
     assert list(steps) == ["softmax SDPA", "dense softmax", "dense entmax", *selecting]
     names = {*inputs.Case.__dataclass_fields__, "alpha", "kind", "method", "timed", "us"}
     for row in rows:
@@ -56,17 +56,21 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
         assert names | measured | of_kind <= set(row)
         assert row["us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["us"], rel=1e-4)
     for name in ("dense softmax", "dense entmax", *selecting):
-        assert {"delta", "tokens"} <= set(steps[name])
-    assert steps["dense entmax"]["delta"] == 0 and steps["dense entmax"]["error"] < 0.01
+        assert {"delta", "tokens", "certified"} <= set(steps[name])
+    for row in rows:
+        if row["method"] in ("dense entmax", "KeySketch()"):
+            assert row["delta"] == 0 and row["certified"] == 1 and row["error"] < 0.01
     assert steps["softmax SDPA"]["error"] < 0.01 and steps["softmax SDPA"]["ratio"] == 1
     assert steps["TopPages(64)"]["tokens"] <= 64
     assert steps["Gaussian, 64 tokens"]["tokens"] == pytest.approx(64, abs=16)
     ops = [(row["of"], row["method"]) for row in here if row["kind"] == "op"]
     assert ops == [
+        ("KeySketch()", "select_sketch"),
+        ("KeySketch()", "sparse_decode"),
         ("TopPages(64)", "score_pages"),
         ("TopPages(64)", "select_pages"),
         ("TopPages(64)", "sparse_decode"),
-        *((name, op) for name in selecting[1:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
+        *((name, op) for name in selecting[2:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
         ("one token", "append_kv"),
     ]
 
@@ -127,7 +131,13 @@ def test_authors_who_cannot_run_are_a_note(tmp_path):
 def test_profile_decode_names_each_op(monkeypatch, capsys):
     run("profile_decode", monkeypatch, *shlex.split("--context 200 --heads 4/2 --head-dim 64 --steps 1"))
     shown = capsys.readouterr().out
-    ops = ["dense.dense_decode", "TopPages.score_pages", "TopPages.sparse_decode", "Gaussian.select_gaussian"]
+    ops = [
+        "dense.dense_decode",
+        "KeySketch.select_sketch",
+        "TopPages.score_pages",
+        "TopPages.sparse_decode",
+        "Gaussian.select_gaussian",
+    ]
     assert all(name in shown for name in ops)
     nsys, ncu = profile_decode.commands(ops, ["bench/profile_decode.py", "--device", "cuda"])
     assert nsys.startswith("nsys profile --trace cuda,nvtx") and nsys.endswith("bench/profile_decode.py --device cuda")
