@@ -58,6 +58,17 @@ def load(folder: Path) -> list[Row]:
     return list(found.values())
 
 
+def load_certified(folder: Path) -> list[Row]:
+    """The rows of every report of bench/certify.py, with its machine and shape."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [
+        row | {"machine": report["machine"], "shape": report["shape"]}
+        for report in reports
+        for row in report.get("rows", [])
+        if row.get("kind") in ("exact", "delta")
+    ]
+
+
 def standard(rows: list[Row], device: str, dtype: str) -> list[Row]:
     """Those of the usual shape, not beside the authors' code."""
     wanted = SHAPE | {"device": device, "dtype": dtype, "beside_authors": False}
@@ -108,9 +119,8 @@ def machine_line(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         processor = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}, {facts['read_gb_per_s']:.0f} GB/s"] = (
-            None
-        )
+        rate = f", {facts['read_gb_per_s']:.0f} GB/s" if "read_gb_per_s" in facts else ""
+        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}{rate}"] = None
     return "; ".join(lines)
 
 

@@ -91,6 +91,45 @@ def test_decode_says_what_it_expected(arguments, expected, monkeypatch, capsys):
     assert expected in refused("decode", monkeypatch, capsys, *arguments)
 
 
+def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    file = {f"a.{x}": torch.randn(100, 64) for x in "kv"} | {"a.q": 3 * torch.randn(2, 8, 64)}
+    save_file(file, tmp_path / "file.safetensors")
+    options = ["--context", 128, "--cases", 1, "--max-tokens", 8, "--json", tmp_path / "certify.json"]
+    run("certify", monkeypatch, tmp_path / "file.safetensors", *options)
+    rows = json.loads((tmp_path / "certify.json").read_text())["rows"]
+    exact = [row for row in rows if row["kind"] == "exact"]
+    kinds = ["file", "model", "normal", "clustered", "outlier", "adversarial"]
+    assert [row["keys"] for row in exact[::3]] == kinds
+    assert [row["cases"] for row in exact[::3]] == [16] + 5 * [1024]
+    for row in exact:
+        assert row["broken_bounds"] == 0
+        if row["select"] != "1 - 1e-9":
+            assert row["misses"] == row["other_supports"] == row["delta"] == 0 and row["certified"] == 1
+            assert row["out_off"] < 0.01 and row["tau_off"] < 0.01
+    delta = [row for row in rows if row["kind"] == "delta"]
+    assert [row["select"] for row in delta] == 2 * ["KeySketch", "TopPages", "Gaussian"]
+    assert [row["broken_bounds"] for row in delta] == 6 * [0]
+    run("plot", monkeypatch, *recorded_results)
+    assert (tmp_path / "sketch.png").exists()
+
+
+def test_certify_says_what_it_expected(monkeypatch, capsys):
+    assert "expected an activations file or --keys, got neither" in refused("certify", monkeypatch, capsys, "--keys")
+
+
+def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
+    """Results of before it was there."""
+    for name in ("gpu", "cpu"):
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    run("plot", monkeypatch, *recorded_results)
+    assert tables.SKETCH not in (tmp_path / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def model_inputs():
     cases = [inputs.Case("model", "fp32", *shape) for shape in ((4, 2, 64, 16, 2, 100), (14, 7, 128, 16, 1, 70))]
