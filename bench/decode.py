@@ -28,11 +28,11 @@ from report import check, machine, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from steps import append_bytes, gaussian_reading, stage_bytes, stages, step
+from steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
 from timing import Time, medians, read_rate
 from torch import Tensor
 
-from entmaxkv import Gaussian, PagedKVCache, TopPages, metrics, reference
+from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, metrics, reference
 
 CONTEXTS = {"cpu": "1024 8192 32768 131072", "cuda": "16384 32768 131072 1048576 16x32768"}
 WIDTHS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
@@ -49,16 +49,15 @@ def error(out: Tensor, truth: Tensor) -> float:
     return ((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean().item()
 
 
-def ways(
-    q: Tensor, paged: PagedKVCache, args: argparse.Namespace
-) -> dict[str, tuple[TopPages | Gaussian | None, float]]:
+def ways(q: Tensor, paged: PagedKVCache, args: argparse.Namespace) -> dict[str, tuple[Select | None, float]]:
     """Our own steps: selector and alpha of each."""
-    found: dict[str, tuple[TopPages | Gaussian | None, float]] = {"dense softmax": (None, 1.0)}
+    found: dict[str, tuple[Select | None, float]] = {"dense softmax": (None, 1.0)}
     if args.alpha > 1:
         found["dense entmax"] = None, args.alpha
+        found["KeySketch()"] = KeySketch(dense_below=0), args.alpha
     for budget in args.budget:
         found[f"TopPages({budget})"] = TopPages(budget, dense_below=0), args.alpha
-    if args.alpha > 1:  # with alpha 1 there is no threshold, and Gaussian keeps every page
+    if args.alpha > 1:  # with alpha 1 there is no threshold, and all but TopPages keep everything
         for budget in args.budget:
             found[f"Gaussian, {budget} tokens"] = gaussian_reading(budget, q, paged, args.alpha), args.alpha
         found["Gaussian()"] = Gaussian(dense_below=0), args.alpha
@@ -98,7 +97,10 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
             "delta": measured.dropped_mass.mean().item(),
             "error": measured.output_error.mean().item(),
             "tokens": measured.tokens.double().mean().item(),
+            "certified": measured.certified.double().mean().item(),
         }
+        if isinstance(select, KeySketch):
+            figures["survivors"] = measured.survivors.double().mean().item()
         if isinstance(select, Gaussian) and math.isfinite(select.margin):
             figures["margin"] = select.margin
         found.append(row("step", name, alpha, times[name], figures))

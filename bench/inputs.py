@@ -1,7 +1,8 @@
 """What is measured on: the cases, and the queries, keys and values of each.
 
-`normal` keys are i.i.d., `clustered` ones are alike from one to the next, `model` ones are those of the shipped model
-on real text (`model_text.py`). Queries and values of the first two are i.i.d. normal.
+`normal` keys are i.i.d., `clustered` ones are alike from one to the next, `outlier` ones are i.i.d. but for a channel
+that is far from 0 in all, `model` ones are those of the shipped model
+on real text (`model_text.py`). Queries and values of the first three are i.i.d. normal.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from torch import Tensor
 import entmaxkv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CORRELATION = {"normal": 0.0, "clustered": 0.97}  # of one key with the next
+CORRELATION = {"normal": 0.0, "clustered": 0.97, "outlier": 0.0}  # of one key with the next
+OUTLIER = 30.0  # mean of the channel that is far from 0
 PAGE_SIZES = [8, 16, 32, 64, 128]
 KEYS = [*CORRELATION, "model"]
 
@@ -114,9 +116,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def drawn(case: Case, device: str) -> Inputs:
+def drawn(case: Case, device: str, seed: int = 0) -> Inputs:
     """Random inputs, the same at every call."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     batch, context, kv_heads, head_dim = case.batch, case.context, case.kv_heads, case.head_dim
     k = torch.randn(batch, context, kv_heads, head_dim, device=device)
     if correlation := CORRELATION[case.keys]:
@@ -125,6 +127,8 @@ def drawn(case: Case, device: str) -> Inputs:
         series = k.permute(0, 2, 3, 1).reshape(-1, 1, context)
         series = torch.nn.functional.conv1d(torch.nn.functional.pad(series, (255, 0)), kernel.view(1, 1, -1))
         k = series.view(batch, kv_heads, head_dim, context).permute(0, 3, 1, 2)
+    if case.keys == "outlier":
+        k[..., head_dim // 3] += OUTLIER
     k = k.to(DTYPES[case.dtype]).contiguous()
     v = torch.randn_like(k)
     return Inputs(torch.randn(batch, case.heads, head_dim, dtype=k.dtype, device=device), k, v)

@@ -1,4 +1,6 @@
-"""Draws the README's figures and writes its tables, all from the JSON of bench/decode.py under bench/results.
+"""Draws the README's figures and writes its tables, from the JSON under bench/results.
+
+It is bench/decode.py's, and for sketch.png bench/certify.py's.
 
 A table of the README stands between <!-- bench:NAME --> and <!-- /bench -->.
 """
@@ -11,7 +13,24 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import KEYS, OPS, OWN, TABLES, TOP, TUNED, Row, load, machine_line, places, size, standard, steps
+from tables import (
+    KEYS,
+    OPS,
+    OWN,
+    SKETCH,
+    TABLES,
+    TOP,
+    TUNED,
+    Row,
+    load,
+    load_certified,
+    machine_line,
+    measured,
+    places,
+    size,
+    standard,
+    steps,
+)
 
 plt.rcParams["font.size"] = 8
 HERE = Path(__file__).parent
@@ -73,7 +92,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
     grid[0][0].invert_yaxis()
     grid[0][0].set_xlim(0, MOST_SHOWN + 0.6)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
-    labels = ["whole step", "score pages", "select pages", "decode them"]
+    labels = ["whole step", "score pages", "select pages or tokens", "decode them"]
     figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
     figure.suptitle(f"time of a step, softmax = 1\n{machine_line(rows)}")
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
@@ -88,7 +107,7 @@ def draw_floor(rows: list[Row]) -> Figure | None:
     figure, (line,) = panels(1, len(present(rows)), width=2 + 3.2 * len(present(rows)), height=3.8)
     for panel, keys in zip(line, present(rows), strict=True):
         found = lines(rows, keys)
-        for method in ("softmax SDPA, cuDNN", "dense softmax", "dense entmax", *OPS):
+        for method in measured(("softmax SDPA, cuDNN", "dense softmax", "dense entmax", *OPS), rows):
             points = found.get(method, [])
             style = "o--" if method in OPS else "o-"
             panel.plot(
@@ -114,7 +133,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
     figure, (line,) = panels(1, len(present(rows)), width=2.4 + 3.4 * len(present(rows)), height=3.8)
     for panel, keys in zip(line, present(rows), strict=True):
         found = lines(rows, keys)
-        for method in (TOP, TUNED, "Gaussian()", "dense entmax"):
+        for method in measured((TOP, TUNED, "Gaussian()", "dense entmax", SKETCH), rows):
             points = found.get(method, [])
             panel.plot([row["us"] for row in points], [row["delta"] for row in points], "o-", label=method, ms=4)
             for row in points:
@@ -160,6 +179,36 @@ def draw_cpu(rows: list[Row]) -> Figure | None:
     return figure
 
 
+def draw_sketch(rows: list[Row]) -> Figure | None:
+    """What selectors drop against the share of the bytes that they read, a panel for each certify.py report."""
+    reports: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "delta":
+            reports.setdefault((machine_line([row]), row["keys"], row["tokens"]), []).append(row)
+    if not reports:
+        return None
+    figure, (line,) = panels(1, len(reports), width=1 + 4.2 * len(reports), height=3.4)
+    for panel, ((machine, keys, tokens), here) in zip(line, reports.items(), strict=True):
+        for name, color in (("TopPages", "C0"), ("Gaussian", "C1"), ("KeySketch", "C3")):
+            points = sorted((row for row in here if row["select"] == name), key=lambda row: row["bytes_share"])
+            share, delta = ([row[what] for row in points] for what in ("bytes_share", "delta"))
+            panel.plot([100 * x for x in share], delta, "o-", color=color, label=name, ms=4)
+        exact = [row for row in here if row["select"] == "KeySketch" and row["certified"] == 1]
+        for row in exact:
+            place = (100 * row["bytes_share"], row["delta"])
+            panel.annotate("proved to be 0", place, (-4, 8), textcoords="offset points", ha="right", fontsize=7)
+        panel.set_yscale("symlog", linthresh=1e-3)
+        source = "activations" if keys == "file" else f"{KEYS.get(keys, keys)} keys"
+        panel.set_title(f"{source}, {size(1, tokens)} tokens\n{machine}", fontsize=7)
+        panel.set_xlabel("% of the bytes of keys and values read")
+        panel.grid(alpha=0.3)
+    line[0].set_ylim(-1e-4, 1.5)
+    line[0].set_ylabel("δ, mass dropped")
+    line[-1].legend()
+    figure.tight_layout()
+    return figure
+
+
 FIGURES = {"steps.png": draw_steps, "floor.png": draw_floor, "delta.png": draw_delta, "cpu.png": draw_cpu}
 
 
@@ -196,8 +245,10 @@ def main() -> None:
             raise SystemExit(f"{args.readme}: expected the tables of {args.results}, got others: run bench/plot.py")
         return
     args.readme.write_text(text)
-    for name, draw in FIGURES.items():
-        if figure := draw(rows):
+    figures = {name: draw(rows) for name, draw in FIGURES.items()}
+    figures["sketch.png"] = draw_sketch(load_certified(args.results))
+    for name, figure in figures.items():
+        if figure:
             figure.savefig(args.results / name, dpi=120)
             print(args.results / name)
 

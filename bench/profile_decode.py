@@ -16,7 +16,7 @@ from report import check
 from rich.console import Console
 from steps import stages
 
-from entmaxkv import Gaussian, TopPages
+from entmaxkv import Gaussian, KeySketch, TopPages
 
 WARM_UP = 3
 
@@ -60,7 +60,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     inputs = ModelText(chosen, args.device, console).inputs(case) if case.keys == "model" else drawn(case, args.device)
     cache = filled(case, inputs)
-    selectors = {"dense": None, "TopPages": TopPages(args.budget), "Gaussian": Gaussian()}
+    selectors = {"dense": None, "KeySketch": KeySketch(), "TopPages": TopPages(args.budget), "Gaussian": Gaussian()}
     ops = {
         f"{name}.{op}": call
         for name, select in selectors.items()

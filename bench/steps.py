@@ -8,19 +8,26 @@ from inputs import Inputs
 from torch import Tensor
 
 import entmaxkv
-from entmaxkv import Gaussian, PagedKVCache, TopPages, ops
+from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, ops
 from entmaxkv.metrics import Metrics
 
 MOST_HALVINGS = 30
+Select = KeySketch | TopPages | Gaussian
 
 
-def stages(
-    q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian | None, alpha: float
-) -> dict[str, Callable[[], object]]:
+def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) -> dict[str, Callable[[], object]]:
     """A step's ops by name, each on what the ones before it return."""
     lengths, sizes = (cache.page_table, cache.seq_lens), (cache.seq_lens, cache.kv_heads, cache.page_size)
     if select is None:
         return {"dense_decode": partial(ops.dense_decode, q, cache.k_pages, cache.v_pages, *lengths, alpha)}
+    if isinstance(select, KeySketch):
+        options = {"bits": select.bits, "certainty": select.certainty, "max_tokens": select.max_tokens}
+        sketch = cache.codes, cache.norms
+        choose = partial(ops.select_sketch, q, cache.k_pages, *sketch, *lengths, alpha, **options)
+        read = partial(
+            ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *choose()[:2], alpha, by_token=True
+        )
+        return {"select_sketch": choose, "sparse_decode": read}
     if isinstance(select, TopPages):
         score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size)
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
@@ -32,22 +39,29 @@ def stages(
     return {f"score_{kind}": score, f"select_{kind}": pick, "sparse_decode": decode}
 
 
-def stage_bytes(q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian, found: Metrics) -> list[int]:
-    """Bytes that the three ops of `stages` have to read and write, in their order.
+def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) -> list[int]:
+    """Bytes that the ops of `stages` have to read and write, in their order.
 
-    Scores and selections are written by one op and read by the next, statistics only read.
+    Scores and selections are written by one op and read by the next, statistics and sketches only read.
     """
+    if isinstance(select, KeySketch):
+        chosen = 4 * (found.tokens.numel() + int(found.tokens.sum()))
+        return [q.nbytes + found.index_bytes + chosen, chosen + found.bytes_read - found.index_bytes + 2 * q.nbytes]
     pages = sum(-(-tokens // cache.page_size) for tokens in cache.seq_lens.tolist())
-    statistics = 2 * pages * cache.k_pages[0, :, 0].nbytes
     scores = pages * q.shape[1] * 4 * (1 if isinstance(select, TopPages) else 2)
     selected = sum(x.nbytes for x in select.pages(q, cache))
+    statistics = found.index_bytes
     return [statistics + scores, scores + selected, selected + found.bytes_read - statistics + 2 * q.nbytes]
 
 
 def append_bytes(cache: PagedKVCache, inputs: Inputs) -> int:
-    """Bytes of one token's keys and values, read and written, and of the statistics of its page, written."""
+    """Bytes of one token's keys and values, read and written, and of its page's statistics and its sketch, written."""
     token = inputs.k[:, 0].nbytes
-    return 4 * token + sum(x is not None for x in (cache.k_min, cache.k_max, cache.k_mean, cache.k_std)) * token
+    statistics = sum(x is not None for x in (cache.k_min, cache.k_max, cache.k_mean, cache.k_std)) * token
+    sketch = 0
+    if cache.codes is not None and cache.norms is not None:
+        sketch = cache.batch * (cache.codes[0].nbytes + cache.norms[0].nbytes) // cache.page_size
+    return 4 * token + statistics + sketch
 
 
 def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) -> Gaussian:
@@ -80,6 +94,6 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
     return Gaussian(margin=margin, dense_below=0)
 
 
-def step(q: Tensor, cache: PagedKVCache, select: TopPages | Gaussian | None, alpha: float) -> Callable[[], Tensor]:
+def step(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) -> Callable[[], Tensor]:
     """The whole step, from q to out."""
     return partial(entmaxkv.decode, q, cache, alpha=alpha, select=select)

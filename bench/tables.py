@@ -4,17 +4,25 @@
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table but `shapes`
 CASE = (*SHAPE, "dtype", "keys", "batch", "context")
-KEYS = {"model": "model", "clustered": "clustered", "normal": "i.i.d."}  # as the README calls them, in its order
+KEYS = {
+    "model": "model",
+    "clustered": "clustered",
+    "normal": "i.i.d.",
+    "outlier": "outlier",
+}  # as the README calls them, in its order
 TIMES = "\N{MULTIPLICATION SIGN}"
 BUDGET = 2048
 TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
+SKETCH = "KeySketch()"
 OWN = {  # our steps, as the README calls them
     "dense entmax": "dense entmax",
+    SKETCH: f"`{SKETCH}`",
     TOP: f"`{TOP}`",
     TUNED: f"`Gaussian`, {BUDGET} tokens",
     "Gaussian()": "`Gaussian()`",
@@ -25,6 +33,7 @@ OPS = {  # and the step that each op is shown in
     "sparse_decode": TOP,
     "score_gaussian": TUNED,
     "select_gaussian": TUNED,
+    "select_sketch": SKETCH,
     "append_kv": "one token",
 }
 
@@ -47,6 +56,17 @@ def load(folder: Path) -> list[Row]:
                 what = (device, *(row[name] for name in (*CASE, "kind", "method")), row.get("of"), beside)
                 found[what] = row | {"device": device, "machine": report["machine"], "beside_authors": beside}
     return list(found.values())
+
+
+def load_certified(folder: Path) -> list[Row]:
+    """The rows of every report of bench/certify.py, with its machine and shape."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [
+        row | {"machine": report["machine"], "shape": report["shape"]}
+        for report in reports
+        for row in report.get("rows", [])
+        if row.get("kind") in ("exact", "delta")
+    ]
 
 
 def standard(rows: list[Row], device: str, dtype: str) -> list[Row]:
@@ -73,6 +93,12 @@ def best_softmax(rows: list[Row]) -> Row:
     return min((row for name, row in steps(rows).items() if name.startswith("softmax SDPA")), key=lambda row: row["us"])
 
 
+def measured(names: Iterable[str], rows: list[Row]) -> list[str]:
+    """Those of the methods that there are rows of."""
+    there = {row["method"] for row in rows}
+    return [name for name in names if name in there]
+
+
 def by_authors(row: Row) -> bool:
     return row["method"].startswith("authors")
 
@@ -93,9 +119,8 @@ def machine_line(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         processor = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}, {facts['read_gb_per_s']:.0f} GB/s"] = (
-            None
-        )
+        rate = f", {facts['read_gb_per_s']:.0f} GB/s" if "read_gb_per_s" in facts else ""
+        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}{rate}"] = None
     return "; ".join(lines)
 
 
@@ -127,13 +152,14 @@ def table_of_steps(rows: list[Row]) -> str:
     """Whole steps: µs, how many times as fast as softmax, and what is dropped."""
     rows = standard(rows, "gpu", "bf16")
     titles = ["keys, tokens", "softmax µs", "dense entmax, exact, µs", TIMES]
-    titles += [title for name in (TOP, TUNED, "Gaussian()") for title in (f"{OWN[name]} µs", TIMES, "δ")]
+    selecting = measured((SKETCH, TOP, TUNED, "Gaussian()"), rows)
+    titles += [title for name in selecting for title in (f"{OWN[name]} µs", TIMES, "δ")]
     lines = []
     for place, here in places(rows).items():
         found = steps(here)
         dense = found.get("dense entmax")
         line = [where(*place), us(best_softmax(here)), us(dense), speed(dense)]
-        for name in (TOP, TUNED, "Gaussian()"):
+        for name in selecting:
             line += [us(found.get(name)), speed(found.get(name)), delta(found.get(name))]
         lines.append(line)
     return table(titles, lines, rows)
@@ -142,12 +168,13 @@ def table_of_steps(rows: list[Row]) -> str:
 def table_of_ops(rows: list[Row]) -> str:
     """Each op's µs, and the share of them that its bytes would take at the machine's best."""
     rows = standard(rows, "gpu", "bf16")
+    ops = measured(OPS, rows)
     lines = []
     for place, here in places(rows).items():
         found = {row["method"]: row for row in here if row["kind"] == "op" and OPS[row["method"]] == row["of"]}
-        cells = [f"{us(found[op])} ({found[op]['fraction']:.0%})" if op in found else "" for op in OPS]
+        cells = [f"{us(found[op])} ({found[op]['fraction']:.0%})" if op in found else "" for op in ops]
         lines.append([where(*place), *cells])
-    return table(["keys, tokens", *(f"`{op}`" for op in OPS)], lines, rows)
+    return table(["keys, tokens", *(f"`{op}`" for op in ops)], lines, rows)
 
 
 def table_of_peers(rows: list[Row]) -> str:
@@ -185,14 +212,15 @@ def table_of_shapes(rows: list[Row]) -> str:
         case = tuple(row[name] for name in CASE)
         if row["device"] == "gpu" and not row["beside_authors"] and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
             others.setdefault(case, []).append(row)
+    used = [row for here in others.values() for row in here]
+    own = measured(OWN, used)
     lines = []
     for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
         shape = f"{heads}/{kv_heads} heads of {head_dim}, page {page_size}, {dtype}"
-        found = [steps(here).get(name) for name in OWN]
+        found = [steps(here).get(name) for name in own]
         cells = [f"{us(row)} ({speed(row)} {TIMES}, δ {digits(row['delta'])})" if row else "" for row in found]
         lines.append([shape, where(*place), us(best_softmax(here)), *cells])
-    used = [row for here in others.values() for row in here]
-    return table(["query/KV heads", "keys, tokens", "softmax µs", *OWN.values()], lines, used)
+    return table(["query/KV heads", "keys, tokens", "softmax µs", *(OWN[name] for name in own)], lines, used)
 
 
 def table_of_cpu(rows: list[Row]) -> str:
@@ -209,12 +237,13 @@ def table_of_cpu(rows: list[Row]) -> str:
     titles = [where(first, 1, longest), "fp32 ms", TIMES, "bf16 ms", TIMES, "bytes of K+V read"]
     titles += [f"δ, {KEYS[keys]} keys" for keys in here["fp32"]]
     lines = []
-    for name in ("softmax SDPA", "dense softmax", *OWN):
+    common = [row for of in here.values() for row in of[first].values()]
+    for name in ("softmax SDPA", "dense softmax", *measured(OWN, common)):
         found = {dtype: of[first][name] for dtype, of in here.items()}
         times = [cell for row in found.values() for cell in (f"{row['us'] / 1e3:.1f}", speed(row))]
         share = found["fp32"]["bytes"] / here["fp32"][first]["softmax SDPA"]["bytes"]
         lines.append([OWN.get(name, name), *times, f"{share:.1%}", *(delta(of[name]) for of in here["fp32"].values())])
-    return table(titles, lines, [row for of in here.values() for row in of[first].values()])
+    return table(titles, lines, common)
 
 
 TABLES = {

@@ -93,20 +93,7 @@ def measure(
         support_recall[b] = ((p > 0) & heads).sum(dim=1) / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
-    survivors = torch.zeros_like(info.tokens)
-    if chosen is None:
-        index_bytes = 0
-    elif isinstance(select, KeySketch) and cache.codes is not None:
-        if select.bits == 4:
-            survivors = _survivors(q, cache, select, **options)
-        plane = cache.codes.shape[-1]
-        group = q.shape[1] // cache.kv_heads
-        sampled = sum(min(seq_len, group * _sampled(seq_len)) for seq_len in seq_lens)
-        index_bytes = ((plane + 3) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
-        index_bytes += plane * int(survivors.sum())
-    else:
-        pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
-        index_bytes = 2 * pages * cache.kv_heads * row_bytes
+    survivors, index_bytes = index(select, q, cache, **options) if chosen else index(None, q, cache, **options)
     return Metrics(
         dropped_mass=dropped_mass,
         support_recall=support_recall,
@@ -132,13 +119,34 @@ def kept(chosen: Selection, row: int, seq_len: int, page_size: int) -> Tensor:
     return units.repeat_interleave(unit, dim=1)[:, :seq_len]
 
 
+def index(
+    select: Selector | None,
+    q: Tensor,
+    cache: PagedKVCache,
+    *,
+    alpha: float | Tensor = 1.5,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """`survivors` and `index_bytes` of a step, see `Metrics`."""
+    none = torch.zeros((q.shape[0], cache.kv_heads), dtype=torch.int32, device=q.device)
+    row_bytes = cache.head_dim * cache.k_pages.element_size()
+    seq_lens = cache.seq_lens.tolist()
+    if select is None:
+        return none, 0
+    if not isinstance(select, KeySketch) or cache.codes is None:
+        pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
+        return none, 2 * pages * cache.kv_heads * row_bytes
+    survivors, group, plane = none, q.shape[1] // cache.kv_heads, cache.codes.shape[-1]
+    if select.bits == 4:  # what the first plane does not rule out is what it alone would select
+        coarse = KeySketch(certainty=select.certainty, bits=2)
+        survivors = coarse.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)[1]
+    sampled = sum(min(seq_len, group * _sampled(seq_len)) for seq_len in seq_lens)
+    every_token = ((plane + 3) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
+    return survivors, every_token + plane * int(survivors.sum())
+
+
 def _sampled(seq_len: int) -> int:
     """Most tokens that `select_sketch` scores exactly for a head: 2 of each of up to 256 chunks of whole 64 tokens."""
     chunk = 64 * max(1, -(-seq_len // (64 * 256)))
     return min(seq_len, 2 * -(-seq_len // chunk))
-
-
-def _survivors(q: Tensor, cache: PagedKVCache, select: KeySketch, **options: Any) -> Tensor:
-    """[batch, kv_heads] tokens that the first plane does not rule out: what it alone would select."""
-    coarse = KeySketch(certainty=select.certainty, bits=2)
-    return coarse.tokens(q, cache, **options)[1]

@@ -38,7 +38,7 @@ def refused(program, monkeypatch, capsys, *arguments):
 
 def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     path = tmp_path / "out.json"
-    run("decode", monkeypatch, *SMALL, "--keys", "normal", "clustered", "model", "--json", path)
+    run("decode", monkeypatch, *SMALL, "--keys", *inputs.KEYS, "--json", path)
     report = json.loads(path.read_text())
     assert {"cpu", "threads", "torch", "commit", "read_gb_per_s"} == set(report["machine"])
     rows = report["rows"]
@@ -47,7 +47,7 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     }
     here = [row for row in rows if (row["keys"], row["batch"]) == ("model", 1)]
     steps = tables.steps(here)
-    selecting = ["TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
+    selecting = ["KeySketch()", "TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
     assert list(steps) == ["softmax SDPA", "dense softmax", "dense entmax", *selecting]
     names = {*inputs.Case.__dataclass_fields__, "alpha", "kind", "method", "timed", "us"}
     for row in rows:
@@ -56,17 +56,21 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
         assert names | measured | of_kind <= set(row)
         assert row["us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["us"], rel=1e-4)
     for name in ("dense softmax", "dense entmax", *selecting):
-        assert {"delta", "tokens"} <= set(steps[name])
-    assert steps["dense entmax"]["delta"] == 0 and steps["dense entmax"]["error"] < 0.01
+        assert {"delta", "tokens", "certified"} <= set(steps[name])
+    for row in rows:
+        if row["method"] in ("dense entmax", "KeySketch()"):
+            assert row["delta"] == 0 and row["certified"] == 1 and row["error"] < 0.01
     assert steps["softmax SDPA"]["error"] < 0.01 and steps["softmax SDPA"]["ratio"] == 1
     assert steps["TopPages(64)"]["tokens"] <= 64
     assert steps["Gaussian, 64 tokens"]["tokens"] == pytest.approx(64, abs=16)
     ops = [(row["of"], row["method"]) for row in here if row["kind"] == "op"]
     assert ops == [
+        ("KeySketch()", "select_sketch"),
+        ("KeySketch()", "sparse_decode"),
         ("TopPages(64)", "score_pages"),
         ("TopPages(64)", "select_pages"),
         ("TopPages(64)", "sparse_decode"),
-        *((name, op) for name in selecting[1:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
+        *((name, op) for name in selecting[2:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
         ("one token", "append_kv"),
     ]
 
@@ -85,6 +89,45 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
 )
 def test_decode_says_what_it_expected(arguments, expected, monkeypatch, capsys):
     assert expected in refused("decode", monkeypatch, capsys, *arguments)
+
+
+def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    file = {f"a.{x}": torch.randn(100, 64) for x in "kv"} | {"a.q": 3 * torch.randn(2, 8, 64)}
+    save_file(file, tmp_path / "file.safetensors")
+    options = ["--context", 128, "--cases", 1, "--max-tokens", 8, "--json", tmp_path / "certify.json"]
+    run("certify", monkeypatch, tmp_path / "file.safetensors", *options)
+    rows = json.loads((tmp_path / "certify.json").read_text())["rows"]
+    exact = [row for row in rows if row["kind"] == "exact"]
+    kinds = ["file", "model", "normal", "clustered", "outlier", "adversarial"]
+    assert [row["keys"] for row in exact[::3]] == kinds
+    assert [row["cases"] for row in exact[::3]] == [16] + 5 * [1024]
+    for row in exact:
+        assert row["broken_bounds"] == 0
+        if row["select"] != "1 - 1e-9":
+            assert row["misses"] == row["other_supports"] == row["delta"] == 0 and row["certified"] == 1
+            assert row["out_off"] < 0.01 and row["tau_off"] < 0.01
+    delta = [row for row in rows if row["kind"] == "delta"]
+    assert [row["select"] for row in delta] == 2 * ["KeySketch", "TopPages", "Gaussian"]
+    assert [row["broken_bounds"] for row in delta] == 6 * [0]
+    run("plot", monkeypatch, *recorded_results)
+    assert (tmp_path / "sketch.png").exists()
+
+
+def test_certify_says_what_it_expected(monkeypatch, capsys):
+    assert "expected an activations file or --keys, got neither" in refused("certify", monkeypatch, capsys, "--keys")
+
+
+def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
+    """Results of before it was there."""
+    for name in ("gpu", "cpu"):
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    run("plot", monkeypatch, *recorded_results)
+    assert tables.SKETCH not in (tmp_path / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +170,13 @@ def test_authors_who_cannot_run_are_a_note(tmp_path):
 def test_profile_decode_names_each_op(monkeypatch, capsys):
     run("profile_decode", monkeypatch, *shlex.split("--context 200 --heads 4/2 --head-dim 64 --steps 1"))
     shown = capsys.readouterr().out
-    ops = ["dense.dense_decode", "TopPages.score_pages", "TopPages.sparse_decode", "Gaussian.select_gaussian"]
+    ops = [
+        "dense.dense_decode",
+        "KeySketch.select_sketch",
+        "TopPages.score_pages",
+        "TopPages.sparse_decode",
+        "Gaussian.select_gaussian",
+    ]
     assert all(name in shown for name in ops)
     nsys, ncu = profile_decode.commands(ops, ["bench/profile_decode.py", "--device", "cuda"])
     assert nsys.startswith("nsys profile --trace cuda,nvtx") and nsys.endswith("bench/profile_decode.py --device cuda")
