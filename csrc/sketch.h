@@ -160,7 +160,12 @@ ENTMAXKV_HOST_DEVICE inline int merit_of(float above) {
 /// The weight that a token of that merit has at most.
 ENTMAXKV_HOST_DEVICE inline double most_weight(int merit, const Entmax<double>& entmax) {
   if (entmax.is_softmax() || merit + 1 >= kMeritUnit) return 1;
-  return power((merit + 1) / double{kMeritUnit}, entmax.beta);
+  return std::fmax(power((merit + 1) / double{kMeritUnit}, entmax.beta), 1e-37);  // never nothing
+}
+
+/// A sum of such weights as a bound of what they are together: 0 only if it is.
+ENTMAXKV_HOST_DEVICE inline float rounded_up(double weight) {
+  return weight > 0 ? static_cast<float>(std::fmin(weight * (1 + 0x1p-20) + 1e-37, 1.0)) : 0;
 }
 
 /// The ALiBi term of a bound, rounded up.

@@ -1,11 +1,10 @@
 // select_sketch on the GPU.
 //   q, sketch [pages, kv_heads, ...] -> selected tokens [batch, kv_heads, max_selected] ascending, counts
-//   1. scan: a warp bounds the scores of a chunk of tokens by plane 0 of their codes, for up to 4 query heads, keeps
-//   the
-//      bounds in fp16, rounded up, and names the token with the highest one.
-//   2. find_floors: a block per query head scores these tokens exactly; their threshold is at most that of all tokens.
-//   3. refine: a warp looks at a segment of the bounds. What is above the floor of its head is bounded anew, by both
-//      planes; what still is gets a bit.
+//   1. scan: a warp bounds the scores of a chunk of tokens by plane 0 of their codes, for up to 4 query heads. It keeps
+//      the bounds in fp16, rounded up, and names the token with the highest one.
+//   2. find_floors: a block per query head scores the best of these exactly; their threshold is at most that of all.
+//   3. refine: a warp goes through a segment of the bounds. What is above the floor of its head is bounded more closely
+//      by plane 1; what still is gets a bit.
 //   4. list: the tokens of these bits.
 //   If no more than max_tokens may be listed, cap comes before that: the bits of whole steps of merit go.
 #include "kernels.h"
@@ -23,17 +22,28 @@ using namespace sketch_tile;
 template <int kWords>
 constexpr int kOccupancy = kWords <= 2 ? 4 : 6 - kWords;  // blocks that share a multiprocessor
 constexpr int kMostChunks = 512;
+constexpr int kExact = 64;     // tokens that are scored exactly, for each query head
 constexpr int kSegment = 256;  // tokens
 constexpr int kBins = 256;     // sketch::kMerits, and one more
 
 /// Tokens of a chunk of a row.
 __device__ int chunk_of(int seq_len) { return max(1, ceil_div(ceil_div(seq_len, kMostChunks), kTokens)) * kTokens; }
 
+/// The token of the highest bound so far.
+struct Best {
+  float upper = kNothing;
+  int token = -1;
+
+  __device__ void take(const Best& other) {
+    if (other.upper > upper || (other.upper == upper && other.token >= 0 && other.token < token)) *this = other;
+  }
+};
+
 /// Intermediate results. Every length has room for whole segments.
 struct Scratch {
   int capacity;       // tokens
   __half* uppers;     // [batch, q_heads, capacity]
-  int32_t* bests;     // [batch, q_heads, kMostChunks]
+  Best* bests;        // [batch, q_heads, kMostChunks]
   float* floors;      // [batch, q_heads]
   uint32_t* marks;    // [batch, kv_heads, capacity / 32]
   int32_t* marked;    // [batch, kv_heads, segments]
@@ -63,16 +73,6 @@ struct Scratch {
     take(merits, is_capped(op) ? lists * capacity : 0);
     if (!is_capped(op)) at_merit = nullptr, merits = nullptr;
     return next - static_cast<char*>(memory);
-  }
-};
-
-/// The token of the highest bound so far.
-struct Best {
-  float upper = kNothing;
-  int token = -1;
-
-  __device__ void take(const Best& other) {
-    if (other.upper > upper || (other.upper == upper && other.token >= 0 && other.token < token)) *this = other;
   }
 };
 
@@ -144,97 +144,115 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
 #pragma unroll
         for (int distance = 2; distance < 32; distance *= 2) bests[j].take(shuffle_xor(bests[j], distance));
         if (threadIdx.x % 32 < 2 && lane.head(j) < heads.count) {
-          scratch.bests[(first_head + lane.head(j)) * kMostChunks + nth] = bests[j].token;
+          scratch.bests[(first_head + lane.head(j)) * kMostChunks + nth] = bests[j];
         }
       }
     }
   }
 }
 
+/// Of the tokens that the scan has named, those of the highest bounds of each warp's, -1 where there are no more. All
+/// threads call.
+__device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[kExact]) {
+  constexpr int kWarps = kThreads / 32, kOfWarp = kExact / kWarps, kOwn = kMostChunks / kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Best own[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int nth = (i * 32 + lane) * kWarps + warp;  // neighbours come to different warps
+    if (nth < chunks) own[i] = bests[nth];
+  }
+#pragma unroll 1
+  for (int n = 0; n < kOfWarp; ++n) {
+    Best best;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) best.take(own[i]);
+    const uint32_t highest = __reduce_max_sync(kAllLanes, best.token < 0 ? 0 : ordered(best.upper));
+    const uint32_t have = __ballot_sync(kAllLanes, best.token >= 0 && ordered(best.upper) == highest);
+    const int chosen = have ? __shfl_sync(kAllLanes, best.token, __ffs(static_cast<int>(have)) - 1) : -1;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (own[i].token == chosen) own[i] = {};
+    }
+    if (lane == 0) s_tokens[warp * kOfWarp + n] = chosen;
+  }
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kThreads) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
+__global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
   take_turn();
   constexpr int kLanes = 8, kCount = 16 / sizeof(T);  // of a key
+  constexpr int kOwn = kExact * kLanes / kThreads;    // keys of a lane
   __shared__ float s_q[kMaxHeadDim];
-  __shared__ const T* s_keys[kMostChunks];
-  __shared__ float s_scores[kMostChunks];
-  __shared__ int32_t s_tokens[kMostChunks];
+  __shared__ int s_tokens[kExact];
+  __shared__ float s_scores[kExact];
+  __shared__ int32_t s_places[kExact];
   const int64_t row = blockIdx.y, at = row * op.q_heads + blockIdx.x;
   const int head = blockIdx.x, kv_head = head / op.group, thread = threadIdx.x;
   const int seq_len = length_of(op, row), chunks = ceil_div(seq_len, chunk_of(seq_len));
-  const int page_bits = __ffs(op.page_size) - 1;
   const Entmax<double> entmax(op.alpha.of(head));
   if (entmax.is_softmax() || seq_len == 0) {
     if (thread == 0) scratch.floors[at] = kNothing;
     return;
-  }
-#pragma unroll
-  for (int i = 0; i < kMostChunks / kThreads; ++i) {
-    const int nth = i * kThreads + thread;
-    if (nth >= chunks) break;
-    const int token = scratch.bests[at * kMostChunks + nth];
-    s_tokens[nth] = token;
-    s_keys[nth] =
-        token < 0 ? nullptr
-                  : op.k_pages.at<T>(op.page_table.row(row)[token >> page_bits], kv_head, token & (op.page_size - 1));
   }
   float own_square = 0;
   for (int d = thread; d < kMaxHeadDim; d += kThreads) {
     s_q[d] = d < op.head_dim ? op.scoring.scale * to_float(op.q.at<T>(row, head)[d]) : 0;
     own_square += s_q[d] * s_q[d];
   }
-  const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: keys and q are there
+  choose_exact(scratch.bests + at * kMostChunks, chunks, s_tokens);
+  const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: query and tokens are there
   const float slope = op.scoring.slope(head);
-  float best = kNothing, most_square = 0;
-  constexpr int kAtOnce = 8, kStep = kThreads / kLanes;
-#pragma unroll 1
-  for (int first = thread / kLanes; first < ceil_div(chunks, kStep) * kStep; first += kAtOnce * kStep) {
-    float products[kAtOnce] = {}, squares[kAtOnce] = {};
-#pragma unroll 1
-    for (int d = thread % kLanes * kCount; d < ceil_div(op.head_dim, kLanes * kCount) * kLanes * kCount;
-         d += kLanes * kCount) {
-      uint4 words[kAtOnce] = {};
+  const T* keys[kOwn];
+  int tokens[kOwn];
+  float products[kOwn] = {}, squares[kOwn] = {};
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const T* key = first + i * kStep < chunks ? s_keys[first + i * kStep] : nullptr;
-        if (key) words[i] = vectors ? load_word<true>(key, d, op.head_dim) : load_word<false>(key, d, op.head_dim);
+  for (int i = 0; i < kOwn; ++i) {
+    const int page_bits = __ffs(op.page_size) - 1;
+    const int token = tokens[i] = s_tokens[i * (kThreads / kLanes) + thread / kLanes];
+    keys[i] = op.k_pages.at<T>(op.page_table.row(row)[max(token, 0) >> page_bits], kv_head,
+                               max(token, 0) & (op.page_size - 1));
+  }
+#pragma unroll 2
+  for (int d = thread % kLanes * kCount; d < op.head_dim; d += kLanes * kCount) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float elements[kCount];
+      unpack<T>(vectors ? load_word<true>(keys[i], d, op.head_dim) : load_word<false>(keys[i], d, op.head_dim),
+                elements);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        products[i] = fmaf(elements[e], s_q[d + e], products[i]);
+        squares[i] = fmaf(elements[e], elements[e], squares[i]);
       }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        float elements[kCount];
-        unpack<T>(words[i], elements);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          products[i] = fmaf(elements[e], s_q[d + e], products[i]);
-          squares[i] = fmaf(elements[e], elements[e], squares[i]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) {
-        products[i] += __shfl_xor_sync(kAllLanes, products[i], distance);
-        squares[i] += __shfl_xor_sync(kAllLanes, squares[i], distance);
-      }
-      const int nth = first + i * kStep;
-      if (nth >= chunks) continue;
-      const float score =
-          s_keys[nth] ? products[i] + slope * static_cast<float>(s_tokens[nth] - (seq_len - 1)) : kNothing;
-      if (thread % kLanes == 0) s_scores[nth] = score;
-      best = larger(best, score);
-      most_square = larger(most_square, squares[i]);
     }
   }
+  float scores[kOwn], best = kNothing;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      products[i] += __shfl_xor_sync(kAllLanes, products[i], distance);
+      squares[i] += __shfl_xor_sync(kAllLanes, squares[i], distance);
+    }
+    scores[i] = tokens[i] < 0 ? kNothing : products[i] + slope * static_cast<float>(tokens[i] - (seq_len - 1));
+    best = larger(best, scores[i]);
+  }
   best = largest<kThreads>(best);
-  most_square = largest<kThreads>(most_square);
   float floor = kNothing;
   if (best > kNothing && best < -kNothing) {
     const float origin = best - static_cast<float>(entmax.beta) * (1 + 0x1p-20f);
-    const int near = pack(s_scores, s_tokens, chunks,
+    float most_square = 0;  // of those that the threshold depends on
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (scores[i] > origin) most_square = fmaxf(most_square, squares[i]);
+      if (thread % kLanes == 0) s_scores[i * (kThreads / kLanes) + thread / kLanes] = scores[i];
+    }
+    most_square = largest<kThreads>(most_square);  // the barrier in it: all scores are there
+    const int near = pack(s_scores, s_places, kExact,
                           [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; });
     Team team = Team::block();
-    const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, near <= kFewTokens);
+    const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
     const double found = weights.origin + weights.threshold * entmax.beta;
     const double rounding =
         0x1p-15 * q_norm * sqrtf(most_square) +
@@ -461,7 +479,7 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
       const Entmax<double> entmax(op.alpha.of(head));
       const double most = sketch::most_weight(merit, entmax);
       const double bound = sum<kThreads>(left_out > 0 ? left_out * most : 0.0);
-      if (thread == 0) op.delta_bound[row * op.q_heads + head] = static_cast<float>(fmin(bound * (1 + 0x1p-20), 1.0));
+      if (thread == 0) op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(bound);
     }
   }
   if (total <= room) return;
