@@ -236,6 +236,16 @@ def test_few_heads_of_few_tokens(device):
     assert choose(cache, q)[1].max() < 4096 / 8
 
 
+def test_a_huge_key_without_weight_costs_nothing(device):
+    """It has no sketch, so that it is scored, but its rounding is not that of the threshold."""
+    q = draw(1, 2, 128, seed=5, device=device) * 8
+    k = draw(4096, 2, 128)
+    k[77] = -1e7 * q[0].cpu()
+    cache = make_cache([4096], head_dim=128, k=[k], device=device)
+    check(cache, q)
+    assert choose(cache, q)[1].max() < 4096 / 8
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e35])
 def test_special_queries_are_those_of_dense_decoding(device, value):
     cache, q = make_cache([100, 3, 0], device=device), make_query(3, 4, 64, device=device)
