@@ -30,6 +30,12 @@ int chunk_tokens(int seq_len) {
   return std::max(1, (seq_len + kMost - 1) / kMost) * kChunkUnit;
 }
 
+/// A bound that says that something is lost, even if weights that small are 0 in any arithmetic.
+float rounded_up(double lost) {
+  const float above = std::nextafter(static_cast<float>(lost), -kNothing);
+  return std::min(1.0f, std::max(above, std::numeric_limits<float>::min()));
+}
+
 /// A query head of a row.
 struct Query {
   std::vector<float> q;
@@ -318,11 +324,13 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
+      int64_t left_out = 0;
       double lost = 0;
       for (int merit = 0; merit < least; ++merit) {
+        left_out += counts[merit];
         lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
       }
-      op_.delta_bound[head_index] = static_cast<float>(std::min(1.0, lost));
+      op_.delta_bound[head_index] = left_out > 0 ? rounded_up(lost) : 0;
     }
   }
 
