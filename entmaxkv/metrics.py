@@ -147,6 +147,5 @@ def index(
 
 
 def _sampled(seq_len: int) -> int:
-    """Most tokens that `select_sketch` scores exactly for a head: 2 of each of up to 256 chunks of whole 64 tokens."""
-    chunk = 64 * max(1, -(-seq_len // (64 * 256)))
-    return min(seq_len, 2 * -(-seq_len // chunk))
+    """Most tokens that `select_sketch` scores exactly for a head: one of a chunk, which has at least 64; 64 in all."""
+    return min(64, -(-seq_len // 64))

@@ -82,7 +82,7 @@ def test_against_the_oracle(select, alpha, slopes):
         if select.bits == 4:
             survivors = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
         assert torch.equal(found.survivors, survivors)
-        sampled = 1 + 2 * 2 * (100 // 64 + 1) + 2 * 2 * (333 // 64 + 1)  # two heads, two of every 64 tokens
+        sampled = 1 + 2 * (100 // 64 + 1) + 2 * (333 // 64 + 1)  # two heads, one of every 64 tokens
         index_bytes = 2 * (sum(lengths) * (16 + 3) + sampled * 64 * 4) + int(survivors.sum()) * 16
     assert found.index_bytes == index_bytes
     assert found.bytes_read == rows_read * 64 * 4 + index_bytes
@@ -90,6 +90,13 @@ def test_against_the_oracle(select, alpha, slopes):
     assert found.share == found.bytes_read / found.kv_bytes
     assert (found.dropped_mass <= found.delta_bound.double() + 1e-12).all()
     assert torch.equal(found.certified, found.delta_bound == 0)
+
+
+@pytest.mark.parametrize("tokens", [4032, 4033, 40000])
+def test_at_most_64_keys_of_a_head_are_scored(tokens):
+    cache, q = filled([tokens], kv_heads=1)
+    found = measure(q, cache, select=entmaxkv.KeySketch(bits=2))
+    assert found.index_bytes == tokens * (16 + 3) + 2 * (63 if tokens == 4032 else 64) * 64 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

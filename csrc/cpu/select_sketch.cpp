@@ -1,8 +1,8 @@
 // select_sketch on the CPU. The tokens of a row are cut into chunks, and whole chunks make up spans.
 //   1. code:   per (row, query head) the query's numbers (sketch.h)
-//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0; in each chunk, of the tokens whose
-//              position & 8 is 0 and of the others, the exact score of the one with the highest bound
-//   3. floor:  per (row, query head) the threshold on these exact scores, rounded down
+//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0, and the leader of each chunk: the
+//              token with the highest one
+//   3. floor:  per (row, query head) the exact scores of the highest leaders, and their threshold, rounded down
 //   4. fine:   per (row, KV head, span) the candidates: tokens with all bounds above the floor, for some head
 //   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
 #include <algorithm>
@@ -19,14 +19,21 @@ namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr int kMostChunks = 256;
+constexpr int kMostChunks = 512;
 constexpr int kChunkUnit = 64;
+constexpr int kExact = 64;         // leaders scored: with more, their keys cost more bytes than a higher floor saves
 constexpr int kSpanTokens = 2048;  // at least, if the row has as many
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int chunk_tokens(int seq_len) {
   constexpr int kMost = kMostChunks * kChunkUnit;
   return std::max(1, (seq_len + kMost - 1) / kMost) * kChunkUnit;
+}
+
+/// A bound that says that something is lost, even if weights that small are 0 in any arithmetic.
+float rounded_up(double lost) {
+  const float above = std::nextafter(static_cast<float>(lost), -kNothing);
+  return std::min(1.0f, std::max(above, std::numeric_limits<float>::min()));
 }
 
 /// A query head of a row.
@@ -38,10 +45,15 @@ struct Query {
   float floor = kNothing;
 };
 
-/// What one span says of one head.
-struct Sample {
-  std::vector<float> scores;
-  double key_norm = 0;  // the largest
+/// The token of a chunk with the highest bound, for one head.
+struct Leader {
+  float upper;
+  int token;
+
+  /// Before another.
+  bool operator<(const Leader& other) const {
+    return upper > other.upper || (upper == other.upper && token < other.token);
+  }
 };
 
 struct Candidate {
@@ -82,7 +94,7 @@ class Selector {
     }
     numbers_.resize(queries_.size() * dims_);
     uppers_.resize(tokens);
-    samples_.resize(spans_.size() * group_);
+    leaders_.resize(spans_.size() * group_);
     candidates_.resize(spans_.size());
   }
 
@@ -178,61 +190,61 @@ class Selector {
       }
     });
     for (int h = 0; h < group_; ++h) {
-      if (query[h].known) sample(span, h, samples_[index * group_ + h]);
+      if (query[h].known) lead(span, uppers(span, h), leaders_[index * group_ + h]);
     }
   }
 
-  void sample(const Span& span, int h, Sample& sample) {
-    const float* upper = uppers(span, h);
-    std::vector<const T*> keys;
-    std::vector<int> tokens;
+  void lead(const Span& span, const float* upper, std::vector<Leader>& leaders) const {
     for (int64_t first = span.first; first < span.end; first += span.chunk) {
-      int best[2] = {-1, -1};
+      Leader leader{kNothing, -1};
       const auto end = static_cast<int>(std::min<int64_t>(span.end, first + span.chunk));
       for (auto token = static_cast<int>(first); token < end; ++token) {
-        int& leader = best[token >> 3 & 1];
-        if (leader < 0 ? upper[token] > kNothing : upper[token] > upper[leader]) leader = token;
+        if (upper[token] > leader.upper) leader = {upper[token], token};
       }
-      for (int token : best) {
-        if (token < 0) continue;
-        const int32_t page = op_.page_table.row(span.row)[token / op_.page_size];
-        keys.push_back(op_.k_pages.template at<T>(page, span.kv_head, token % op_.page_size));
-        tokens.push_back(token);
-      }
-    }
-    const int head = span.kv_head * group_ + h;
-    const auto count = static_cast<int>(keys.size());
-    sample.scores.resize(count);
-    kernels_.dot(keys.data(), count, queries(span)[h].q.data(), 1, op_.head_dim, sample.scores.data(), count);
-    for (int i = 0; i < count; ++i) {
-      const int distance = tokens[i] - (op_.seq_lens[span.row] - 1);
-      sample.scores[i] = op_.scoring.scale * sample.scores[i] + op_.scoring.slope(head) * static_cast<float>(distance);
-      double squares = 0;
-      for (int d = 0; d < op_.head_dim; ++d) squares += double{to_float(keys[i][d])} * to_float(keys[i][d]);
-      sample.key_norm = std::max(sample.key_norm, std::sqrt(squares));
+      if (leader.token >= 0) leaders.push_back(leader);
     }
   }
 
   void floor(int64_t head_index) {
     const int64_t row = head_index / op_.q_heads;
-    const int head = static_cast<int>(head_index % op_.q_heads);
-    const int64_t row_head = row * op_.kv_heads + head / group_;
+    const int head = static_cast<int>(head_index % op_.q_heads), kv_head = head / group_;
+    const int64_t row_head = row * op_.kv_heads + kv_head;
     const Entmax<double> entmax(op_.alpha.of(head));
     Query& query = queries_[head_index];
     if (!query.known || entmax.is_softmax()) return;
-    std::vector<double> x;
-    double best = kNothing, key_norm = 0;
+    std::vector<Leader> leaders;
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
-      const Sample& sample = samples_[span * group_ + head % group_];
-      key_norm = std::max(key_norm, sample.key_norm);
-      for (float score : sample.scores) {
-        if (!(score < -kNothing)) return;  // NaN or infinite
-        best = std::max<double>(best, score);
-        x.push_back(score);
-      }
+      const std::vector<Leader>& its = leaders_[span * group_ + head % group_];
+      leaders.insert(leaders.end(), its.begin(), its.end());
+    }
+    const int count = std::min(kExact, static_cast<int>(leaders.size()));
+    std::partial_sort(leaders.begin(), leaders.begin() + count, leaders.end());
+
+    const T* keys[kExact];
+    float scores[kExact];
+    for (int i = 0; i < count; ++i) {
+      const int token = leaders[i].token;
+      const int32_t page = op_.page_table.row(row)[token / op_.page_size];
+      keys[i] = op_.k_pages.template at<T>(page, kv_head, token % op_.page_size);
+    }
+    kernels_.dot(keys, count, query.q.data(), 1, op_.head_dim, scores, kExact);
+    double best = kNothing;
+    for (int i = 0; i < count; ++i) {
+      const int distance = leaders[i].token - (op_.seq_lens[row] - 1);
+      scores[i] = op_.scoring.scale * scores[i] + op_.scoring.slope(head) * static_cast<float>(distance);
+      if (!(scores[i] < -kNothing)) return;  // NaN or infinite
+      best = std::max<double>(best, scores[i]);
     }
     if (best == kNothing) return;
-    for (double& value : x) value = entmax.gap * (value - best);
+    std::vector<double> x;  // of those that can have weight: no other key's rounding moves their threshold
+    double most_squares = 0;
+    for (int i = 0; i < count; ++i) {
+      if (!(scores[i] > best - entmax.beta)) continue;
+      x.push_back(entmax.gap * (scores[i] - best));
+      double squares = 0;
+      for (int d = 0; d < op_.head_dim; ++d) squares += double{to_float(keys[i][d])} * to_float(keys[i][d]);
+      most_squares = std::max(most_squares, squares);
+    }
     double threshold = -1;
     constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
     for (int step = 0; step < kMostSteps; ++step) {
@@ -247,7 +259,7 @@ class Selector {
     const double exact = threshold / entmax.gap + best;
     const double most_bias = std::fabs(double{op_.scoring.slope(head)}) * (op_.seq_lens[row] - 1);
     // Scores of fp32, here and in decoding, are off by half of that each.
-    const double slack = 0x1p-15 * query.norm * key_norm + 0x1p-20 * (std::fabs(exact) + most_bias);
+    const double slack = 0x1p-15 * query.norm * std::sqrt(most_squares) + 0x1p-20 * (std::fabs(exact) + most_bias);
     query.floor = std::nextafter(static_cast<float>(exact - slack), kNothing);
   }
 
@@ -312,11 +324,13 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
+      int64_t left_out = 0;
       double lost = 0;
       for (int merit = 0; merit < least; ++merit) {
+        left_out += counts[merit];
         lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
       }
-      op_.delta_bound[head_index] = static_cast<float>(std::min(1.0, lost));
+      op_.delta_bound[head_index] = left_out > 0 ? rounded_up(lost) : 0;
     }
   }
 
@@ -329,7 +343,7 @@ class Selector {
   std::vector<float> uppers_;                       // per row [q_heads, seq_len]
   std::vector<Query> queries_;                      // per (row, query head)
   std::vector<int16_t> numbers_;                    // per (row, query head) [dims]
-  std::vector<Sample> samples_;                     // per (span, head of the group)
+  std::vector<std::vector<Leader>> leaders_;        // per (span, head of the group)
   std::vector<std::vector<Candidate>> candidates_;  // per span
 };
 
