@@ -50,6 +50,9 @@ ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
 /// s of a scale: 8 steps to every power of two.
 ENTMAXKV_HOST_DEVICE inline float step_of(int scale) { return std::exp2(static_cast<float>(scale - 112) * 0.125f); }
 
+/// 1 / s.
+ENTMAXKV_HOST_DEVICE inline float steps_of(int scale) { return std::exp2(static_cast<float>(112 - scale) * 0.125f); }
+
 /// The scale whose s is nearest to the one that is wanted, or at least that; kUnknown if it is too large.
 ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
   const float place = 8 * std::log2(wanted) + 112;
@@ -73,8 +76,10 @@ ENTMAXKV_HOST_DEVICE inline uint32_t bits_of(float code) {
 struct Distances {
   float coarse = 0, fine = 0;
 
-  ENTMAXKV_HOST_DEVICE void add(float x_per_step) {
-    const float code = code_of(x_per_step), high = (0.25f * code - 0.375f) + kWhole - kWhole;
+  ENTMAXKV_HOST_DEVICE void add(float x_per_step) { add(x_per_step, code_of(x_per_step)); }
+
+  ENTMAXKV_HOST_DEVICE void add(float x_per_step, float code) {
+    const float high = (0.25f * code - 0.375f) + kWhole - kWhole;
     const float c = x_per_step - (high - 1.5f), f = x_per_step - (code - 7.5f) * 0.25f;
     coarse += c * c;
     fine += f * f;
@@ -99,7 +104,7 @@ struct Norms {
 
  private:
   ENTMAXKV_HOST_DEVICE int units(float norm, float square, int dims, float unit) const {
-    const float distance = std::sqrt(square) * (1 + kSlack) + norm / step_of(scale) * kSlack;
+    const float distance = std::sqrt(square) * (1 + kSlack) + norm * steps_of(scale) * kSlack;
     return static_cast<int>(std::fmin(std::ceil(distance * unit / std::sqrt(static_cast<float>(dims))), 256.0f));
   }
 };

@@ -13,7 +13,7 @@ constexpr int kThreads = 128;
 constexpr int kTokens = 256;  // of a block
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) code(KeySketch op, bool vectors) {
+__global__ void __launch_bounds__(kThreads, 6) code(KeySketch op, bool vectors) {
   take_turn();
   const int64_t row = blockIdx.z;
   const int kv_head = blockIdx.y, begin = static_cast<int>(blockIdx.x) * kTokens;

@@ -84,25 +84,38 @@ class KeyCoder {
     float x[kOwn];
     load(key, x);
     rotate(x);
-    float square = 0, largest = 0;
+    float square = 0;
 #pragma unroll
     for (const float each : x) square = fmaf(each, each, square);
     const float norm = sqrtf(over_key(square, [](float a, float b) { return a + b; }));
-    const float spread = sketch::kSpread * norm / sqrtf(static_cast<float>(dims_));
-    sketch::Norms norms = norms_at(x, sketch::scale_of(spread, false), norm);
-    if (__ballot_sync(kAllLanes, !norms.fits())) {
+    using sketch::Distances;
+    float codes[kOwn];
+    sketch::Norms norms(sketch::kUnknown, 0, {}, dims_);
+    int scale = sketch::scale_of(sketch::kSpread * norm * per_root_, false);
+#pragma unroll
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      const float per_step = sketch::steps_of(scale);
+      Distances squares;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        codes[i] = sketch::code_of(x[i] * per_step);
+        squares.add(x[i] * per_step, codes[i]);
+      }
+      if (kOwn * own() >= dims_) squares = {};
+      squares = over_key(squares, [](const Distances& a, const Distances& b) { return a + b; });
+      norms = {scale, norm, squares, dims_};
+      if (attempt > 0 || __ballot_sync(kAllLanes, !norms.fits()) == 0) break;
+      float largest = 0;
 #pragma unroll
       for (const float each : x) largest = larger(largest, fabsf(each));
       largest = over_key(largest, [](float a, float b) { return larger(a, b); });
-      const sketch::Norms wide = norms_at(x, sketch::scale_of(largest / 2, true), norm);
-      if (!norms.fits()) norms = wide;
-      if (!norms.fits()) norms.scale = norms.coarse = norms.fine = sketch::kUnknown;
+      if (!norms.fits()) scale = sketch::scale_of(largest / 2, true);
     }
-    const float per_step = 1 / sketch::step_of(norms.scale);
+    const bool fits = norms.fits();
+    if (!fits) norms.scale = norms.coarse = norms.fine = sketch::kUnknown;
     uint32_t words[kOwn / 4] = {};  // of codes, a byte each
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) words[i / 4] |= sketch::bits_of(sketch::code_of(x[i] * per_step)) << i % 4 * 8;
-    if (norms.scale == sketch::kUnknown) words[0] = words[1] = words[2] = words[3] = 0;
+    for (int i = 0; i < kOwn; ++i) words[i / 4] |= (fits ? sketch::bits_of(codes[i]) : 0) << i % 4 * 8;
     const int block = own() / 4, part = own() % 4, row_bytes = dims_ / 4;
 #pragma unroll
     for (int plane = 0; plane < 2; ++plane) {
@@ -164,15 +177,12 @@ class KeyCoder {
     const int rotation = sketch::rotation_of(dims_);
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) {
-      if (kOwn * distance >= rotation) break;
-      const bool second = own() & distance;
+      const float sign = own() & distance ? -1 : 1;
+      if (kOwn * distance >= rotation) continue;
 #pragma unroll
-      for (float& each : x) {
-        const float other = __shfl_xor_sync(kAllLanes, each, distance);
-        each = second ? other - each : each + other;
-      }
+      for (float& each : x) each = fmaf(sign, each, __shfl_xor_sync(kAllLanes, each, distance));
     }
-    const float scale = 1 / sqrtf(static_cast<float>(rotation));
+    const float scale = rotation == 64 ? 0.125f : rotation == 128 ? 0.08838834764831845f : 0.0625f;
 #pragma unroll
     for (float& each : x) each *= scale;
   }
@@ -183,17 +193,6 @@ class KeyCoder {
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) value = combine(value, shuffle_xor(value, distance));
     return value;
-  }
-
-  __device__ sketch::Norms norms_at(const float (&x)[kOwn], int scale, float norm) const {
-    const float per_step = 1 / sketch::step_of(scale);
-    sketch::Distances squares;
-#pragma unroll
-    for (const float each : x) squares.add(each * per_step);
-    if (16 * own() >= dims_) squares = {};
-    using Distances = sketch::Distances;
-    squares = over_key(squares, [](const Distances& a, const Distances& b) { return a + b; });
-    return {scale, norm, squares, dims_};
   }
 
   /// Of four words of four lanes' bits, the one that is this lane's part.
@@ -210,6 +209,7 @@ class KeyCoder {
   }
 
   int head_dim_, dims_;
+  float per_root_ = 1 / sqrtf(static_cast<float>(dims_));
   bool vectors_;
   uint32_t signs_ = 0;
 };

@@ -149,14 +149,13 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   }
 }
 
-/// Blocks that solve a head together: one for kAlone tokens of its list, at least 4 for more, and one for every
-/// kTokensOfBlock up to the most. The room for more tokens does not count.
-constexpr int kAlone = 64 << 10;
-constexpr int kTokensOfBlock = 32 << 10;
-__host__ __device__ int blocks_of(int tokens, int most) {
+/// Blocks that solve a head together. Of a list of selected tokens most may have weight, of others few. The room for
+/// more tokens does not count.
+__host__ __device__ int blocks_of(const SparseDecode& op, int tokens, int most) {
+  const bool by_token = op.selection.by_token;
+  if (tokens <= (by_token ? 8 << 10 : 64 << 10)) return 1;
   int blocks = 1;
-  if (tokens <= kAlone) return blocks;
-  while (blocks < most && blocks * kTokensOfBlock < tokens) blocks *= 2;
+  while (blocks < most && (blocks < 4 || blocks * (by_token ? 16 << 10 : 32 << 10) < tokens)) blocks *= 2;
   return blocks;
 }
 
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
-  Team team = Team::blocks(blocks_of(list.tokens, cluster::size()));
+  Team team = Team::blocks(blocks_of(op, list.tokens, cluster::size()));
   if (team.rank >= team.size) return;
   const Entmax<double> entmax(op.alpha.of(head));
   float best = kNothing;
@@ -229,7 +228,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      const int blocks = blocks_of(scratch.capacity, most_blocks);
+      const int blocks = blocks_of(op, scratch.capacity, most_blocks);
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks}, stream, op, scratch,
              value_vectors);
     }
