@@ -19,11 +19,14 @@ def run(dtype: torch.dtype, head_dim: int, group: int) -> None:
     for tokens in (1, 16):
         cache.append(k[:, :tokens], v[:, :tokens])
     OPS.page_stats(cache.k_pages, cache.page_table, cache.seq_lens, *statistics)
+    OPS.key_sketch(cache.k_pages, cache.page_table, cache.seq_lens, cache.codes, cache.norms)
     for strength in (1.0, 0.01):
         q = (torch.randn(2, 2 * group, head_dim, device="cuda") * strength).to(dtype)
         for alpha in (1.5, 1.0, 1.05, 2.0):
             entmaxkv.decode(q, cache, alpha=alpha)  # with room for more tokens than a short list has
             entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.TopPages(64, dense_below=0))
+            for options in ({}, {"bits": 2}, {"max_tokens": 20}):
+                entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.KeySketch(dense_below=0, **options))
             if alpha > 1:
                 entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.Gaussian(dense_below=0))
     cache.append(*(torch.randn(2, 2000, 2, head_dim, device="cuda").to(dtype) for _ in range(2)))

@@ -1,5 +1,6 @@
 """What only a GPU shows: streams, graphs, and sizes at which offsets, splits and wide supports matter."""
 
+import copy
 import dataclasses
 import gc
 
@@ -17,6 +18,8 @@ SELECTORS = {
     "dense": None,
     "top pages": entmaxkv.TopPages(budget=512, dense_below=0),
     "gaussian": entmaxkv.Gaussian(dense_below=0),
+    "key sketch": entmaxkv.KeySketch(dense_below=0),
+    "key sketch, 100 tokens": entmaxkv.KeySketch(max_tokens=100, dense_below=0),
 }
 selectors = pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
 large = pytest.mark.skipif(
@@ -52,7 +55,7 @@ def clone(cache: entmaxkv.PagedKVCache) -> entmaxkv.PagedKVCache:
         dtype=cache.k_pages.dtype,
         device="cuda",
     )
-    for name in ("k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "page_table", "seq_lens"):
+    for name in ("k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms", "page_table", "seq_lens"):
         getattr(copy, name).copy_(getattr(cache, name))
     return copy
 
@@ -170,25 +173,48 @@ def test_one_graph_serves_a_growing_cache(select):
     assert_same_bits([cache.k_pages[:, :, 0], cache.k_mean], [eager.k_pages[:, :, 0], eager.k_mean])
 
 
-def test_compile_with_graphs():
+@pytest.mark.parametrize("by_token", [False, True], ids=["top pages", "key sketch"])
+def test_compile_with_graphs(by_token):
     cache = make_cache([1000, 300], page_size=16, device="cuda", max_pages=80)
     eager = cache.clone()
+    cache_tensors, eager_tensors = ((*x.tensors, *x.sketch()) for x in (cache, eager))
     draws = [draw(8, 2, *heads, 64, device="cuda", seed=i) for i, heads in enumerate([(8,), (1, 2), (1, 2)])]
 
     def step(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
         OPS.append_kv(k, v, None, *tensors)
-        k_pages, v_pages, k_min, k_max, _, _, page_table, seq_lens = tensors
-        return OPS.decode(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, 256) * 2
+        k_pages, v_pages, k_min, k_max, _, _, page_table, seq_lens, codes, norms = tensors
+        if not by_token:
+            return OPS.decode(q, k_pages, v_pages, k_min, k_max, page_table, seq_lens, 256) * 2
+        selected, counts, _ = OPS.select_sketch(q, k_pages, codes, norms, page_table, seq_lens)
+        read = page_table, seq_lens, selected, counts
+        return OPS.sparse_decode(q, k_pages, v_pages, *read, by_token=True)[0] * 2
 
-    for x in cache.tensors:
+    for x in cache_tensors:
         torch._dynamo.mark_static_address(x)  # a graph may change them in place
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for q, k, v in zip(*draws, strict=True):
-        got = compiled(q, k, v, *cache.tensors).clone()
-        assert_same_bits([got], [step(q, k, v, *eager.tensors)])
+        got = compiled(q, k, v, *cache_tensors).clone()
+        assert_same_bits([got], [step(q, k, v, *eager_tensors)])
     assert cache.lengths == [1008, 308]
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+
+
+@selectors
+def test_neither_other_rows_nor_another_run_change_a_bit(select):
+    cache, _ = random_cache([70_000, 0, 3000, 1], 2, 64, torch.bfloat16)
+    q = make_query(4, 8, 64, torch.bfloat16, "cuda")
+
+    def decode(q: Tensor, cache: entmaxkv.PagedKVCache) -> list[Tensor]:
+        out, info = entmaxkv.decode(q, cache, select=select, return_info=True)
+        return [out, info.tau, info.support, info.tokens]
+
+    want = decode(q, cache)
+    assert_same_bits(decode(q, cache), want)
+    for row in range(4):
+        one, alone = slice(row, row + 1), copy.copy(cache)
+        alone.batch, alone.page_table, alone.seq_lens = 1, cache.page_table[one], cache.seq_lens[one]
+        assert_same_bits(decode(q[one], alone), [x[one] for x in want])
 
 
 @selectors

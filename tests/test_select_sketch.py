@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import (
+    CUDA,
     Cache,
     assert_same_bits,
     cases,
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import entmaxkv
 from entmaxkv import reference
 
 
@@ -185,6 +187,47 @@ def test_any_sizes(device, seed, tokens, head_dim, group, strength, size, spread
     cache = make_cache([tokens], kv_heads=1, head_dim=head_dim, k=[k], dtype=dtype, device=device)
     q = (draw(1, group, head_dim, seed=seed + 2) * 2.0**strength).to(dtype).to(device)
     check(cache, q, alpha=alpha)
+
+
+def long_cache(kind: str, tokens: int, head_dim: int, device: str) -> Cache:
+    """One row in bf16, drawn on the device, in shuffled pages."""
+    generator = torch.Generator(device).manual_seed(0)
+    k, v = (torch.randn(tokens, 4, head_dim, device=device, generator=generator) for _ in range(2))
+    if kind == "clustered":  # a correlation of 0.97 from one key to the next
+        weights = (1 - 0.97**2) ** 0.5 * 0.97 ** torch.arange(255.0, -1, -1, device=device)
+        series = torch.nn.functional.pad(k.permute(1, 2, 0).reshape(-1, 1, tokens), (255, 0))
+        k = torch.nn.functional.conv1d(series, weights[None, None]).view(4, head_dim, tokens).permute(2, 0, 1)
+    elif kind == "outlier channel":
+        k[..., head_dim // 3] += 30
+    k, v = k.bfloat16().contiguous(), v.bfloat16()
+    cache = entmaxkv.PagedKVCache(1, tokens, 4, head_dim, dtype=k.dtype, device=device)
+    order = torch.randperm(len(cache.k_pages), generator=torch.Generator().manual_seed(0)).int()
+    cache.page_table.copy_(order[None])
+    cache.append(k[None], v[None])
+    statistics = cache.k_min, cache.k_max, cache.k_mean, cache.k_std
+    pool = cache.k_pages, cache.v_pages, *statistics, cache.page_table, cache.seq_lens
+    return Cache([k], [v], *pool, cache.page_size)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["normal", "clustered", "outlier channel"])
+def test_long_rows(device, kind, head_dim):
+    cache = long_cache(kind, 300_000, head_dim, device)
+    q = draw(1, 16, head_dim, seed=1) * torch.logspace(-1, 1, 16)[:, None]
+    q = q.bfloat16().to(device)
+    check(cache, q)
+    selected, counts, _ = choose(cache, q)
+    if kind != "outlier channel":  # which is most of what a sketch can lose
+        assert counts.min() < 300_000 / 8
+    got, want = cache.sparse(q, selected, counts, by_token=True), cache.dense(q)
+    torch.testing.assert_close(got.tau, want.tau, rtol=1e-5, atol=1e-5)
+    assert ((got.support - want.support).abs() <= want.support // 10_000).all()  # of many, one may be at tau
+    torch.testing.assert_close(got.out.float(), want.out.float(), rtol=2**-7, atol=2e-5)
+
+    for max_tokens in (10, 1000):
+        capped = check(cache, q, max_tokens=max_tokens)
+        assert capped[0].sum(-1).max() <= max_tokens
 
 
 @pytest.mark.parametrize("certainty", [0.5, 1 - 1e-9])
