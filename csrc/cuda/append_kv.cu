@@ -5,8 +5,8 @@
 //   1. copy: each new key and value is read and written once, coalesced over the dimensions
 //   2. summarise: the page's keys, old ones included, are read back, so that the statistics depend on the page's
 //      content alone
-//   3. sketch: a warp codes a new key at a time, one that has no statistic to find the first
-//   4. advance: seq_lens moves when all have read the old length
+//   3. advance: seq_lens moves when all have read the old length
+// The codes of new keys come before that, in a launch of their own (key_sketch.cu).
 // Up to a page of tokens: a cluster of blocks does all of that for a row, in one launch. More: a block per page and KV
 // head, and seq_lens moves in a second launch.
 #include "cluster.cuh"
@@ -18,37 +18,24 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 2 * kMaxHeadDim;
+constexpr int kMostThreads = 1024;
 
-/// Of a KV head: two for each dimension, and a warp to code the key, if there can be one more.
-__host__ __device__ int head_threads(const AppendKv& op) {
-  const int threads = (ceil_div(2 * op.head_dim, 32) + (op.sketch ? 1 : 0)) * 32;
-  return threads < kMostThreads ? threads : kMostThreads;
-}
-
-/// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
-struct Span {
-  int first, end;
-
-  __device__ Span(const AppendKv& op, int64_t row) : first(max(0, op.seq_lens[row])) {
-    const int tokens = op.lengths ? max(0, min(op.lengths[row], op.tokens)) : op.tokens;
-    end = min(first + tokens, op.max_pages * op.page_size);
-  }
-};
+__host__ __device__ int head_threads(int head_dim) { return ceil_div(2 * head_dim, 32) * 32; }
 
 __device__ int page_of(const AppendKv& op, int token) { return token >> (__ffs(op.page_size) - 1); }
 
-/// Copies to the nth page that the row's new tokens touch, summarises it, and codes its new keys. All threads of the
-/// block call, thread 0 ... head_threads - 1 for each KV head; one that does not exist is left out.
+/// Copies to the nth page that the row's new tokens touch, and summarises it. All threads of the block call, thread
+/// 0 ... 2 head_dim - 1 for each KV head; one that does not exist is left out.
 template <typename T>
 __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, int nth, int kv_head, int thread) {
   const bool keys = thread < op.head_dim;
   const int d = keys ? thread : thread - op.head_dim;
   const int page = page_of(op, span.first) + nth, page_begin = page * op.page_size;
   const int start = max(span.first, page_begin), stop = min(span.end, page_begin + op.page_size);
-  const bool some = start < stop && kv_head < op.kv_heads, works = some && d < op.head_dim;
-  const int64_t physical = some ? op.page_table.row(row)[page] : 0;
+  const bool works = start < stop && d < op.head_dim && kv_head < op.kv_heads;
+  int64_t physical = 0;
   if (works) {
+    physical = op.page_table.row(row)[page];
     const Rows &from = keys ? op.k : op.v, &to = keys ? op.k_pages : op.v_pages;
 #pragma unroll 1
     for (int token = start; token < stop; ++token) {
@@ -56,19 +43,6 @@ __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, i
     }
   }
   __syncthreads();  // the keys are in their slots
-  if (some && op.sketch) {
-    dispatch_lanes(op.head_dim, [&](auto lanes) {
-      using Coder = KeyCoder<lanes>;
-      const Coder coder(op.head_dim, false);
-      const int warps = head_threads(op) / 32;
-#pragma unroll 1
-      for (int first = start + (warps - 1 - thread / 32) * Coder::kKeys; first < stop; first += warps * Coder::kKeys) {
-        const int token = first + Coder::nth();
-        coder.code(op.sketch, token < stop ? op.k.at<T>(row, token - span.first, kv_head) : nullptr,
-                   physical * op.kv_heads + kv_head, op.page_size, token - page_begin);
-      }
-    });
-  }
   if (!works) return;
   if (keys) {
     summarise_bounds<T>(op.k_pages, op.statistics, physical, kv_head, stop - page_begin, d);
@@ -81,7 +55,7 @@ template <typename T>
 __global__ void __launch_bounds__(kMostThreads) append_row(AppendKv op) {
   take_turn();
   const int64_t row = blockIdx.y;
-  const int width = head_threads(op), heads = blockDim.x / width, head = threadIdx.x / width;
+  const int width = head_threads(op.head_dim), heads = blockDim.x / width, head = threadIdx.x / width;
   const int thread = threadIdx.x - head * width, place = blockIdx.x * blockDim.x + threadIdx.x;
   if (place * 32 < op.max_pages) prefetch(op.page_table.row(row) + place * 32);
   const Span span(op, row);
@@ -113,9 +87,10 @@ __global__ void advance(AppendKv op) {
 
 void append_kv(const AppendKv& op, cudaStream_t stream) {
   if (op.batch == 0 || op.tokens == 0) return;
+  if (op.sketch) sketch_new_keys(op, stream);
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
-    const int threads = head_threads(op);
+    const int threads = head_threads(op.head_dim);
     if (op.tokens <= op.page_size) {
       const int blocks = std::min(cluster::most_blocks(), op.kv_heads);
       const int heads = std::min(ceil_div(op.kv_heads, blocks), kMostThreads / threads);

@@ -20,7 +20,15 @@ namespace {
 using namespace sketch_tile;
 
 template <int kWords>
-constexpr int kOccupancy = kWords <= 2 ? 4 : 6 - kWords;  // blocks that share a multiprocessor
+constexpr int kBlocks = kWords <= 2 ? 4 : 6 - kWords;  // that share a multiprocessor
+
+/// How many of them registers must suffice for: older compilations need a few more.
+template <int kWords>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kOccupancy = kBlocks<kWords> - 1;
+#else
+constexpr int kOccupancy = kBlocks<kWords>;
+#endif
 constexpr int kMostChunks = 512;
 constexpr int kExact = 64;     // tokens that are scored exactly, for each query head
 constexpr int kSegment = 256;  // tokens
@@ -553,7 +561,7 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
     check(name, cudaMemsetAsync(scratch.at_merit, 0, int64_t{op.batch} * op.kv_heads * kBins * 4, stream));
   }
   dispatch_words(op.head_dim, [&](auto words) {
-    const Grid grid{dim3(kOccupancy<words> * multiprocessors()), kScanThreads};
+    const Grid grid{dim3(kBlocks<words> * multiprocessors()), kScanThreads};
     launch(name, scan<words>, grid, stream, op, scratch);
     dispatch_element(op.dtype, [&](auto element) {
       launch(name, find_floors<decltype(element)>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch,
