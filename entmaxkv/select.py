@@ -134,7 +134,7 @@ class KeySketch:
         max_tokens: most tokens per KV head whose keys are read, those of the highest bounds; the rest of the bounds
             goes into `DecodeInfo.delta_bound`. None: as many as it takes.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 32768 on a GPU, 0, so never, on the CPU.
+            `select=None`. None: 65536 on a GPU, 0, so never, on the CPU.
     """
 
     certainty: float = 1.0
@@ -142,7 +142,7 @@ class KeySketch:
     max_tokens: int | None = None
     dense_below: int | None = None
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 32768}  # by device
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 65536}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not 0 < self.certainty <= 1:
