@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
-from entmaxkv.select import Selection, Selector, selection
+from entmaxkv.select import Selector, selection
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
 AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores
@@ -112,18 +112,6 @@ def seen_by(cache: PagedKVCache, seq_lens: Tensor) -> PagedKVCache:
     return rows
 
 
-def mask(chosen: Selection | None, tokens: int, like: Tensor) -> Tensor:
-    """keep [rows, kv_heads, tokens], bool."""
-    if chosen is None:
-        return torch.ones((*like.shape[:2], tokens), dtype=torch.bool, device=like.device)
-    unit = 1 if chosen.by_token else PAGE_SIZE
-    units = -(-tokens // unit)
-    counted = torch.arange(chosen.selected.shape[2], device=like.device) < chosen.counts[..., None]
-    places = torch.where(counted, chosen.selected, units).long()
-    keep = torch.zeros((*like.shape[:2], units + 1), dtype=torch.bool, device=like.device)
-    return keep.scatter_(2, places, True)[..., :units].repeat_interleave(unit, dim=2)[..., :tokens]
-
-
 class Found:
     """Sums over the cases of one selector."""
 
@@ -169,7 +157,7 @@ def evaluate(
         for name, select in selectors.items():
             out, info = decode(q, cache, select=select, return_info=True)
             chosen = selection(select, q, cache, **OPTIONS)
-            keep = mask(chosen, tokens, info.tokens) & seen[:, None]
+            keep = seen[:, None] if chosen is None else chosen.reads(tokens, PAGE_SIZE)
             left = ~keep[:, :, None]
             misses = ((p > 0) & left).sum(-1)
             delta = p.masked_fill(~left, 0).sum(-1)

@@ -1,8 +1,8 @@
 """What is measured on: the cases, and the queries, keys and values of each.
 
 `normal` keys are i.i.d., `clustered` ones are alike from one to the next, `outlier` ones are i.i.d. but for a channel
-that is far from 0 in all, `model` ones are those of the shipped model
-on real text (`model_text.py`). Queries and values of the first three are i.i.d. normal.
+that is far from 0 in all, `model` ones are those of the shipped model on real text (`model_text.py`). Queries and
+values of the first three are i.i.d. normal.
 """
 
 import argparse

@@ -39,6 +39,18 @@ ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head
 /// Bits 2 nth and 2 nth + 1 of a byte are the code of that coordinate.
 ENTMAXKV_HOST_DEVICE constexpr int coordinate(int byte, int nth) { return byte / 16 * kBlock + 16 * nth + byte % 16; }
 
+// Of each chunk of a row, the token with the highest bound leads. The floor is the threshold on the exact scores of the
+// best leaders: with more of them, their keys cost more bytes than a higher floor saves.
+constexpr int kMostChunks = 512;
+constexpr int kChunkUnit = 64;
+constexpr int kExact = 64;  // for each query head
+
+/// Tokens of a chunk.
+ENTMAXKV_HOST_DEVICE constexpr int chunk_of(int seq_len) {
+  constexpr int kMost = kMostChunks * kChunkUnit;
+  return seq_len <= kMost ? kChunkUnit : (seq_len + (kMost - 1)) / kMost * kChunkUnit;
+}
+
 /// The sign of S for a dimension.
 ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
   uint32_t x = (static_cast<uint32_t>(d) + 1) * 0x9e3779b9u;

@@ -97,12 +97,7 @@ def delta_bound(
 
 def tokens_left_out(chosen: Selection, cache: PagedKVCache) -> Tensor:
     """Tokens of each page that a selection of pages leaves out, [batch, kv_heads, max_pages] int32."""
-    batch, max_pages = cache.page_table.shape
+    max_pages = cache.page_table.shape[1]
     first = torch.arange(0, max_pages * cache.page_size, cache.page_size, device=cache.seq_lens.device)
     tokens = (cache.seq_lens[:, None] - first).clamp(min=0, max=cache.page_size)
-    places = torch.arange(chosen.selected.shape[2], device=first.device)
-    counted = places < chosen.counts[..., None]
-    selected = torch.where(counted, chosen.selected, max_pages).long()  # the others into a place of their own
-    read = torch.zeros((batch, cache.kv_heads, max_pages + 1), dtype=torch.bool, device=first.device)
-    read = read.scatter(2, selected, torch.ones_like(selected, dtype=torch.bool))
-    return tokens[:, None].masked_fill(read[..., :max_pages], 0)
+    return tokens[:, None].masked_fill(chosen.chosen(max_pages), 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from entmaxkv import reference
 from entmaxkv.attention import decode
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import KeySketch, Selection, Selector, selection
+from entmaxkv.select import KeySketch, Selector, selection
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,15 @@ def measure(
     row_bytes = cache.head_dim * cache.k_pages.element_size()
     seq_lens = cache.seq_lens.tolist()
     rows_read = int(info.tokens.sum())
+    read = None if chosen is None else chosen.reads(max(seq_lens), cache.page_size)
     for b, seq_len in enumerate(seq_lens):
         if seq_len == 0:
             continue
         k = reference.gather(cache.k_pages, cache.page_table[b], seq_len)
         v = reference.gather(cache.v_pages, cache.page_table[b], seq_len)
         keep = torch.ones(cache.kv_heads, seq_len, dtype=torch.bool, device=q.device)
-        if chosen is not None:
-            keep = kept(chosen, b, seq_len, cache.page_size)
+        if read is not None:
+            keep = read[b, :, :seq_len]
         heads = keep.repeat_interleave(q.shape[1] // cache.kv_heads, dim=0)
         dense, p, _ = reference.attention(q[b], k, v, **options)
         weight = p if chosen is None else reference.attention(q[b], k, v, keep=keep, **options)[1]
@@ -93,7 +94,7 @@ def measure(
         support_recall[b] = ((p > 0) & heads).sum(dim=1) / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
-    survivors, index_bytes = index(select, q, cache, **options) if chosen else index(None, q, cache, **options)
+    survivors, index_bytes = index(select if chosen else None, q, cache, **options)
     return Metrics(
         dropped_mass=dropped_mass,
         support_recall=support_recall,
@@ -107,16 +108,6 @@ def measure(
         bytes_read=rows_read * row_bytes + index_bytes,
         kv_bytes=2 * sum(seq_lens) * cache.kv_heads * row_bytes,
     )
-
-
-def kept(chosen: Selection, row: int, seq_len: int, page_size: int) -> Tensor:
-    """keep [kv_heads, seq_len], bool: the tokens of a row that were chosen, or those of the chosen pages."""
-    selected, counts = chosen.selected[row], chosen.counts[row]
-    unit = 1 if chosen.by_token else page_size
-    units = torch.zeros(selected.shape[0], -(-seq_len // unit), dtype=torch.bool, device=selected.device)
-    for head, count in enumerate(counts.tolist()):
-        units[head, selected[head, :count].long()] = True
-    return units.repeat_interleave(unit, dim=1)[:, :seq_len]
 
 
 def index(

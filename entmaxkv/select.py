@@ -82,6 +82,20 @@ class Selection(NamedTuple):
     by_token: bool
     delta_bound: Tensor | None
 
+    def chosen(self, count: int) -> Tensor:
+        """Which of the first `count` pages, or tokens, of a row were chosen: [batch, kv_heads, count] bool."""
+        places = torch.arange(self.selected.shape[2], device=self.selected.device)
+        among = (places < self.counts[..., None]) & (self.selected < count)
+        chosen = torch.where(among, self.selected, count).long()  # the others into a place of their own
+        mask = torch.zeros((*self.counts.shape, count + 1), dtype=torch.bool, device=self.selected.device)
+        return mask.scatter(2, chosen, torch.ones_like(among))[..., :count]
+
+    def reads(self, tokens: int, page_size: int) -> Tensor:
+        """Which of the first `tokens` tokens were chosen, or lie in chosen pages: [batch, kv_heads, tokens] bool."""
+        if self.by_token:
+            return self.chosen(tokens)
+        return self.chosen(-(-tokens // page_size)).repeat_interleave(page_size, dim=2)[..., :tokens]
+
 
 def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
     """alpha and head_alpha of the ops, from the one argument of the Python API."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import entmaxkv
 from entmaxkv import certify, reference
-from entmaxkv.metrics import kept
 from entmaxkv.select import selection
 
 PAGE = 16
@@ -109,7 +108,7 @@ def check(q: Tensor, cache: entmaxkv.PagedKVCache, select: object, **options) ->
         _, p, _ = reference.attention(q[row], k, k, **options)
         read = torch.ones(2, seq_len, dtype=torch.bool, device=q.device)
         if chosen is not None:
-            read = kept(chosen, row, seq_len, PAGE)
+            read = chosen.reads(seq_len, PAGE)[row]
         read = read.repeat_interleave(q.shape[1] // 2, 0)
         dropped = p.masked_fill(read, 0).sum(-1)
         assert (dropped <= info.delta_bound[row].double() + 1e-12).all(), (dropped, info.delta_bound[row])
@@ -173,7 +172,7 @@ def test_bounds_are_no_looser_than_they_are(device):
     _, info = entmaxkv.decode(q, cache, select=select, return_info=True)
     k = reference.gather(cache.k_pages, cache.page_table[4], 700)
     chosen = selection(select, q, cache, alpha=1.5, scale=None, alibi_slopes=None)
-    read = kept(chosen, 4, 700, PAGE).repeat_interleave(2, 0)
+    read = chosen.reads(700, PAGE)[4].repeat_interleave(2, 0)
     z = reference.scores(q[4], k) / 2
     want = (z - info.tau[4].double()[:, None]).clamp(min=0).square().masked_fill(read, 0).sum(-1).clamp(max=1)
     torch.testing.assert_close(info.delta_bound[4].double(), want, rtol=0.01, atol=1e-4)

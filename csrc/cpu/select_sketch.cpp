@@ -19,22 +19,8 @@ namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr int kMostChunks = 512;
-constexpr int kChunkUnit = 64;
-constexpr int kExact = 64;         // leaders scored: with more, their keys cost more bytes than a higher floor saves
 constexpr int kSpanTokens = 2048;  // at least, if the row has as many
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-int chunk_tokens(int seq_len) {
-  constexpr int kMost = kMostChunks * kChunkUnit;
-  return std::max(1, (seq_len + kMost - 1) / kMost) * kChunkUnit;
-}
-
-/// A bound that says that something is lost, even if weights that small are 0 in any arithmetic.
-float rounded_up(double lost) {
-  const float above = std::nextafter(static_cast<float>(lost), -kNothing);
-  return std::min(1.0f, std::max(above, std::numeric_limits<float>::min()));
-}
 
 /// A query head of a row.
 struct Query {
@@ -80,7 +66,7 @@ class Selector {
     first_span_.push_back(0);
     for (int64_t row = 0; row < op.batch; ++row) {
       const int seq_len = op.seq_lens[row];
-      const int chunk = chunk_tokens(seq_len);
+      const int chunk = sketch::chunk_of(seq_len);
       const int span = chunk * std::max(1, kSpanTokens / chunk);
       for (int kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
         for (int64_t first = 0; first < seq_len; first += span) {
@@ -217,17 +203,17 @@ class Selector {
       const std::vector<Leader>& its = leaders_[span * group_ + head % group_];
       leaders.insert(leaders.end(), its.begin(), its.end());
     }
-    const int count = std::min(kExact, static_cast<int>(leaders.size()));
+    const int count = std::min(sketch::kExact, static_cast<int>(leaders.size()));
     std::partial_sort(leaders.begin(), leaders.begin() + count, leaders.end());
 
-    const T* keys[kExact];
-    float scores[kExact];
+    const T* keys[sketch::kExact];
+    float scores[sketch::kExact];
     for (int i = 0; i < count; ++i) {
       const int token = leaders[i].token;
       const int32_t page = op_.page_table.row(row)[token / op_.page_size];
       keys[i] = op_.k_pages.template at<T>(page, kv_head, token % op_.page_size);
     }
-    kernels_.dot(keys, count, query.q.data(), 1, op_.head_dim, scores, kExact);
+    kernels_.dot(keys, count, query.q.data(), 1, op_.head_dim, scores, sketch::kExact);
     double best = kNothing;
     for (int i = 0; i < count; ++i) {
       const int distance = leaders[i].token - (op_.seq_lens[row] - 1);
@@ -324,13 +310,11 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
-      int64_t left_out = 0;
       double lost = 0;
       for (int merit = 0; merit < least; ++merit) {
-        left_out += counts[merit];
         lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
       }
-      op_.delta_bound[head_index] = left_out > 0 ? rounded_up(lost) : 0;
+      op_.delta_bound[head_index] = sketch::rounded_up(lost);
     }
   }
 

@@ -174,6 +174,16 @@ __device__ int length_of(const Op& op, int64_t row) {
   return max(0, min(op.seq_lens[row], op.max_pages * op.page_size));
 }
 
+/// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
+struct Span {
+  int first, end;
+
+  __device__ Span(const AppendKv& op, int64_t row) : first(max(0, op.seq_lens[row])) {
+    const int tokens = op.lengths ? max(0, min(op.lengths[row], op.tokens)) : op.tokens;
+    end = min(first + tokens, op.max_pages * op.page_size);
+  }
+};
+
 /// A float as an unsigned number of the same order, NaN above all.
 __device__ inline uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);

@@ -222,16 +222,6 @@ __device__ void dispatch_lanes(int head_dim, Body body) {
   return body(std::integral_constant<int, 16>{});
 }
 
-/// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
-struct Span {
-  int first, end;
-
-  __device__ Span(const AppendKv& op, int64_t row) : first(max(0, op.seq_lens[row])) {
-    const int tokens = op.lengths ? max(0, min(op.lengths[row], op.tokens)) : op.tokens;
-    end = min(first + tokens, op.max_pages * op.page_size);
-  }
-};
-
 /// Codes the new keys of an append, which has yet to happen.
 void sketch_new_keys(const AppendKv& op, cudaStream_t stream);
 

@@ -19,6 +19,8 @@ namespace {
 
 using namespace sketch_tile;
 
+static_assert(sketch::kChunkUnit == kTokens);
+
 template <int kWords>
 constexpr int kBlocks = kWords <= 2 ? 4 : 6 - kWords;  // that share a multiprocessor
 
@@ -29,13 +31,8 @@ constexpr int kOccupancy = kBlocks<kWords> - 1;
 #else
 constexpr int kOccupancy = kBlocks<kWords>;
 #endif
-constexpr int kMostChunks = 512;
-constexpr int kExact = 64;     // tokens that are scored exactly, for each query head
 constexpr int kSegment = 256;  // tokens
 constexpr int kBins = 256;     // sketch::kMerits, and one more
-
-/// Tokens of a chunk of a row.
-__device__ int chunk_of(int seq_len) { return max(1, ceil_div(ceil_div(seq_len, kMostChunks), kTokens)) * kTokens; }
 
 /// The token of the highest bound so far.
 struct Best {
@@ -51,7 +48,7 @@ struct Best {
 struct Scratch {
   int capacity;       // tokens
   __half* uppers;     // [batch, q_heads, capacity]
-  Best* bests;        // [batch, q_heads, kMostChunks]
+  Best* bests;        // [batch, q_heads, sketch::kMostChunks]
   float* floors;      // [batch, q_heads]
   uint32_t* marks;    // [batch, kv_heads, capacity / 32]
   int32_t* marked;    // [batch, kv_heads, segments]
@@ -62,8 +59,6 @@ struct Scratch {
 
   __host__ __device__ int segments() const { return capacity / kSegment; }
 
-  static bool is_capped(const SelectSketch& op) { return op.selection.max_selected < op.max_pages * op.page_size; }
-
   /// Places all of it from `memory` on; returns how many bytes that are.
   int64_t place(const SelectSketch& op, void* memory) {
     auto* next = static_cast<char*>(memory);
@@ -73,13 +68,16 @@ struct Scratch {
     };
     const int64_t heads = int64_t{op.batch} * op.q_heads, lists = int64_t{op.batch} * op.kv_heads;
     take(uppers, heads * capacity);
-    take(bests, heads * kMostChunks);
+    take(bests, heads * sketch::kMostChunks);
     take(floors, heads);
     take(marks, lists * capacity / 32);
     take(marked, lists * segments());
-    take(at_merit, is_capped(op) ? lists * kBins : 0);
-    take(merits, is_capped(op) ? lists * capacity : 0);
-    if (!is_capped(op)) at_merit = nullptr, merits = nullptr;
+    at_merit = nullptr;
+    merits = nullptr;
+    if (op.selection.max_selected < op.max_pages * op.page_size) {
+      take(at_merit, lists * kBins);
+      take(merits, lists * capacity);
+    }
     return next - static_cast<char*>(memory);
   }
 };
@@ -91,21 +89,15 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
   const int parts = CodeHeads::parts(op), lists = op.batch * op.kv_heads * parts;
   const auto chunks_of = [&](int list) {
     const int seq_len = length_of(op, list / (op.kv_heads * parts));
-    return ceil_div(seq_len, chunk_of(seq_len));
+    return ceil_div(seq_len, sketch::chunk_of(seq_len));
   };
   const auto units_of = [&](int list) { return ceil_div(chunks_of(list), kScanWarps); };
-  const auto share = Share::of_block<kScanThreads>(lists, units_of);
-  int unit = share.item, left = share.items;
-#pragma unroll 1
-  for (int list = share.list; left > 0; ++list, unit = 0) {
-    const int of_list = min(units_of(list) - unit, left);
-    if (of_list <= 0) continue;
-    left -= of_list;
+  Share::of_block<kScanThreads>(lists, units_of).visit(units_of, [&](int list, int unit, int of_list) {
     const CodeHeads heads(op, list / (op.kv_heads * parts), list / parts % op.kv_heads, list % parts);
     s_numbers.set(op, heads);
     const Lane<kWords> lane(s_numbers);
     const SketchPages pages(op, heads.row, heads.kv_head);
-    const int seq_len = length_of(op, heads.row), chunk = chunk_of(seq_len), last = seq_len - 1;
+    const int seq_len = length_of(op, heads.row), chunk = sketch::chunk_of(seq_len), last = seq_len - 1;
     const int64_t first_head = heads.row * op.q_heads + heads.first;
     const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
     float slopes[2];
@@ -130,7 +122,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int products[2];
-          lane.multiply(coarse.words[i], 0, products);
+          lane.multiply(coarse.words[i], products);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float upper = codes[j].coarse_bound(products[j], byte_of(coarse.scales, i), byte_of(coarse.norms, i));
@@ -152,17 +144,17 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
 #pragma unroll
         for (int distance = 2; distance < 32; distance *= 2) bests[j].take(shuffle_xor(bests[j], distance));
         if (threadIdx.x % 32 < 2 && lane.head(j) < heads.count) {
-          scratch.bests[(first_head + lane.head(j)) * kMostChunks + nth] = bests[j];
+          scratch.bests[(first_head + lane.head(j)) * sketch::kMostChunks + nth] = bests[j];
         }
       }
     }
-  }
+  });
 }
 
 /// Of the tokens that the scan has named, those of the highest bounds of each warp's, -1 where there are no more. All
 /// threads call.
-__device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[kExact]) {
-  constexpr int kWarps = kThreads / 32, kOfWarp = kExact / kWarps, kOwn = kMostChunks / kThreads;
+__device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[sketch::kExact]) {
+  constexpr int kWarps = kThreads / 32, kOfWarp = sketch::kExact / kWarps, kOwn = sketch::kMostChunks / kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Best own[kOwn];
 #pragma unroll
@@ -189,15 +181,15 @@ __device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[kExa
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
   take_turn();
-  constexpr int kLanes = 8, kCount = 16 / sizeof(T);  // of a key
-  constexpr int kOwn = kExact * kLanes / kThreads;    // keys of a lane
+  constexpr int kLanes = 8, kCount = 16 / sizeof(T);        // of a key
+  constexpr int kOwn = sketch::kExact * kLanes / kThreads;  // keys of a lane
   __shared__ float s_q[kMaxHeadDim];
-  __shared__ int s_tokens[kExact];
-  __shared__ float s_scores[kExact];
-  __shared__ int32_t s_places[kExact];
+  __shared__ int s_tokens[sketch::kExact];
+  __shared__ float s_scores[sketch::kExact];
+  __shared__ int32_t s_places[sketch::kExact];
   const int64_t row = blockIdx.y, at = row * op.q_heads + blockIdx.x;
   const int head = blockIdx.x, kv_head = head / op.group, thread = threadIdx.x;
-  const int seq_len = length_of(op, row), chunks = ceil_div(seq_len, chunk_of(seq_len));
+  const int seq_len = length_of(op, row), chunks = ceil_div(seq_len, sketch::chunk_of(seq_len));
   const Entmax<double> entmax(op.alpha.of(head));
   if (entmax.is_softmax() || seq_len == 0) {
     if (thread == 0) scratch.floors[at] = kNothing;
@@ -208,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
     s_q[d] = d < op.head_dim ? op.scoring.scale * to_float(op.q.at<T>(row, head)[d]) : 0;
     own_square += s_q[d] * s_q[d];
   }
-  choose_exact(scratch.bests + at * kMostChunks, chunks, s_tokens);
+  choose_exact(scratch.bests + at * sketch::kMostChunks, chunks, s_tokens);
   const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: query and tokens are there
   const float slope = op.scoring.slope(head);
   const T* keys[kOwn];
@@ -257,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
       if (thread % kLanes == 0) s_scores[i * (kThreads / kLanes) + thread / kLanes] = scores[i];
     }
     most_square = largest<kThreads>(most_square);  // the barrier in it: all scores are there
-    const int near = pack(s_scores, s_places, kExact,
+    const int near = pack(s_scores, s_places, sketch::kExact,
                           [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; });
     Team team = Team::block();
     const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
@@ -274,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
 /// A warp's tile of tokens to be bounded by both planes: those that some head still wants.
 template <int kWords>
 struct Fine {
-  uint32_t words[4][2][1][kWords];
+  uint32_t words[4][2][kWords];
   uint32_t scales, coarse, fine;
   uint2 uppers[2];  // of this lane's four tokens, for its two heads
   uint32_t wanted;  // of the four, a bit each
@@ -316,7 +308,7 @@ struct Fine {
       const uint8_t* codes = pages.codes(page_head, token, 1) + 4 * kWords * Lane<kWords>::part();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (of_row >> i & 1) load_words<kWords>(words[i][w][0], codes + i * pages.row_bytes);
+        if (of_row >> i & 1) load_words<kWords>(words[i][w], codes + i * pages.row_bytes);
       }
       if (Lane<kWords>::part() / 2 == w && of_row) {
         scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 0)));
@@ -370,7 +362,7 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int products[2];
-      if (op.fine) lane.multiply(tile.words[i], 0, products);
+      if (op.fine) lane.multiply(tile.words[i], products);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float upper = tile.upper_of(tile.uppers[j], i);
@@ -417,13 +409,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(Selec
   const int thread = threadIdx.x, lane = thread % 32, parts = CodeHeads::parts(op);
   const auto segments_of = [&](int list) { return ceil_div(length_of(op, list / op.kv_heads), kSegment); };
   const auto units_of = [&](int list) { return ceil_div(segments_of(list), kScanWarps); };
-  const auto share = Share::of_block<kScanThreads>(op.batch * op.kv_heads, units_of);
-  int unit = share.item, left = share.items;
-#pragma unroll 1
-  for (int list = share.list; left > 0; ++list, unit = 0) {
-    const int of_list = min(units_of(list) - unit, left);
-    if (of_list <= 0) continue;
-    left -= of_list;
+  Share::of_block<kScanThreads>(op.batch * op.kv_heads, units_of).visit(units_of, [&](int list, int unit, int of_list) {
     const int64_t row = list / op.kv_heads;
     const int kv_head = list % op.kv_heads, seq_len = length_of(op, row);
     const SketchPages pages(op, row, kv_head);
@@ -463,7 +449,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(Selec
       }
       __syncwarp();  // before the next segment
     }
-  }
+  });
 }
 
 /// Of more marked tokens than there is room for, leaves those of the best whole steps of merit, and says how much
@@ -509,28 +495,33 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
   }
 }
 
-/// Grid (words of marks / kThreads, KV head, row).
+/// Lists the tokens of a block's words of marks, and pads what the list leaves of as many places. Grid (words of marks
+/// / kThreads, KV head, row).
 __global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch scratch) {
   take_turn();
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
   const int thread = threadIdx.x, room = op.selection.max_selected;
   const int first_word = static_cast<int>(blockIdx.x) * kThreads, word = first_word + thread;
-  const int words = ceil_div(length_of(op, row), kSegment) * Segment::kWords;
+  const int segments = ceil_div(length_of(op, row), kSegment), words = segments * Segment::kWords;
   if (blockIdx.x == 0 && !scratch.merits && thread < op.group) {
     op.delta_bound[row * op.q_heads + static_cast<int>(blockIdx.y) * op.group + thread] = 0;
   }
-  if (first_word > 0 && first_word >= words) return;
   const int32_t* marked = scratch.marked + list * scratch.segments();
-  int own = 0;
+  int own_before = 0, own = 0;
 #pragma unroll 4
-  for (int i = thread; i < first_word / Segment::kWords; i += kThreads) own += marked[i];
+  for (int i = thread; i < segments; i += kThreads) {
+    own += marked[i];
+    if (i < first_word / Segment::kWords) own_before += marked[i];
+  }
+  const int before = sum<kThreads>(own_before), count = min(sum<kThreads>(own), room);
   uint32_t mask = word < words ? scratch.marks[list * (scratch.capacity / 32) + word] : 0;
   int total;
-  const int before = sum<kThreads>(own);
   int to = before + exclusive_scan<kThreads>(__popc(mask), total);
   int32_t* selected = op.selection.row(list);
   for (; mask && to < room; mask &= mask - 1, ++to) selected[to] = word * 32 + __ffs(static_cast<int>(mask)) - 1;
-  if (thread == 0 && first_word + kThreads >= words) op.selection.counts[list] = min(before + total, room);
+  const int end = min((first_word + kThreads) * 32, room);
+  for (int place = max(first_word * 32, count) + thread; place < end; place += kThreads) selected[place] = -1;
+  if (blockIdx.x == 0 && thread == 0) op.selection.counts[list] = count;
 }
 
 template <typename Body>

@@ -36,6 +36,19 @@ struct Share {
     __syncthreads();
     return s_share;
   }
+
+  /// Calls body(list, first, items) for the share's part of each list, of which count says how many items it has.
+  template <typename Count, typename Body>
+  __device__ void visit(Count count, Body body) const {
+    int first = item, left = items;
+#pragma unroll 1
+    for (int at = list; left > 0; ++at, first = 0) {
+      const int its = min(count(at) - first, left);
+      if (its <= 0) continue;
+      body(at, first, its);
+      left -= its;
+    }
+  }
 };
 
 /// Where a block of kBlock threads can help when its list has been taken, by tiles_of(list) and taken_of(list): some

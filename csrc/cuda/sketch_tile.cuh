@@ -109,9 +109,8 @@ struct Lane {
     }
   }
 
-  /// The products of a plane of 16 rows: words[w][plane][m] is word m of this lane's part of row(w). All lanes call.
-  template <int kPlanes>
-  __device__ void multiply(const uint32_t (&words)[2][kPlanes][kWords], int plane, int (&products)[2]) const {
+  /// The products of 16 rows: words[w][m] is word m of this lane's part of row(w). All lanes call.
+  __device__ void multiply(const uint32_t (&words)[2][kWords], int (&products)[2]) const {
     int c[4] = {};
 #pragma unroll
     for (int f = 0; f < kFragments; f += 2) {
@@ -119,7 +118,7 @@ struct Lane {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int nth = f + i / 2;
-        a[i] = words[i % 2][plane][nth / 4] >> 2 * (nth % 4) & 0x03030303u;
+        a[i] = words[i % 2][nth / 4] >> 2 * (nth % 4) & 0x03030303u;
       }
       multiply_bytes(c, a, fragments[f], fragments[f + 1]);
     }
@@ -177,7 +176,7 @@ struct SketchPages {
 /// The codes of kTokens successive tokens, and scale and coarse norm of a lane's four.
 template <int kWords>
 struct Coarse {
-  uint32_t words[4][2][1][kWords];
+  uint32_t words[4][2][kWords];
   uint32_t scales, norms;
 
   /// Behind the last token, whatever there is in its page.
@@ -189,7 +188,7 @@ struct Coarse {
       page_heads[w] = pages.page_head(min(token, last));
       const uint8_t* codes = pages.codes(page_heads[w], token, 0) + 4 * kWords * Lane<kWords>::part();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w][0], codes + i * pages.row_bytes);
+      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w], codes + i * pages.row_bytes);
     }
     const int own = first + 4 * Lane<kWords>::own_row();
     const int64_t page_head = Lane<kWords>::part() < 2 ? page_heads[0] : page_heads[1];

@@ -4,12 +4,10 @@
 // Every key and every value is read once per group of up to 8 query heads, also values of tokens whose weight is 0:
 // where one is infinite, the output is no number.
 //   1. attend: the chunks of all lists (chunks.cuh) are divided evenly over a fixed grid. A warp goes through tiles of
-//   32
-//      tokens, keys and then values, and keeps the best score of a chunk so far, and mass and sums relative to it; the
-//      block adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
+//      32 tokens, keys and then values, and keeps the best score of a chunk so far, and mass and sums relative to it;
+//      the block adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
 //   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks, in their order, and counts the tokens
-//   that
-//      have weight, for which it reads keys again of chunks that have such tokens and others.
+//      that have weight, for which it reads keys again of chunks that have such tokens and others.
 #include "chunks.cuh"
 #include "softmax_decode.cuh"
 #include "value_sums.cuh"
