@@ -9,7 +9,6 @@ from conftest import (
     Cache,
     assert_same_bits,
     cases,
-    check_decode,
     draw,
     make_alphas,
     make_cache,
@@ -27,11 +26,8 @@ from entmaxkv import reference
 def choose(
     cache: Cache, q: Tensor, sketch: tuple[Tensor, Tensor] | None = None, **options: object
 ) -> tuple[Tensor, ...]:
-    """select_sketch, with -1 where it may leave anything: behind the tokens that it counts."""
-    sketch, table = sketch or cache.sketch(), (cache.page_table, cache.seq_lens)
-    selected, counts, bound = torch.ops.entmaxkv.select_sketch(q, cache.k_pages, *sketch, *table, **options)
-    behind = torch.arange(selected.shape[2], device=selected.device) >= counts[..., None]
-    return selected.masked_fill(behind, -1), counts, bound
+    table = cache.page_table, cache.seq_lens
+    return torch.ops.entmaxkv.select_sketch(q, cache.k_pages, *(sketch or cache.sketch()), *table, **options)
 
 
 def masks(cache: Cache, selected: Tensor, counts: Tensor) -> list[Tensor]:
@@ -41,6 +37,7 @@ def masks(cache: Cache, selected: Tensor, counts: Tensor) -> list[Tensor]:
         mask = torch.zeros(k.shape[1], len(k), dtype=torch.bool, device=k.device)
         for head, count in enumerate(counts[row].tolist()):
             tokens = selected[row, head, :count].long()
+            assert (selected[row, head, count:] == -1).all()
             assert (tokens.diff() > 0).all()
             mask[head, tokens] = True
         result.append(mask)
@@ -57,7 +54,7 @@ def check(
     head_alpha: Tensor | None = None,
     **options: object,
 ) -> list[Tensor]:
-    """The weight of what was left out, in float64, is at most the bound; decoding is dense decoding if that is 0."""
+    """The weight of what was left out, in float64, is at most the bound; if that is 0, decoding is dense decoding."""
     heads = {"alibi_slopes": alibi_slopes, "head_alpha": head_alpha}
     selected, counts, delta_bound = choose(cache, q, alpha=alpha, scale=scale, **heads, **options)
     keep = masks(cache, selected, counts)
@@ -75,8 +72,11 @@ def check(
         assert (delta_bound == 0).all()
         got = cache.sparse(q, selected, counts, alpha, scale, **heads, by_token=True)
         assert torch.equal(got.tokens, counts)
-        dense = cache.dense(q, alpha, scale, **heads)
-        check_decode(cache, q, got._replace(tokens=dense.tokens), alpha=alpha, scale=scale, **heads)
+        # Both compute the same scores, whose rounding can be much larger than what they differ by.
+        want = cache.dense(q, alpha, scale, **heads)
+        torch.testing.assert_close(got.tau, want.tau, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got.out, want.out, rtol=torch.finfo(q.dtype).eps, atol=1e-5)
+        assert ((got.support - want.support).abs() <= want.support // 10_000).all()  # of many, one may be at tau
     return keep
 
 
@@ -217,14 +217,9 @@ def test_long_rows(device, kind, head_dim):
     q = draw(1, 16, head_dim, seed=1) * torch.logspace(-1, 1, 16)[:, None]
     q = q.bfloat16().to(device)
     check(cache, q)
-    selected, counts, _ = choose(cache, q)
+    counts = choose(cache, q)[1]
     if kind != "outlier channel":  # which is most of what a sketch can lose
         assert counts.min() < 300_000 / 8
-    got, want = cache.sparse(q, selected, counts, by_token=True), cache.dense(q)
-    torch.testing.assert_close(got.tau, want.tau, rtol=1e-5, atol=1e-5)
-    assert ((got.support - want.support).abs() <= want.support // 10_000).all()  # of many, one may be at tau
-    torch.testing.assert_close(got.out.float(), want.out.float(), rtol=2**-7, atol=2e-5)
-
     for max_tokens in (10, 1000):
         capped = check(cache, q, max_tokens=max_tokens)
         assert capped[0].sum(-1).max() <= max_tokens
