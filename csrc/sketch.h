@@ -4,7 +4,7 @@
 // of kBlock dimensions (one matrix over all where their number is a power of two), zeros filling up the last one. Per
 // token one step s, and of each coordinate x of r a code of 4 bits, c = floor(4 x / s) + 8 in 0 ... 15:
 //     fine value    (c - 7.5) s / 4                 from both planes, the high and the low 2 bits
-//     coarse value  (floor(c / 4) - 1.5) s          from plane 0 alone
+//     coarse value  (floor(c / 4) - 1.5) kShrink s  from plane 0 alone
 // and of each value's distance from r the norm, rounded up. As rotations keep products,
 //     |q.k - q.value| <= ||q|| (norm of the distance)
 // where arithmetic on either side is paid for too: kSlack in the norms, the query's own rounding in QueryCode.
@@ -25,6 +25,7 @@ constexpr int kUnknown = 255;       // the scale of a key that has no sketch: it
 constexpr float kNormUnit = 256;    // a norm of the coarse distance, in units of s sqrt(dims) / kNormUnit
 constexpr float kFineUnit = 1024;   // of the fine distance
 constexpr float kSpread = 1.13f;    // s over the root mean square of r: balances both distances for normal r
+constexpr float kShrink = 0.9375f;  // r is nearer to 0 than the middle of its cell; more so where q has its bounds high
 constexpr float kSlack = 0x1p-15f;  // times ||k||: more than fp32 rounds in the rotation and in a product of 256 terms
 constexpr float kMostQuery = 0x1p100f;  // of a coordinate of q or scale q: larger ones could overflow in bounds
 
@@ -39,17 +40,9 @@ ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head
 /// Bits 2 nth and 2 nth + 1 of a byte are the code of that coordinate.
 ENTMAXKV_HOST_DEVICE constexpr int coordinate(int byte, int nth) { return byte / 16 * kBlock + 16 * nth + byte % 16; }
 
-// Of each chunk of a row, the token with the highest bound leads. The floor is the threshold on the exact scores of the
-// best leaders: with more of them, their keys cost more bytes than a higher floor saves.
-constexpr int kMostChunks = 512;
-constexpr int kChunkUnit = 64;
-constexpr int kExact = 64;  // for each query head
-
-/// Tokens of a chunk.
-ENTMAXKV_HOST_DEVICE constexpr int chunk_of(int seq_len) {
-  constexpr int kMost = kMostChunks * kChunkUnit;
-  return seq_len <= kMost ? kChunkUnit : (seq_len + (kMost - 1)) / kMost * kChunkUnit;
-}
+// A head's floor is the threshold on the exact scores of so many tokens of high bounds: with more of them, their keys
+// cost more bytes than a higher floor saves.
+constexpr int kExact = 64;
 
 /// The sign of S for a dimension.
 ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
@@ -92,7 +85,7 @@ struct Distances {
 
   ENTMAXKV_HOST_DEVICE void add(float x_per_step, float code) {
     const float high = (0.25f * code - 0.375f) + kWhole - kWhole;
-    const float c = x_per_step - (high - 1.5f), f = x_per_step - (code - 7.5f) * 0.25f;
+    const float c = x_per_step - (high - 1.5f) * kShrink, f = x_per_step - (code - 7.5f) * 0.25f;
     coarse += c * c;
     fine += f * f;
   }
@@ -143,7 +136,7 @@ struct QueryCode {
 
   /// Upper bounds of scale q.k: from sum_i numbers_i (c_i >> 2), and from sum_i numbers_i c_i.
   ENTMAXKV_HOST_DEVICE float coarse_bound(int product, int scale, int norm) const {
-    return bound(0.5f * static_cast<float>(2 * product - 3 * sum), static_cast<float>(norm), scale);
+    return bound(0.5f * kShrink * static_cast<float>(2 * product - 3 * sum), static_cast<float>(norm), scale);
   }
   ENTMAXKV_HOST_DEVICE float fine_bound(int product, int scale, int norm) const {
     return bound(0.125f * static_cast<float>(2 * product - 15 * sum), 0.25f * static_cast<float>(norm), scale);
@@ -151,9 +144,10 @@ struct QueryCode {
 
   /// The latter from the former, however that was rounded up, and from sum_i numbers_i (c_i & 3).
   ENTMAXKV_HOST_DEVICE float refined(float coarse_bound, int product, int scale, int coarse, int fine) const {
-    const float nearer = 0.25f * static_cast<float>(fine) - static_cast<float>(coarse);
+    constexpr float kGrow = 1 / kShrink;
+    const float nearer = 0.25f * static_cast<float>(fine) - kGrow * static_cast<float>(coarse);
     const float moved = 0.125f * static_cast<float>(2 * product - 3 * sum);
-    return coarse_bound + step_of(scale) * (unit * moved + error * nearer);
+    return kGrow * coarse_bound + step_of(scale) * (unit * moved + error * nearer - 2 * (kGrow - 1) * slack);
   }
 
  private:

@@ -25,9 +25,9 @@ class Metrics:
         certified: [batch, q_heads] bool, what `decode` proved.
         delta_bound: [batch, q_heads] float32, likewise.
         survivors: [batch, kv_heads] int32, tokens whose second plane of codes was read, too; 0 without a sketch.
-        index_bytes: what the selector looks at. Two statistics of every page; or of the sketch the first plane and the
-            norms of every token, the second plane of the survivors, and the keys whose exact scores give the lower
-            bound of tau, as if no two heads took the same one.
+        index_bytes: what the selector looks at. Two statistics of every page; or of the sketch the first plane, scale
+            and norm of every token, the second plane and norm of the survivors, and the keys whose exact scores give
+            the lower bound of tau, as if no two heads took the same one.
         bytes_read: these, the keys of `tokens`, and the values that any head of their group gives weight.
         kv_bytes: all keys and values of the tokens in the cache.
     """
@@ -132,11 +132,6 @@ def index(
     if select.bits == 4:  # what the first plane does not rule out is what it alone would select
         coarse = KeySketch(certainty=select.certainty, bits=2)
         survivors = coarse.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)[1]
-    sampled = sum(min(seq_len, group * _sampled(seq_len)) for seq_len in seq_lens)
-    every_token = ((plane + 3) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
-    return survivors, every_token + plane * int(survivors.sum())
-
-
-def _sampled(seq_len: int) -> int:
-    """Most tokens that `select_sketch` scores exactly for a head: one of a chunk, which has at least 64; 64 in all."""
-    return min(64, -(-seq_len // 64))
+    sampled = sum(min(seq_len, 64 * group) for seq_len in seq_lens)  # at most 64 of each head are scored exactly
+    of_all = ((plane + 2) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
+    return survivors, of_all + (plane + 1) * int(survivors.sum())

@@ -219,7 +219,7 @@ def sketch_values(codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor,
     scale, coarse, fine = norms.double().unbind(-1)
     step = 2 ** ((scale - 112) / 8)
     root = step * code.shape[-1] ** 0.5
-    values = ((code / 4).floor() - 1.5) * step[..., None], (code - 7.5) / 4 * step[..., None]
+    values = ((code / 4).floor() - 1.5) * 15 / 16 * step[..., None], (code - 7.5) / 4 * step[..., None]
     return *values, coarse * root / 256, fine * root / 1024
 
 

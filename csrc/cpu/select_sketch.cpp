@@ -1,8 +1,8 @@
-// select_sketch on the CPU. The tokens of a row are cut into chunks, and whole chunks make up spans.
+// select_sketch on the CPU. The tokens of a row are cut into spans.
 //   1. code:   per (row, query head) the query's numbers (sketch.h)
-//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0, and the leader of each chunk: the
-//              token with the highest one
-//   3. floor:  per (row, query head) the exact scores of the highest leaders, and their threshold, rounded down
+//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0, and the tokens with the highest
+//   ones
+//   3. floor:  per (row, query head) the exact scores of the highest of all, and their threshold, rounded down
 //   4. fine:   per (row, KV head, span) the candidates: tokens with all bounds above the floor, for some head
 //   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr int kSpanTokens = 2048;  // at least, if the row has as many
+constexpr int kSpan = 2048;  // tokens
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 /// A query head of a row.
@@ -31,16 +31,23 @@ struct Query {
   float floor = kNothing;
 };
 
-/// The token of a chunk with the highest bound, for one head.
-struct Leader {
+/// A token with its bound for one head.
+struct Bounded {
   float upper;
   int token;
 
   /// Before another.
-  bool operator<(const Leader& other) const {
+  bool operator<(const Bounded& other) const {
     return upper > other.upper || (upper == other.upper && token < other.token);
   }
 };
+
+/// Leaves the highest sketch::kExact of them, in order.
+void leave_highest(std::vector<Bounded>& tokens) {
+  const auto count = std::min(tokens.size(), size_t{sketch::kExact});
+  std::partial_sort(tokens.begin(), tokens.begin() + static_cast<int64_t>(count), tokens.end());
+  tokens.resize(count);
+}
 
 struct Candidate {
   int32_t token;
@@ -50,7 +57,7 @@ struct Candidate {
 struct Span {
   int64_t row;
   int kv_head;
-  int first, end, chunk;  // tokens
+  int first, end;  // tokens
 };
 
 template <typename T>
@@ -66,12 +73,10 @@ class Selector {
     first_span_.push_back(0);
     for (int64_t row = 0; row < op.batch; ++row) {
       const int seq_len = op.seq_lens[row];
-      const int chunk = sketch::chunk_of(seq_len);
-      const int span = chunk * std::max(1, kSpanTokens / chunk);
       for (int kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
-        for (int64_t first = 0; first < seq_len; first += span) {
-          const auto end = static_cast<int>(std::min<int64_t>(seq_len, first + span));
-          spans_.push_back({row, kv_head, static_cast<int>(first), end, chunk});
+        for (int64_t first = 0; first < seq_len; first += kSpan) {
+          const auto end = static_cast<int>(std::min<int64_t>(seq_len, first + kSpan));
+          spans_.push_back({row, kv_head, static_cast<int>(first), end});
         }
         first_span_.push_back(static_cast<int64_t>(spans_.size()));
       }
@@ -80,7 +85,7 @@ class Selector {
     }
     numbers_.resize(queries_.size() * dims_);
     uppers_.resize(tokens);
-    leaders_.resize(spans_.size() * group_);
+    highest_.resize(spans_.size() * group_);
     candidates_.resize(spans_.size());
   }
 
@@ -176,18 +181,13 @@ class Selector {
       }
     });
     for (int h = 0; h < group_; ++h) {
-      if (query[h].known) lead(span, uppers(span, h), leaders_[index * group_ + h]);
-    }
-  }
-
-  void lead(const Span& span, const float* upper, std::vector<Leader>& leaders) const {
-    for (int64_t first = span.first; first < span.end; first += span.chunk) {
-      Leader leader{kNothing, -1};
-      const auto end = static_cast<int>(std::min<int64_t>(span.end, first + span.chunk));
-      for (auto token = static_cast<int>(first); token < end; ++token) {
-        if (upper[token] > leader.upper) leader = {upper[token], token};
+      if (!query[h].known) continue;
+      std::vector<Bounded>& highest = highest_[index * group_ + h];
+      const float* upper = uppers(span, h);
+      for (int token = span.first; token < span.end; ++token) {
+        if (upper[token] > kNothing) highest.push_back({upper[token], token});
       }
-      if (leader.token >= 0) leaders.push_back(leader);
+      leave_highest(highest);
     }
   }
 
@@ -198,25 +198,25 @@ class Selector {
     const Entmax<double> entmax(op_.alpha.of(head));
     Query& query = queries_[head_index];
     if (!query.known || entmax.is_softmax()) return;
-    std::vector<Leader> leaders;
+    std::vector<Bounded> highest;
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
-      const std::vector<Leader>& its = leaders_[span * group_ + head % group_];
-      leaders.insert(leaders.end(), its.begin(), its.end());
+      const std::vector<Bounded>& its = highest_[span * group_ + head % group_];
+      highest.insert(highest.end(), its.begin(), its.end());
     }
-    const int count = std::min(sketch::kExact, static_cast<int>(leaders.size()));
-    std::partial_sort(leaders.begin(), leaders.begin() + count, leaders.end());
+    leave_highest(highest);
+    const auto count = static_cast<int>(highest.size());
 
     const T* keys[sketch::kExact];
     float scores[sketch::kExact];
     for (int i = 0; i < count; ++i) {
-      const int token = leaders[i].token;
+      const int token = highest[i].token;
       const int32_t page = op_.page_table.row(row)[token / op_.page_size];
       keys[i] = op_.k_pages.template at<T>(page, kv_head, token % op_.page_size);
     }
     kernels_.dot(keys, count, query.q.data(), 1, op_.head_dim, scores, sketch::kExact);
     double best = kNothing;
     for (int i = 0; i < count; ++i) {
-      const int distance = leaders[i].token - (op_.seq_lens[row] - 1);
+      const int distance = highest[i].token - (op_.seq_lens[row] - 1);
       scores[i] = op_.scoring.scale * scores[i] + op_.scoring.slope(head) * static_cast<float>(distance);
       if (!(scores[i] < -kNothing)) return;  // NaN or infinite
       best = std::max<double>(best, scores[i]);
@@ -327,7 +327,7 @@ class Selector {
   std::vector<float> uppers_;                       // per row [q_heads, seq_len]
   std::vector<Query> queries_;                      // per (row, query head)
   std::vector<int16_t> numbers_;                    // per (row, query head) [dims]
-  std::vector<std::vector<Leader>> leaders_;        // per (span, head of the group)
+  std::vector<std::vector<Bounded>> highest_;       // per (span, head of the group)
   std::vector<std::vector<Candidate>> candidates_;  // per span
 };
 

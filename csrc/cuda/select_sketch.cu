@@ -1,7 +1,8 @@
 // select_sketch on the GPU.
 //   q, sketch [pages, kv_heads, ...] -> selected tokens [batch, kv_heads, max_selected] ascending, counts
 //   1. scan: a warp bounds the scores of a chunk of tokens by plane 0 of their codes, for up to 4 query heads. It keeps
-//      the bounds in fp16, rounded up, and names the token with the highest one.
+//      the bounds in fp16, rounded up, and names the tokens with the highest ones: one of each class of four successive
+//      tokens in 32, so that neighbours, which often have weight together, are named together.
 //   2. find_floors: a block per query head scores the best of these exactly; their threshold is at most that of all.
 //   3. refine: a warp goes through a segment of the bounds. What is above the floor of its head is bounded more closely
 //      by plane 1; what still is gets a bit.
@@ -19,8 +20,6 @@ namespace {
 
 using namespace sketch_tile;
 
-static_assert(sketch::kChunkUnit == kTokens);
-
 template <int kWords>
 constexpr int kBlocks = kWords <= 2 ? 4 : 6 - kWords;  // that share a multiprocessor
 
@@ -31,8 +30,15 @@ constexpr int kOccupancy = kBlocks<kWords> - 1;
 #else
 constexpr int kOccupancy = kBlocks<kWords>;
 #endif
+constexpr int kMostChunks = 512;
+constexpr int kClasses = 8;
 constexpr int kSegment = 256;  // tokens
 constexpr int kBins = 256;     // sketch::kMerits, and one more
+
+/// Tokens of a chunk of a row.
+__host__ __device__ int chunk_of(int seq_len) {
+  return max(1, ceil_div(ceil_div(seq_len, kTokens), kMostChunks)) * kTokens;
+}
 
 /// The token of the highest bound so far.
 struct Best {
@@ -48,7 +54,7 @@ struct Best {
 struct Scratch {
   int capacity;       // tokens
   __half* uppers;     // [batch, q_heads, capacity]
-  Best* bests;        // [batch, q_heads, sketch::kMostChunks]
+  Best* bests;        // [batch, q_heads, kClasses, chunks]
   float* floors;      // [batch, q_heads]
   uint32_t* marks;    // [batch, kv_heads, capacity / 32]
   int32_t* marked;    // [batch, kv_heads, segments]
@@ -58,6 +64,12 @@ struct Scratch {
   explicit Scratch(const SelectSketch& op) : capacity(ceil_div(op.max_pages * op.page_size, kSegment) * kSegment) {}
 
   __host__ __device__ int segments() const { return capacity / kSegment; }
+  __host__ __device__ int chunks() const { return min(capacity / kTokens, kMostChunks); }
+
+  /// Of the chunks of a row and query head, in a class.
+  __device__ Best* bests_of(int64_t row_head, int its_class) const {
+    return bests + (row_head * kClasses + its_class) * chunks();
+  }
 
   /// Places all of it from `memory` on; returns how many bytes that are.
   int64_t place(const SelectSketch& op, void* memory) {
@@ -68,7 +80,7 @@ struct Scratch {
     };
     const int64_t heads = int64_t{op.batch} * op.q_heads, lists = int64_t{op.batch} * op.kv_heads;
     take(uppers, heads * capacity);
-    take(bests, heads * sketch::kMostChunks);
+    take(bests, heads * kClasses * chunks());
     take(floors, heads);
     take(marks, lists * capacity / 32);
     take(marked, lists * segments());
@@ -89,7 +101,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
   const int parts = CodeHeads::parts(op), lists = op.batch * op.kv_heads * parts;
   const auto chunks_of = [&](int list) {
     const int seq_len = length_of(op, list / (op.kv_heads * parts));
-    return ceil_div(seq_len, sketch::chunk_of(seq_len));
+    return ceil_div(seq_len, chunk_of(seq_len));
   };
   const auto units_of = [&](int list) { return ceil_div(chunks_of(list), kScanWarps); };
   Share::of_block<kScanThreads>(lists, units_of).visit(units_of, [&](int list, int unit, int of_list) {
@@ -97,14 +109,12 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
     s_numbers.set(op, heads);
     const Lane<kWords> lane(s_numbers);
     const SketchPages pages(op, heads.row, heads.kv_head);
-    const int seq_len = length_of(op, heads.row), chunk = sketch::chunk_of(seq_len), last = seq_len - 1;
+    const int seq_len = length_of(op, heads.row), chunk = chunk_of(seq_len), last = seq_len - 1;
     const int64_t first_head = heads.row * op.q_heads + heads.first;
     const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
     float slopes[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      slopes[j] = lane.head(j) < heads.count ? op.scoring.slope(heads.first + lane.head(j)) : 0;
-    }
+    for (int j = 0; j < 2; ++j) slopes[j] = heads.slope(op, lane.head(j));
 #pragma unroll 1
     for (int nth = unit * kScanWarps + static_cast<int>(threadIdx.x / 32); nth < (unit + of_list) * kScanWarps;
          nth += kScanWarps) {
@@ -141,29 +151,29 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int distance = 2; distance < 32; distance *= 2) bests[j].take(shuffle_xor(bests[j], distance));
-        if (threadIdx.x % 32 < 2 && lane.head(j) < heads.count) {
-          scratch.bests[(first_head + lane.head(j)) * sketch::kMostChunks + nth] = bests[j];
+        bests[j].take(shuffle_xor(bests[j], 2));  // rows that are 8 apart
+        if (lane.part() < 2 && lane.head(j) < heads.count) {
+          scratch.bests_of(first_head + lane.head(j), lane.row(0))[nth] = bests[j];
         }
       }
     }
   });
 }
 
-/// Of the tokens that the scan has named, those of the highest bounds of each warp's, -1 where there are no more. All
+/// Of the tokens that the scan has named, those of the highest bounds of each class, -1 where there are no more. All
 /// threads call.
-__device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[sketch::kExact]) {
-  constexpr int kWarps = kThreads / 32, kOfWarp = sketch::kExact / kWarps, kOwn = sketch::kMostChunks / kThreads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ void choose_exact(const Scratch& scratch, int64_t row_head, int chunks, int (&s_tokens)[sketch::kExact]) {
+  constexpr int kOfClass = sketch::kExact / kClasses, kOwn = kMostChunks / 32;
+  static_assert(kClasses == kThreads / 32);
+  const int lane = threadIdx.x % 32, its_class = threadIdx.x / 32;
+  const Best* bests = scratch.bests_of(row_head, its_class);
   Best own[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const int nth = (i * 32 + lane) * kWarps + warp;  // neighbours come to different warps
-    if (nth < chunks) own[i] = bests[nth];
+    if (i * 32 + lane < chunks) own[i] = bests[i * 32 + lane];
   }
 #pragma unroll 1
-  for (int n = 0; n < kOfWarp; ++n) {
+  for (int n = 0; n < kOfClass; ++n) {
     Best best;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) best.take(own[i]);
@@ -174,7 +184,7 @@ __device__ void choose_exact(const Best* bests, int chunks, int (&s_tokens)[sket
     for (int i = 0; i < kOwn; ++i) {
       if (own[i].token == chosen) own[i] = {};
     }
-    if (lane == 0) s_tokens[warp * kOfWarp + n] = chosen;
+    if (lane == 0) s_tokens[its_class * kOfClass + n] = chosen;
   }
 }
 
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   __shared__ int32_t s_places[sketch::kExact];
   const int64_t row = blockIdx.y, at = row * op.q_heads + blockIdx.x;
   const int head = blockIdx.x, kv_head = head / op.group, thread = threadIdx.x;
-  const int seq_len = length_of(op, row), chunks = ceil_div(seq_len, sketch::chunk_of(seq_len));
+  const int seq_len = length_of(op, row);
   const Entmax<double> entmax(op.alpha.of(head));
   if (entmax.is_softmax() || seq_len == 0) {
     if (thread == 0) scratch.floors[at] = kNothing;
@@ -200,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
     s_q[d] = d < op.head_dim ? op.scoring.scale * to_float(op.q.at<T>(row, head)[d]) : 0;
     own_square += s_q[d] * s_q[d];
   }
-  choose_exact(scratch.bests + at * sketch::kMostChunks, chunks, s_tokens);
+  choose_exact(scratch, at, ceil_div(seq_len, chunk_of(seq_len)), s_tokens);
   const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: query and tokens are there
   const float slope = op.scoring.slope(head);
   const T* keys[kOwn];
@@ -336,9 +346,12 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
   const int end = begin + tokens;
   const int64_t first_head = heads.row * op.q_heads + heads.first;
   const __half* all_uppers = scratch.uppers + first_head * scratch.capacity;
-  float floors[2];
+  float floors[2], slopes[2];
 #pragma unroll
-  for (int j = 0; j < 2; ++j) floors[j] = lane.head(j) < heads.count ? s_floors[lane.head(j)] : -kNothing;
+  for (int j = 0; j < 2; ++j) {
+    floors[j] = lane.head(j) < heads.count ? s_floors[lane.head(j)] : -kNothing;
+    slopes[j] = heads.slope(op, lane.head(j));
+  }
   uint2 uppers[2];
   Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, begin);
   Fine<kWords> next;
@@ -367,8 +380,11 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
       for (int j = 0; j < 2; ++j) {
         float upper = tile.upper_of(tile.uppers[j], i);
         if (op.fine) {
-          upper = s_numbers.codes[lane.head(j)].refined(upper, products[j], byte_of(tile.scales, i),
-                                                        byte_of(tile.coarse, i), byte_of(tile.fine, i));
+          const int distance = first + 4 * lane.own_row() + i - last;
+          const float bias = op.scoring.alibi_slopes ? sketch::bias_bound(slopes[j], distance) : 0;
+          const float closer = s_numbers.codes[lane.head(j)].refined(upper - bias, products[j], byte_of(tile.scales, i),
+                                                                     byte_of(tile.coarse, i), byte_of(tile.fine, i));
+          upper = fminf(upper, closer + bias);
         }
         if ((tile.wanted >> i & 1) == 0 || upper <= floors[j] || lane.head(j) >= heads.count) continue;
         marks |= 1u << i;

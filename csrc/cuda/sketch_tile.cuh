@@ -25,6 +25,9 @@ struct CodeHeads {
         kv_head(kv_head),
         first(kv_head * sizes.group + part * kHeads),
         count(min(kHeads, sizes.group - part * kHeads)) {}
+
+  /// Of the h-th, 0 behind the last.
+  __device__ float slope(const SelectSketch& op, int h) const { return h < count ? op.scoring.slope(first + h) : 0; }
 };
 
 /// A query times the scale.
