@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "entmax.h"
 #include "ops.h"
@@ -33,6 +34,21 @@ ENTMAXKV_HOST_DEVICE constexpr int dims_of(int head_dim) { return (head_dim + kB
 
 /// The size of the Hadamard matrices.
 ENTMAXKV_HOST_DEVICE constexpr int rotation_of(int dims) { return dims == 192 ? 64 : dims; }
+
+/// Calls body with the number of blocks, as a type.
+template <typename Body>
+void dispatch_blocks(int head_dim, Body body) {
+  switch (dims_of(head_dim) / kBlock) {
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    case 3:
+      return body(std::integral_constant<int, 3>{});
+    default:
+      return body(std::integral_constant<int, 4>{});
+  }
+}
 
 /// Bytes of a token in one plane.
 ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head_dim) / 4; }
@@ -65,27 +81,29 @@ ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
   return static_cast<int>(std::fmax(at_least ? std::ceil(place + 1e-3f) : std::rint(place), 0.0f));
 }
 
-/// A whole number in 0 ... 15, from 0 ... 15. Conversions of floats are slow on a GPU: adding kWhole rounds.
+// Where a coordinate x lies among its codes is 4 x / s + 7.5: code c stands for place c, plane 0 of it for
+// kShrink (4 (c >> 2) + 2).
+constexpr float kMiddle = 7.5f;
+static_assert(8 * kShrink == kMiddle);
+
+/// The nearest code, in the last bits of a float. Conversions are slow on a GPU; adding kWhole rounds.
 constexpr float kWhole = 0x1.8p23f;
-ENTMAXKV_HOST_DEVICE inline float code_of(float x_per_step) {
-  return std::fmin(std::fmax(4 * x_per_step + 7.5f, 0.0f), 15.0f) + kWhole - kWhole;
-}
-ENTMAXKV_HOST_DEVICE inline uint32_t bits_of(float code) {
-  const float shifted = code + kWhole;
+ENTMAXKV_HOST_DEVICE inline float rounded(float place) { return std::fmin(std::fmax(place, 0.0f), 15.0f) + kWhole; }
+ENTMAXKV_HOST_DEVICE inline uint32_t bits_of(float value) {
   uint32_t bits;
-  memcpy(&bits, &shifted, sizeof(bits));
-  return bits & 15;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
-/// Squared distances of a coordinate x / s from its values.
+/// Squared distances of places from what their codes stand for.
 struct Distances {
   float coarse = 0, fine = 0;
 
-  ENTMAXKV_HOST_DEVICE void add(float x_per_step) { add(x_per_step, code_of(x_per_step)); }
-
-  ENTMAXKV_HOST_DEVICE void add(float x_per_step, float code) {
-    const float high = (0.25f * code - 0.375f) + kWhole - kWhole;
-    const float c = x_per_step - (high - 1.5f) * kShrink, f = x_per_step - (code - 7.5f) * 0.25f;
+  ENTMAXKV_HOST_DEVICE void add(float place, float rounded) {
+    const uint32_t high_bits = bits_of(rounded) & ~3u;
+    float high;
+    memcpy(&high, &high_bits, sizeof(high));
+    const float c = place - kShrink * (high - (kWhole - 2)), f = place - (rounded - kWhole);
     coarse += c * c;
     fine += f * f;
   }
@@ -99,6 +117,8 @@ struct Distances {
 struct Norms {
   int scale, coarse, fine;
 
+  Norms() = default;
+
   /// From the norm of r, the sums over its coordinates, and the number of these.
   ENTMAXKV_HOST_DEVICE Norms(int scale, float norm, const Distances& squares, int dims)
       : scale(scale),
@@ -109,7 +129,7 @@ struct Norms {
 
  private:
   ENTMAXKV_HOST_DEVICE int units(float norm, float square, int dims, float unit) const {
-    const float distance = std::sqrt(square) * (1 + kSlack) + norm * steps_of(scale) * kSlack;
+    const float distance = 0.25f * std::sqrt(square) * (1 + kSlack) + norm * steps_of(scale) * kSlack;
     return static_cast<int>(std::fmin(std::ceil(distance * unit / std::sqrt(static_cast<float>(dims))), 256.0f));
   }
 };

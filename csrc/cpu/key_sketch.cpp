@@ -1,8 +1,7 @@
 // key_sketch on the CPU: one task per (row, KV head, page in use), key by key.
 //   1. rotate the key
 //   2. the step that suits its root mean square; where its norms do not fit, one that its largest coordinate fits;
-//   where
-//      that does not fit either, no sketch
+//      where that does not fit either, no sketch
 //   3. codes, in two planes
 #include <algorithm>
 
@@ -19,9 +18,12 @@ namespace {
 constexpr int kLanes = 16;  // sums that run side by side, for the sake of vectors
 
 sketch::Norms norms_of(const float* x, int dims, float norm, int scale) {
-  const float steps = 1 / sketch::step_of(scale);
+  const float per_place = 4 * sketch::steps_of(scale);
   sketch::Distances squares[kLanes];
-  for (int d = 0; d < dims; ++d) squares[d % kLanes].add(x[d] * steps);
+  for (int d = 0; d < dims; ++d) {
+    const float place = x[d] * per_place + sketch::kMiddle;
+    squares[d % kLanes].add(place, sketch::rounded(place));
+  }
   for (int lane = 1; lane < kLanes; ++lane) squares[0] = squares[0] + squares[lane];
   return {scale, norm, squares[0], dims};
 }
@@ -61,11 +63,12 @@ void sketch_key(const Sizes& sizes, const Rows& k_pages, const Sketch& sketch, i
   for (int plane = 0; plane < 2; ++plane) {
     planes[plane] = sketch.plane(page_head, plane, sizes.page_size, row_bytes) + slot * row_bytes;
   }
-  const float steps = fits ? 1 / sketch::step_of(norms.scale) : 0;
+  const float per_place = 4 * sketch::steps_of(norms.scale);
   for (int byte = 0; byte < row_bytes; ++byte) {
-    int high = 0, low = 0;
+    uint32_t high = 0, low = 0;
     for (int nth = 0; fits && nth < 4; ++nth) {
-      const auto code = static_cast<int>(sketch::code_of(x[sketch::coordinate(byte, nth)] * steps));
+      const float place = x[sketch::coordinate(byte, nth)] * per_place + sketch::kMiddle;
+      const uint32_t code = sketch::bits_of(sketch::rounded(place)) & 15;
       high |= code >> 2 << 2 * nth;
       low |= (code & 3) << 2 * nth;
     }

@@ -11,7 +11,6 @@
 // head, and seq_lens moves in a second launch.
 #include "cluster.cuh"
 #include "kernels.h"
-#include "key_sketch.cuh"
 #include "page_stats.cuh"
 
 namespace entmaxkv::cuda {

@@ -23,4 +23,7 @@ void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream);
 void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream);
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream);
 
+/// Codes the new keys of an append that has yet to happen; append_kv calls it.
+void sketch_new_keys(const AppendKv& op, cudaStream_t stream);
+
 }  // namespace entmaxkv::cuda

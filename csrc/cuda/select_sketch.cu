@@ -540,20 +540,6 @@ __global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch
   if (blockIdx.x == 0 && thread == 0) op.selection.counts[list] = count;
 }
 
-template <typename Body>
-void dispatch_words(int head_dim, Body body) {
-  switch (sketch::dims_of(head_dim) / sketch::kBlock) {
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    case 2:
-      return body(std::integral_constant<int, 2>{});
-    case 3:
-      return body(std::integral_constant<int, 3>{});
-    default:
-      return body(std::integral_constant<int, 4>{});
-  }
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const SelectSketch& op) { return Scratch(op).place(op, nullptr); }
@@ -567,7 +553,7 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
   if (scratch.merits) {
     check(name, cudaMemsetAsync(scratch.at_merit, 0, int64_t{op.batch} * op.kv_heads * kBins * 4, stream));
   }
-  dispatch_words(op.head_dim, [&](auto words) {
+  sketch::dispatch_blocks(op.head_dim, [&](auto words) {
     const Grid grid{dim3(kBlocks<words> * multiprocessors()), kScanThreads};
     launch(name, scan<words>, grid, stream, op, scratch);
     dispatch_element(op.dtype, [&](auto element) {

@@ -3,7 +3,8 @@
 // its dimensions: a lane multiplies a run of successive bytes of a row of codes.
 #pragma once
 
-#include "key_sketch.cuh"
+#include "../sketch.h"
+#include "tile.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -28,6 +29,59 @@ struct CodeHeads {
 
   /// Of the h-th, 0 behind the last.
   __device__ float slope(const SelectSketch& op, int h) const { return h < count ? op.scoring.slope(first + h) : 0; }
+};
+
+/// A query, rotated: a lane has dimensions lane, 32 + lane, ... All lanes call every function.
+struct Rotated {
+  static constexpr int kOwn = sketch::kMaxDims / 32;
+  float of[kOwn];
+
+  template <typename T>
+  __device__ Rotated(const T* row, int head_dim, float factor) {
+    const int lane = threadIdx.x % 32, dims = sketch::dims_of(head_dim), rotation = sketch::rotation_of(dims);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int d = 32 * i + lane;
+      of[i] = d < head_dim ? to_float(row[d]) * (factor * sketch::sign_of(d)) : 0.0f;
+    }
+#pragma unroll
+    for (int step = 1; step < kOwn; step *= 2) {
+      if (32 * step >= rotation) break;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (i & step) continue;
+        const float sum = of[i] + of[i | step];
+        of[i | step] = of[i] - of[i | step];
+        of[i] = sum;
+      }
+    }
+    const float scale = 1 / sqrtf(static_cast<float>(rotation));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (32 * i >= dims) break;
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, of[i], distance);
+        of[i] = lane & distance ? other - of[i] : of[i] + other;
+      }
+      of[i] *= scale;
+    }
+  }
+
+  __device__ float norm() const {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) squares = fmaf(of[i], of[i], squares);
+    return sqrtf(sum<32>(squares));
+  }
+
+  /// NaN if some coordinate is.
+  __device__ float largest() const {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) most = larger(most, fabsf(of[i]));
+    return cuda::largest<32>(most);
+  }
 };
 
 /// A query times the scale.
