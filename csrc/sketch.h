@@ -68,11 +68,22 @@ ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
   return x >> 31 ? -1.0f : 1.0f;
 }
 
+/// On a GPU to 22 bits, without care for what is subnormal.
+ENTMAXKV_HOST_DEVICE inline float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+
 /// s of a scale: 8 steps to every power of two.
-ENTMAXKV_HOST_DEVICE inline float step_of(int scale) { return std::exp2(static_cast<float>(scale - 112) * 0.125f); }
+ENTMAXKV_HOST_DEVICE inline float step_of(float scale) { return power_of_two(0.125f * scale - 14); }
 
 /// 1 / s.
-ENTMAXKV_HOST_DEVICE inline float steps_of(int scale) { return std::exp2(static_cast<float>(112 - scale) * 0.125f); }
+ENTMAXKV_HOST_DEVICE inline float steps_of(float scale) { return power_of_two(14 - 0.125f * scale); }
 
 /// The scale whose s is nearest to the one that is wanted, or at least that; kUnknown if it is too large.
 ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
@@ -134,47 +145,53 @@ struct Norms {
   }
 };
 
-/// A scaled and rotated query as whole numbers of 15 bits, and what its products with codes say of scores.
+/// A norm of a distance as bounds take it: of a key without sketch it has no end.
+ENTMAXKV_HOST_DEVICE inline float distance_of(float scale, float norm) {
+  return scale == kUnknown ? std::numeric_limits<float>::infinity() : norm;
+}
+
+/// What the products of a scaled and rotated query, as whole numbers of 15 bits, with codes say of scores.
 struct QueryCode {
   static constexpr int kMost = 127 * 128;
 
-  float unit;   // of the numbers
-  int sum;      // of the numbers
-  float error;  // of a score over s, for each unit of the coarse norm
-  float slack;  // of a score over s
+  float unit;                                     // of the numbers
+  float error;                                    // of a score over s, for each unit of the coarse norm; never 0
+  float coarse_start, fine_start, refined_start;  // of a bound over s: for the middle of the codes, and for rounding
 
   QueryCode() = default;
 
-  /// numbers_i = rint(q_i / unit) in -kMost ... kMost; norm = ||q||, distance = ||q - unit numbers||; certain: 1, or
-  /// the share of the proved error that counts.
+  /// numbers_i = rint(q_i / unit) in -kMost ... kMost, sum of these; norm = ||q||, distance = ||q - unit numbers||;
+  /// certain: 1, or the share of the proved error that counts.
   ENTMAXKV_HOST_DEVICE QueryCode(float unit, int sum, float norm, float distance, int dims, float certain)
-      : unit(unit), sum(sum) {
+      : unit(unit) {
     const float root = std::sqrt(static_cast<float>(dims));
-    error = norm * root * (certain / kNormUnit) * (1 + kSlack);
-    slack = 1.5f * root * (distance + norm * kSlack) * (1 + kSlack);
+    const float all = unit * static_cast<float>(sum);
+    const float slack = 3 * root * (distance + norm * kSlack) * (1 + kSlack);
+    error = norm * root * (certain / kNormUnit) * (1 + kSlack) + std::numeric_limits<float>::min();
+    coarse_start = slack - 1.5f * kShrink * all;
+    fine_start = slack - 0.25f * kMiddle * all;
+    refined_start = -0.375f * all - (kGrow - 1) * slack;
   }
 
-  /// Upper bounds of scale q.k: from sum_i numbers_i (c_i >> 2), and from sum_i numbers_i c_i.
-  ENTMAXKV_HOST_DEVICE float coarse_bound(int product, int scale, int norm) const {
-    return bound(0.5f * kShrink * static_cast<float>(2 * product - 3 * sum), static_cast<float>(norm), scale);
+  /// Upper bounds of scale q.k: from sum_i numbers_i (c_i >> 2), and from sum_i numbers_i c_i; norms by distance_of.
+  ENTMAXKV_HOST_DEVICE float coarse_bound(int product, float step, float norm) const {
+    return step * (kShrink * unit * static_cast<float>(product) + (error * norm + coarse_start));
   }
-  ENTMAXKV_HOST_DEVICE float fine_bound(int product, int scale, int norm) const {
-    return bound(0.125f * static_cast<float>(2 * product - 15 * sum), 0.25f * static_cast<float>(norm), scale);
+  ENTMAXKV_HOST_DEVICE float fine_bound(int product, float step, float norm) const {
+    return step * (0.25f * unit * static_cast<float>(product) + (0.25f * error * norm + fine_start));
   }
 
-  /// The latter from the former, however that was rounded up, and from sum_i numbers_i (c_i & 3).
-  ENTMAXKV_HOST_DEVICE float refined(float coarse_bound, int product, int scale, int coarse, int fine) const {
-    constexpr float kGrow = 1 / kShrink;
-    const float nearer = 0.25f * static_cast<float>(fine) - kGrow * static_cast<float>(coarse);
-    const float moved = 0.125f * static_cast<float>(2 * product - 3 * sum);
-    return kGrow * coarse_bound + step_of(scale) * (unit * moved + error * nearer - 2 * (kGrow - 1) * slack);
+  /// The latter from the former, however that was rounded up, and from sum_i numbers_i (c_i & 3); of bounds with an
+  /// ALiBi term if that is told.
+  ENTMAXKV_HOST_DEVICE float refined(float coarse_bound, int product, float step, float coarse, float fine,
+                                     float bias) const {
+    const float nearer = 0.25f * fine - kGrow * coarse;
+    const float moved = 0.25f * unit * static_cast<float>(product) + (error * nearer + refined_start);
+    return kGrow * coarse_bound + (step * moved - (kGrow - 1) * bias);
   }
 
  private:
-  ENTMAXKV_HOST_DEVICE float bound(float product, float norm, int scale) const {
-    if (scale == kUnknown) return std::numeric_limits<float>::infinity();
-    return step_of(scale) * (unit * product + (error * norm + 2 * slack));
-  }
+  static constexpr float kGrow = 1 / kShrink;
 };
 
 /// The unit of a query's numbers: with it the largest coordinate is kMost.
@@ -199,10 +216,7 @@ ENTMAXKV_HOST_DEVICE inline float rounded_up(double weight) {
   return weight > 0 ? static_cast<float>(std::fmin(weight * (1 + 0x1p-20) + 1e-37, 1.0)) : 0;
 }
 
-/// The ALiBi term of a bound, rounded up.
-ENTMAXKV_HOST_DEVICE inline float bias_bound(float slope, int distance) {
-  const float bias = slope * static_cast<float>(distance);
-  return bias + std::fabs(bias) * 0x1p-20f;
-}
+/// A slope that rounds ALiBi terms up, of distances of 0 and below.
+ENTMAXKV_HOST_DEVICE inline float upward(float slope) { return slope - std::fabs(slope) * 0x1p-20f; }
 
 }  // namespace entmaxkv::sketch

@@ -25,7 +25,7 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 /// A query head of a row.
 struct Query {
   std::vector<float> q;
-  sketch::QueryCode code{0, 0, 0, 0, 0, 1};
+  sketch::QueryCode code;
   double norm = 0;     // of scale q
   bool known = false;  // the code stands for q
   float floor = kNothing;
@@ -112,7 +112,7 @@ class Selector {
 
   float bias(const Span& span, int h, int token) const {
     const float slope = op_.scoring.slope(span.kv_head * group_ + h);
-    return sketch::bias_bound(slope, token - (op_.seq_lens[span.row] - 1));
+    return sketch::upward(slope) * static_cast<float>(token - (op_.seq_lens[span.row] - 1));
   }
 
   void code(int64_t head_index) {
@@ -164,8 +164,12 @@ class Selector {
     return op_.sketch.plane(page_head, plane, op_.page_size, row_bytes_) + slot * row_bytes_;
   }
 
-  int norm(int64_t page_head, int which, int slot) const {
+  float norm(int64_t page_head, int which, int slot) const {
     return op_.sketch.norm(page_head, which, op_.page_size)[slot];
+  }
+
+  float distance(int64_t page_head, int which, int slot) const {
+    return sketch::distance_of(norm(page_head, 0, slot), norm(page_head, which, slot));
   }
 
   void coarse(int64_t index) {
@@ -174,10 +178,9 @@ class Selector {
     std::vector<int> sums(group_);
     for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
       kernels_.dot_codes(codes(page_head, 0, slot), nullptr, numbers(span), group_, dims_, sums.data());
-      const int scale = norm(page_head, 0, slot), norm_of_distance = norm(page_head, 1, slot);
+      const float step = sketch::step_of(norm(page_head, 0, slot)), its_distance = distance(page_head, 1, slot);
       for (int h = 0; h < group_; ++h) {
-        const float upper = query[h].code.coarse_bound(sums[h], scale, norm_of_distance);
-        uppers(span, h)[token] = upper + bias(span, h, token);
+        uppers(span, h)[token] = query[h].code.coarse_bound(sums[h], step, its_distance) + bias(span, h, token);
       }
     });
     for (int h = 0; h < group_; ++h) {
@@ -269,8 +272,8 @@ class Selector {
                                sums.data());
             summed = true;
           }
-          upper = query[h].code.fine_bound(sums[h], norm(page_head, 0, slot), norm(page_head, 2, slot));
-          upper += bias(span, h, token);
+          const float step = sketch::step_of(norm(page_head, 0, slot));
+          upper = query[h].code.fine_bound(sums[h], step, distance(page_head, 2, slot)) + bias(span, h, token);
           if (upper <= query[h].floor) continue;
         }
         wanted = true;

@@ -23,9 +23,9 @@ using namespace sketch_tile;
 template <int kWords>
 constexpr int kBlocks = kWords <= 2 ? 4 : 6 - kWords;  // that share a multiprocessor
 
-/// How many of them registers must suffice for: older compilations need a few more.
+/// How many of them registers must suffice for: compilations for other GPUs than Hopper need a few more.
 template <int kWords>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kOccupancy = kBlocks<kWords> - 1;
 #else
 constexpr int kOccupancy = kBlocks<kWords>;
@@ -108,37 +108,47 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
     const CodeHeads heads(op, list / (op.kv_heads * parts), list / parts % op.kv_heads, list % parts);
     s_numbers.set(op, heads);
     const Lane<kWords> lane(s_numbers);
-    const SketchPages pages(op, heads.row, heads.kv_head);
+    const SketchPages<kWords> pages(op, heads.row, heads.kv_head);
     const int seq_len = length_of(op, heads.row), chunk = chunk_of(seq_len), last = seq_len - 1;
     const int64_t first_head = heads.row * op.q_heads + heads.first;
     const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
-    float slopes[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) slopes[j] = heads.slope(op, lane.head(j));
+    const float slopes[2] = {sketch::upward(heads.slope(op, lane.head(0))),
+                             sketch::upward(heads.slope(op, lane.head(1)))};
+    int nth = unit * kScanWarps + static_cast<int>(threadIdx.x / 32);
+    const int stop = min((unit + of_list) * kScanWarps * chunk, seq_len);
+    Coarse<kWords> next;
+    if (nth * chunk < stop) next.load(pages, nth * chunk, last);
 #pragma unroll 1
-    for (int nth = unit * kScanWarps + static_cast<int>(threadIdx.x / 32); nth < (unit + of_list) * kScanWarps;
-         nth += kScanWarps) {
-      const int begin = nth * chunk, end = min(begin + chunk, seq_len);
-      if (begin >= end) break;
+    for (; nth * chunk < stop; nth += kScanWarps) {
+      const int end = min((nth + 1) * chunk, seq_len);
       Best bests[2];
-      Coarse<kWords> next;
-      next.load(pages, begin, last);
 #pragma unroll 1
-      for (int first = begin; first < end; first += kTokens) {
+      for (int first = nth * chunk; first < end; first += kTokens) {
         const Coarse<kWords> coarse = next;
-        if (first + kTokens < end) next.load(pages, first + kTokens, last);
+        const int following = first + kTokens < end ? first + kTokens : (nth + kScanWarps) * chunk;
+        if (following < stop) next.load(pages, following, last);
         const int own = first + 4 * lane.own_row();
-        __half uppers[2][4];
+        const auto distance = static_cast<float>(own - last);
+        float bounds[2][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int products[2];
           lane.multiply(coarse.words[i], products);
+          const float scale = byte_of(coarse.scales, i), step = sketch::step_of(scale);
+          const float lost = sketch::distance_of(scale, byte_of(coarse.norms, i));
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            float upper = codes[j].coarse_bound(products[j], byte_of(coarse.scales, i), byte_of(coarse.norms, i));
-            if (op.scoring.alibi_slopes) upper += sketch::bias_bound(slopes[j], own + i - last);
-            uppers[j][i] = __float2half_ru(upper);
-            if (own + i < end && upper > bests[j].upper) bests[j] = {upper, own + i};
+            bounds[j][i] =
+                codes[j].coarse_bound(products[j], step, lost) + slopes[j] * (distance + static_cast<float>(i));
+          }
+        }
+        __half uppers[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            uppers[j][i] = __float2half_ru(bounds[j][i]);
+            if (own + i < end && bounds[j][i] > bests[j].upper) bests[j] = {bounds[j][i], own + i};
           }
         }
 #pragma unroll
@@ -273,6 +283,19 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   if (thread == 0) scratch.floors[at] = floor;
 }
 
+/// What refining needs of a query head.
+struct RefinedHead {
+  float floor, slope, gap;
+
+  /// The h-th; where there is none, one that no bound is above the floor of.
+  static __device__ RefinedHead of(const SelectSketch& op, const Scratch& scratch, const CodeHeads& heads, int h) {
+    if (h >= heads.count) return {-kNothing, 0, 1};
+    const int head = heads.first + h;
+    return {scratch.floors[heads.row * op.q_heads + head], sketch::upward(op.scoring.slope(head)),
+            static_cast<float>(Entmax<double>(op.alpha.of(head)).gap)};
+  }
+};
+
 /// A warp's tile of tokens to be bounded by both planes: those that some head still wants.
 template <int kWords>
 struct Fine {
@@ -282,7 +305,7 @@ struct Fine {
   uint32_t wanted;  // of the four, a bit each
 
   /// The bounds that the scan has left, of kTokens tokens from `first` on.
-  static __device__ void load(uint2 (&to)[2], const __half* uppers, int64_t stride, int heads, int first) {
+  static __device__ void load_uppers(uint2 (&to)[2], const __half* uppers, int64_t stride, int heads, int first) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int h = min(Lane<kWords>::head(j), heads - 1);
@@ -294,176 +317,179 @@ struct Fine {
     return __half2float(reinterpret_cast<const __half*>(&word)[nth]);
   }
 
-  /// Begins to load what is wanted of the tile; returns whether that is anything. All lanes call.
-  __device__ bool load(const SketchPages& pages, const uint2 (&its_uppers)[2], const float (&floors)[2], int first,
-                       int end, bool both_planes) {
+  /// Begins to load what is wanted of the tile. All lanes call.
+  template <bool kFine>
+  __device__ void load(const SketchPages<kWords>& pages, const uint2 (&its_uppers)[2], const RefinedHead* heads,
+                       int first, int end) {
     const int own = first + 4 * Lane<kWords>::own_row();
     wanted = 0;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       uppers[j] = its_uppers[j];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) wanted |= static_cast<uint32_t>(!(upper_of(uppers[j], i) <= floors[j])) << i;
+      for (int i = 0; i < 4; ++i) wanted |= static_cast<uint32_t>(!(upper_of(uppers[j], i) <= heads[j].floor)) << i;
     }
     wanted &= own < end ? (1u << min(4, end - own)) - 1 : 0;
     wanted |= __shfl_xor_sync(kAllLanes, wanted, 1);
     const uint32_t other = __shfl_xor_sync(kAllLanes, wanted, 2);
-    if (__ballot_sync(kAllLanes, wanted != 0) == 0) return false;
-    if (!both_planes) return true;
+    if (!kFine || __ballot_sync(kAllLanes, wanted != 0) == 0) return;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const uint32_t of_row = (Lane<kWords>::part() / 2 == w) ? wanted : other;
       const int token = first + 4 * Lane<kWords>::row(w);
-      const int64_t page_head = of_row ? pages.page_head(token) : 0;
-      const uint8_t* codes = pages.codes(page_head, token, 1) + 4 * kWords * Lane<kWords>::part();
+      const uint32_t page = of_row ? pages.page(token) : 0;
+      const uint8_t* codes = pages.codes_of(page, token, 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (of_row >> i & 1) load_words<kWords>(words[i][w], codes + i * pages.row_bytes);
+        if (of_row >> i & 1) load_words<kWords>(words[i][w], codes + i * pages.kRowBytes);
       }
       if (Lane<kWords>::part() / 2 == w && of_row) {
-        scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 0)));
-        coarse = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 1)));
-        fine = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, token, 2)));
+        scales = pages.norms_of(page, token, 0);
+        coarse = pages.norms_of(page, token, 1);
+        fine = pages.norms_of(page, token, 2);
       }
     }
-    return true;
   }
 };
 
-/// A warp's segment.
+/// A warp's segment, of which nothing is marked at first.
 struct Segment {
   static constexpr int kWords = kSegment / 32;
   uint32_t marks[kWords];
   uint8_t merits[kSegment];
+
+  /// Joins what is marked for one part of a group's heads with earlier ones', counts with the last, and begins anew.
+  __device__ void finish(const Scratch& scratch, int64_t list, int segment, bool first_part, bool last_part) {
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const int64_t at = list * scratch.capacity + segment * kSegment;
+    uint32_t mask = 0;
+    if (lane < kWords) {
+      uint32_t& all = scratch.marks[at / 32 + lane];
+      all = mask = first_part ? marks[lane] : marks[lane] | all;
+      marks[lane] = 0;
+    }
+    if (last_part) {
+      const int marked = __reduce_add_sync(kAllLanes, __popc(mask));
+      if (lane == 0) scratch.marked[list * scratch.segments() + segment] = marked;
+    }
+    if (scratch.merits) {
+#pragma unroll 1
+      for (int word = 0; word < kWords; ++word) {
+        uint8_t& all = scratch.merits[at + word * 32 + lane];
+        uint8_t& its = merits[word * 32 + lane];
+        all = first_part ? its : max(its, all);
+        its = 0;
+        if (last_part && __shfl_sync(kAllLanes, mask, word) >> lane & 1) {
+          atomicAdd(scratch.at_merit + list * kBins + all, 1);
+        }
+      }
+    }
+    __syncwarp();
+  }
 };
 
-/// Marks the tokens of a warp's segment of which the closest bound is above the floor of some of the heads. All lanes
-/// call.
-template <int kWords>
-__device__ void mark(const SelectSketch& op, const Scratch& scratch, const SketchPages& pages, const CodeHeads& heads,
-                     const Numbers& s_numbers, const float* s_floors, Segment& s, int begin, int tokens, int last) {
+/// Marks the tokens of which the closest bound is above the floor of some of the heads. All lanes call, with a segment
+/// for the warp. It has tokens `begin` to `stop`: a segment, those of the block's other warps, a segment ...
+template <int kWords, bool kFine>
+__device__ void mark(const SelectSketch& op, const Scratch& scratch, const SketchPages<kWords>& pages,
+                     const CodeHeads& heads, const Numbers& s_numbers, const RefinedHead (&s_heads)[kHeads], Segment& s,
+                     int begin, int stop, int part) {
+  const auto after = [](int first) {
+    const int next = first + kTokens;
+    return next % kSegment ? next : next + (kScanWarps - 1) * kSegment;
+  };
   const Lane<kWords> lane(s_numbers);
-  const int end = begin + tokens;
-  const int64_t first_head = heads.row * op.q_heads + heads.first;
-  const __half* all_uppers = scratch.uppers + first_head * scratch.capacity;
-  float floors[2], slopes[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    floors[j] = lane.head(j) < heads.count ? s_floors[lane.head(j)] : -kNothing;
-    slopes[j] = heads.slope(op, lane.head(j));
-  }
+  const int last = length_of(op, heads.row) - 1;
+  const __half* all_uppers = scratch.uppers + (heads.row * op.q_heads + heads.first) * scratch.capacity;
+  const RefinedHead* own_heads = s_heads + lane.head(0);
+  if (begin >= stop) return;
   uint2 uppers[2];
-  Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, begin);
+  Fine<kWords>::load_uppers(uppers, all_uppers, scratch.capacity, heads.count, begin);
   Fine<kWords> next;
-  bool there = next.load(pages, uppers, floors, begin, end, op.fine);
-  if (begin + kTokens < end) {
-    Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, begin + kTokens);
+  next.template load<kFine>(pages, uppers, own_heads, begin, stop);
+  if (after(begin) < stop) {
+    Fine<kWords>::load_uppers(uppers, all_uppers, scratch.capacity, heads.count, after(begin));
   }
 #pragma unroll 1
-  for (int first = begin; first < end; first += kTokens) {
+  for (int first = begin; first < stop; first = after(first)) {
     const Fine<kWords> tile = next;
-    const bool wanted = there;
-    if (first + kTokens < end) {
-      there = next.load(pages, uppers, floors, first + kTokens, end, op.fine);
-      if (first + 2 * kTokens < end) {
-        Fine<kWords>::load(uppers, all_uppers, scratch.capacity, heads.count, first + 2 * kTokens);
-      }
-    }
-    if (!wanted) continue;
-    uint32_t marks = 0;
-    int merits[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int products[2];
-      if (op.fine) lane.multiply(tile.words[i], products);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float upper = tile.upper_of(tile.uppers[j], i);
-        if (op.fine) {
-          const int distance = first + 4 * lane.own_row() + i - last;
-          const float bias = op.scoring.alibi_slopes ? sketch::bias_bound(slopes[j], distance) : 0;
-          const float closer = s_numbers.codes[lane.head(j)].refined(upper - bias, products[j], byte_of(tile.scales, i),
-                                                                     byte_of(tile.coarse, i), byte_of(tile.fine, i));
-          upper = fminf(upper, closer + bias);
-        }
-        if ((tile.wanted >> i & 1) == 0 || upper <= floors[j] || lane.head(j) >= heads.count) continue;
-        marks |= 1u << i;
-        if (scratch.merits) {
-          const auto gap = static_cast<float>(Entmax<double>(op.alpha.of(heads.first + lane.head(j))).gap);
-          merits[i] = max(merits[i], sketch::merit_of(gap * (upper - floors[j])));
-        }
-      }
-    }
-    marks |= __shfl_xor_sync(kAllLanes, marks, 1);
-    const int row = lane.own_row() % 8;
-    const bool speaks = lane.part() % 2 == 0;
-    if (scratch.merits) {
+    const int second = after(first), third = after(second);
+    if (second < stop) next.template load<kFine>(pages, uppers, own_heads, second, stop);
+    if (third < stop) Fine<kWords>::load_uppers(uppers, all_uppers, scratch.capacity, heads.count, third);
+    if (__ballot_sync(kAllLanes, tile.wanted != 0) != 0) {
+      const auto distance = static_cast<float>(first + 4 * lane.own_row() - last);
+      const float floors[2] = {own_heads[0].floor, own_heads[1].floor};
+      uint32_t marks = 0;
+      float above[4];  // the floor, in z
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        merits[i] = max(merits[i], __shfl_xor_sync(kAllLanes, merits[i], 1));
-        uint8_t& merit = s.merits[first - begin + 4 * lane.own_row() + i];
-        if (speaks && marks >> i & 1) merit = static_cast<uint8_t>(max(merits[i], int{merit}));
+        float bounds[2] = {tile.upper_of(tile.uppers[0], i), tile.upper_of(tile.uppers[1], i)};
+        if constexpr (kFine) {
+          int products[2];
+          lane.multiply(tile.words[i], products);
+          const float step = sketch::step_of(byte_of(tile.scales, i));
+          const float coarse = byte_of(tile.coarse, i), fine = byte_of(tile.fine, i);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float bias = own_heads[j].slope * (distance + static_cast<float>(i));
+            const sketch::QueryCode& code = s_numbers.codes[lane.head(j)];
+            bounds[j] = fminf(bounds[j], code.refined(bounds[j], products[j], step, coarse, fine, bias));
+          }
+        }
+        marks |= static_cast<uint32_t>(!(bounds[0] <= floors[0]) || !(bounds[1] <= floors[1])) << i;
+        above[i] = larger(own_heads[0].gap * (bounds[0] - floors[0]), own_heads[1].gap * (bounds[1] - floors[1]));
+      }
+      marks &= tile.wanted;
+      marks |= __shfl_xor_sync(kAllLanes, marks, 1);
+      const int row = lane.own_row() % 8;
+      const bool speaks = lane.part() % 2 == 0;
+      if (scratch.merits) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          above[i] = larger(above[i], __shfl_xor_sync(kAllLanes, above[i], 1));
+          if (speaks && marks >> i & 1) {
+            s.merits[first % kSegment + 4 * lane.own_row() + i] = static_cast<uint8_t>(sketch::merit_of(above[i]));
+          }
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const bool own = speaks && lane.part() / 2 == w;
+        const uint32_t word = __reduce_or_sync(kAllLanes, own ? marks << 4 * row : 0);
+        if (threadIdx.x % 32 == 0) s.marks[first % kSegment / 32 + w] = word;
       }
     }
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const bool own = speaks && lane.part() / 2 == w;
-      const uint32_t word = __reduce_or_sync(kAllLanes, own ? marks << 4 * row : 0);
-      if (threadIdx.x % 32 == 0) s.marks[(first - begin) / 32 + w] |= word;
+    if (second >= stop || second / kSegment != first / kSegment) {
+      s.finish(scratch, heads.row * op.kv_heads + heads.kv_head, first / kSegment, part == 0,
+               part == CodeHeads::parts(op) - 1);
     }
   }
-  __syncwarp();
 }
 
-template <int kWords>
+template <int kWords, bool kFine>
 __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
   __shared__ Segment s_segments[kScanWarps];
-  __shared__ float s_floors[kHeads];
-  Segment& s = s_segments[threadIdx.x / 32];
-  const int thread = threadIdx.x, lane = thread % 32, parts = CodeHeads::parts(op);
-  const auto segments_of = [&](int list) { return ceil_div(length_of(op, list / op.kv_heads), kSegment); };
-  const auto units_of = [&](int list) { return ceil_div(segments_of(list), kScanWarps); };
+  __shared__ RefinedHead s_heads[kHeads];
+  const int thread = threadIdx.x;
+  Segment& s = s_segments[thread / 32];
+  for (int i = thread % 32; i < kSegment; i += 32) s.marks[i % Segment::kWords] = s.merits[i] = 0;
+  const auto units_of = [&](int list) { return ceil_div(length_of(op, list / op.kv_heads), kScanWarps * kSegment); };
   Share::of_block<kScanThreads>(op.batch * op.kv_heads, units_of).visit(units_of, [&](int list, int unit, int of_list) {
     const int64_t row = list / op.kv_heads;
-    const int kv_head = list % op.kv_heads, seq_len = length_of(op, row);
-    const SketchPages pages(op, row, kv_head);
-    bool fresh = true;
+    const int kv_head = list % op.kv_heads;
+    const int begin = (unit * kScanWarps + thread / 32) * kSegment;
+    const int stop = min(length_of(op, row), (unit + of_list) * kScanWarps * kSegment);
+    const SketchPages<kWords> pages(op, row, kv_head);
 #pragma unroll 1
-    for (const int end = unit + of_list; unit < end; ++unit) {
-      const int segment = unit * kScanWarps + thread / 32;
-      const int begin = segment * kSegment, tokens = min(kSegment, seq_len - begin);
-      if (lane < Segment::kWords) s.marks[lane] = 0;
-      if (scratch.merits) {
-        for (int i = lane; i < kSegment; i += 32) s.merits[i] = 0;
-      }
-#pragma unroll 1
-      for (int part = 0; part < parts; ++part) {
-        const CodeHeads heads(op, row, kv_head, part);
-        if (parts > 1 || fresh) {
-          s_numbers.set(op, heads);
-          if (thread < heads.count) s_floors[thread] = scratch.floors[row * op.q_heads + heads.first + thread];
-          __syncthreads();
-          fresh = false;
-        }
-        __syncwarp();
-        if (tokens > 0) mark<kWords>(op, scratch, pages, heads, s_numbers, s_floors, s, begin, tokens, seq_len - 1);
-      }
-      if (tokens <= 0) continue;
-      const uint32_t mask = lane < Segment::kWords ? s.marks[lane] : 0;
-      const int64_t at = int64_t{list} * scratch.capacity + begin;
-      if (lane < Segment::kWords) scratch.marks[at / 32 + lane] = mask;
-      const int marked = __reduce_add_sync(kAllLanes, __popc(mask));
-      if (lane == 0) scratch.marked[int64_t{list} * scratch.segments() + segment] = marked;
-      if (scratch.merits) {
-#pragma unroll 1
-        for (int i = lane; i < tokens; i += 32) {
-          scratch.merits[at + i] = s.merits[i];
-          if (s.marks[i / 32] >> i % 32 & 1) atomicAdd(scratch.at_merit + int64_t{list} * kBins + s.merits[i], 1);
-        }
-      }
-      __syncwarp();  // before the next segment
+    for (int part = 0; part < CodeHeads::parts(op); ++part) {
+      const CodeHeads heads(op, row, kv_head, part);
+      s_numbers.set(op, heads);
+      if (thread < kHeads) s_heads[thread] = RefinedHead::of(op, scratch, heads, thread);
+      __syncthreads();
+      mark<kWords, kFine>(op, scratch, pages, heads, s_numbers, s_heads, s, begin, stop, part);
     }
   });
 }
@@ -560,7 +586,7 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
       launch(name, find_floors<decltype(element)>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch,
              vectors);
     });
-    launch(name, refine<words>, grid, stream, op, scratch);
+    launch(name, op.fine ? refine<words, true> : refine<words, false>, grid, stream, op, scratch);
   });
   const dim3 words(std::max(1, ceil_div(scratch.capacity / 32, kThreads)), op.kv_heads, op.batch);
   if (scratch.merits) launch(name, cap, {words, kThreads}, stream, op, scratch);

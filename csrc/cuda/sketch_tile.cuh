@@ -203,31 +203,40 @@ __device__ void load_words(uint32_t (&to)[kWords], const uint8_t* from) {
   }
 }
 
-/// Where the sketch of a row's tokens is.
+/// Where the sketch of the tokens of a row and KV head is, for a lane: its part of rows of codes, and norms.
+template <int kWords>
 struct SketchPages {
-  const Sketch& sketch;
+  static constexpr int kRowBytes = 16 * kWords;
+
+  const uint8_t *codes, *norms;  // in page 0
   const int32_t* table;
-  int kv_head, kv_heads, page_size, row_bytes, page_bits;
+  uint32_t page_codes, page_norms;  // bytes
+  int page_size, page_bits;
 
   __device__ SketchPages(const SelectSketch& op, int64_t row, int kv_head)
-      : sketch(op.sketch),
+      : codes(op.sketch.plane(kv_head, 0, op.page_size, kRowBytes) + 4 * kWords * Lane<kWords>::part()),
+        norms(op.sketch.norm(kv_head, 0, op.page_size)),
         table(op.page_table.row(row)),
-        kv_head(kv_head),
-        kv_heads(op.kv_heads),
+        page_codes(op.kv_heads * 2 * op.page_size * kRowBytes),
+        page_norms(op.kv_heads * 3 * op.page_size),
         page_size(op.page_size),
-        row_bytes(sketch::row_bytes(op.head_dim)) {
-    page_bits = __ffs(page_size) - 1;
+        page_bits(__ffs(op.page_size) - 1) {}
+
+  __device__ uint32_t page(int token) const { return static_cast<uint32_t>(table[token >> page_bits]); }
+
+  /// Of a token of the page; those of the next one in it are kRowBytes further.
+  __device__ const uint8_t* codes_of(uint32_t page, int token, int plane) const {
+    return codes + uint64_t{page} * page_codes + ((plane << page_bits) + slot(token)) * kRowBytes;
   }
 
-  __device__ int64_t page_head(int token) const { return int64_t{table[token >> page_bits]} * kv_heads + kv_head; }
+  /// Of four successive tokens.
+  __device__ uint32_t norms_of(uint32_t page, int token, int which) const {
+    return __ldg(
+        reinterpret_cast<const uint32_t*>(norms + uint64_t{page} * page_norms + ((which << page_bits) + slot(token))));
+  }
+
+ private:
   __device__ int slot(int token) const { return token & (page_size - 1); }
-
-  __device__ const uint8_t* codes(int64_t page_head, int token, int plane) const {
-    return sketch.plane(page_head, plane, page_size, row_bytes) + slot(token) * row_bytes;
-  }
-  __device__ const uint8_t* norms(int64_t page_head, int token, int which) const {
-    return sketch.norm(page_head, which, page_size) + slot(token);
-  }
 };
 
 /// The codes of kTokens successive tokens, and scale and coarse norm of a lane's four.
@@ -237,24 +246,27 @@ struct Coarse {
   uint32_t scales, norms;
 
   /// Behind the last token, whatever there is in its page.
-  __device__ void load(const SketchPages& pages, int first, int last) {
-    int64_t page_heads[2];
+  __device__ void load(const SketchPages<kWords>& pages, int first, int last) {
+    uint32_t page[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) page[w] = pages.page(min(first + 4 * Lane<kWords>::row(w), last));
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const int token = first + 4 * Lane<kWords>::row(w);
-      page_heads[w] = pages.page_head(min(token, last));
-      const uint8_t* codes = pages.codes(page_heads[w], token, 0) + 4 * kWords * Lane<kWords>::part();
+      const uint8_t* codes = pages.codes_of(page[w], first + 4 * Lane<kWords>::row(w), 0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w], codes + i * pages.row_bytes);
+      for (int i = 0; i < 4; ++i) load_words<kWords>(words[i][w], codes + i * pages.kRowBytes);
     }
     const int own = first + 4 * Lane<kWords>::own_row();
-    const int64_t page_head = Lane<kWords>::part() < 2 ? page_heads[0] : page_heads[1];
-    scales = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 0)));
-    norms = __ldg(reinterpret_cast<const uint32_t*>(pages.norms(page_head, own, 1)));
+    const uint32_t own_page = Lane<kWords>::part() < 2 ? page[0] : page[1];
+    scales = pages.norms_of(own_page, own, 0);
+    norms = pages.norms_of(own_page, own, 1);
   }
 };
 
-__device__ int byte_of(uint32_t word, int nth) { return static_cast<int>(word >> 8 * nth & 255); }
+/// A byte of a word; with less work than a conversion.
+__device__ float byte_of(uint32_t word, int nth) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 + nth)) - 0x1p23f;
+}
 
 }  // namespace sketch_tile
 
