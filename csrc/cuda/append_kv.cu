@@ -21,7 +21,7 @@ constexpr int kMostThreads = 1024;
 
 __host__ __device__ int head_threads(int head_dim) { return ceil_div(2 * head_dim, 32) * 32; }
 
-__device__ int page_of(const AppendKv& op, int token) { return token >> (__ffs(op.page_size) - 1); }
+__device__ int page_of(const AppendKv& op, int token) { return token >> log2_of(op.page_size); }
 
 /// Copies to the nth page that the row's new tokens touch, and summarises it. All threads of the block call, thread
 /// 0 ... 2 head_dim - 1 for each KV head; one that does not exist is left out.

@@ -174,6 +174,9 @@ __device__ int length_of(const Op& op, int64_t row) {
   return max(0, min(op.seq_lens[row], op.max_pages * op.page_size));
 }
 
+/// Of a power of two.
+__device__ inline int log2_of(int power) { return __ffs(power) - 1; }
+
 /// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
 struct Span {
   int first, end;

@@ -25,7 +25,7 @@ constexpr int kOccupancy = kDims == 64      ? 4
 template <typename T, int kDims, typename Op, typename Key>
 __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors, Key key) {
   using Coder = KeyCoder<T, kDims>;
-  const int kv_head = blockIdx.y, page_bits = __ffs(op.page_size) - 1;
+  const int kv_head = blockIdx.y, page_bits = log2_of(op.page_size);
   const int32_t* table = op.page_table.row(row);
   begin += static_cast<int>(blockIdx.x) * kTokens;
   end = min(begin + kTokens, end);

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
     mark(SelectGaussian op, int slice_pages, int held_pages, uint32_t* marks) {
   take_turn();
   const int64_t row = blockIdx.z, head = row * op.q_heads + blockIdx.y;
-  const int seq_len = length_of(op, row), page_bits = __ffs(op.page_size) - 1;
+  const int seq_len = length_of(op, row), page_bits = log2_of(op.page_size);
   const int pages = (seq_len + op.page_size - 1) >> page_bits, last = pages - 1;
   const int begin = min(cluster::rank() * slice_pages, pages), end = min(begin + slice_pages, pages);
   const float *mean = op.mean + head * op.max_pages, *std = op.std + head * op.max_pages;

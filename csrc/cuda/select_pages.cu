@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Scores scores{data, op.group, op.max_pages, tile_pages, s_scores, s_extremes};
   const int room = op.max_pages - rank * slice_pages;
   scores.read<kAligned>(rank * slice_pages, 0, min(min(kEager, tile_pages), room));
-  const int seq_len = length_of(op, row), page_bits = __ffs(op.page_size) - 1;
+  const int seq_len = length_of(op, row), page_bits = log2_of(op.page_size);
   const int last = (seq_len - 1) >> page_bits;
   const int64_t left = op.budget - (seq_len - last * op.page_size);
   const int others = last < 0 ? 0 : static_cast<int>(max(int64_t{0}, min(left >> page_bits, int64_t{last})));

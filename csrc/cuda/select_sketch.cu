@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   float products[kOwn] = {}, squares[kOwn] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const int page_bits = __ffs(op.page_size) - 1;
+    const int page_bits = log2_of(op.page_size);
     const int token = tokens[i] = s_tokens[i * (kThreads / kLanes) + thread / kLanes];
     keys[i] = op.k_pages.at<T>(op.page_table.row(row)[max(token, 0) >> page_bits], kv_head,
                                max(token, 0) & (op.page_size - 1));

@@ -220,7 +220,7 @@ struct SketchPages {
         page_codes(op.kv_heads * 2 * op.page_size * kRowBytes),
         page_norms(op.kv_heads * 3 * op.page_size),
         page_size(op.page_size),
-        page_bits(__ffs(op.page_size) - 1) {}
+        page_bits(log2_of(op.page_size)) {}
 
   __device__ uint32_t page(int token) const { return static_cast<uint32_t>(table[token >> page_bits]); }
 

@@ -19,7 +19,7 @@ struct TokenList {
 
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
       : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(0) {
-    page_bits = entry_bits = __ffs(page_size) - 1;
+    page_bits = entry_bits = log2_of(page_size);
     seq_len = length_of(op, row);
     int entries = (seq_len + page_size - 1) >> page_bits;
     if (op.selection) {
