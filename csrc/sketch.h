@@ -2,7 +2,7 @@
 //
 // A key is rotated, r = H S k: S turns signs, fixed and random-like; H is an orthonormal Hadamard matrix of the blocks
 // of kBlock dimensions (one matrix over all where their number is a power of two), zeros filling up the last one. Per
-// token one step s, and of each coordinate x of r a code of 4 bits, c = floor(4 x / s) + 8 in 0 ... 15:
+// token one step s, and of each coordinate x of r a code of 4 bits, c in 0 ... 15, the nearest to 4 x / s + 7.5:
 //     fine value    (c - 7.5) s / 4                 from both planes, the high and the low 2 bits
 //     coarse value  (floor(c / 4) - 1.5) kShrink s  from plane 0 alone
 // and of each value's distance from r the norm, rounded up. As rotations keep products,
@@ -22,12 +22,13 @@ namespace entmaxkv::sketch {
 
 constexpr int kBlock = 64;
 constexpr int kMaxDims = kMaxHeadDim;
-constexpr int kUnknown = 255;       // the scale of a key that has no sketch: it may have any score
-constexpr float kNormUnit = 256;    // a norm of the coarse distance, in units of s sqrt(dims) / kNormUnit
-constexpr float kFineUnit = 1024;   // of the fine distance
-constexpr float kSpread = 1.13f;    // s over the root mean square of r: balances both distances for normal r
-constexpr float kShrink = 0.9375f;  // r is nearer to 0 than the middle of its cell; more so where q has its bounds high
-constexpr float kSlack = 0x1p-15f;  // times ||k||: more than fp32 rounds in the rotation and in a product of 256 terms
+constexpr int kUnknown = 255;      // the scale of a key that has no sketch: it may have any score
+constexpr float kNormUnit = 256;   // a norm of the coarse distance, in units of s sqrt(dims) / kNormUnit
+constexpr float kFineUnit = 1024;  // of the fine distance
+constexpr float kSpread = 1.13f;   // s over the root mean square of r: balances both distances for normal r
+constexpr float kShrink =
+    0.9375f;  // normal r is nearer to 0 than the middle of its cell; this value also suits kMiddle
+constexpr float kSlack = 0x1p-15f;      // times ||k||: more than rotations and products of 256 terms round or truncate
 constexpr float kMostQuery = 0x1p100f;  // of a coordinate of q or scale q: larger ones could overflow in bounds
 
 ENTMAXKV_HOST_DEVICE constexpr int dims_of(int head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }

@@ -78,7 +78,7 @@ def measure(
     row_bytes = cache.head_dim * cache.k_pages.element_size()
     seq_lens = cache.seq_lens.tolist()
     rows_read = int(info.tokens.sum())
-    read = None if chosen is None else chosen.reads(max(seq_lens), cache.page_size)
+    read = None if chosen is None else chosen.reads(max(seq_lens, default=0), cache.page_size)
     for b, seq_len in enumerate(seq_lens):
         if seq_len == 0:
             continue

@@ -46,7 +46,7 @@ struct KeyPlace {
 /// Rotates a warp's keys on tensor cores and codes them. All lanes call every function.
 ///
 /// A Hadamard matrix is a product over the bits of a dimension's number. A product of 16 rows of 16 elements with a
-/// matrix of 16 x 16 takes care of four of them: lane j of a row has the dimensions with bits 3 and kTop = j, 8
+/// matrix of 16 x 16 takes care of four of them: lane j of a row has the dimensions with bit 3 and the top one = j, 8
 /// successive ones at a time, and a product sums over j and bits 0 and 2. Sums and differences of a lane's products
 /// take care of the others. As columns of a matrix may have any order, lane j gets the coordinates with bits 2 and 3 =
 /// j: whole words of sketch::coordinate.
@@ -195,7 +195,7 @@ class KeyCoder {
         for (int top = 0; top < 2; ++top) {
           float products[4] = {};
 #pragma unroll
-          for (int term = 0; term < Exact<T>::kTerms; ++term) {
+          for (int term = Exact<T>::kTerms - 1; term >= 0; --term) {  // small ones first: sums are truncated
             const auto& a = rows[0].terms[term];
             const auto& b = rows[1].terms[term];
             multiply_fragments<typename Exact<T>::Element>(products, {a[bit1], b[bit1], a[2 + bit1], b[2 + bit1]},
@@ -278,7 +278,7 @@ class KeyCoder {
   int head_dim_;
   bool vectors_;
   uint32_t signs_[kParts];  // as signs_of
-  uint32_t matrix_[2][2];   // for bits kTop of a coordinate, and 2 of a dimension: two elements each
+  uint32_t matrix_[2][2];   // for the top bit of a coordinate, and bit 2 of a dimension: two elements each
 };
 
 }  // namespace entmaxkv::cuda

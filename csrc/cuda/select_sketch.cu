@@ -114,19 +114,22 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
     const sketch::QueryCode codes[2] = {s_numbers.codes[lane.head(0)], s_numbers.codes[lane.head(1)]};
     const float slopes[2] = {sketch::upward(heads.slope(op, lane.head(0))),
                              sketch::upward(heads.slope(op, lane.head(1)))};
+    const int chunks = min((unit + of_list) * kScanWarps, chunks_of(list));
     int nth = unit * kScanWarps + static_cast<int>(threadIdx.x / 32);
-    const int stop = min((unit + of_list) * kScanWarps * chunk, seq_len);
     Coarse<kWords> next;
-    if (nth * chunk < stop) next.load(pages, nth * chunk, last);
+    if (nth < chunks) next.load(pages, nth * chunk, last);
 #pragma unroll 1
-    for (; nth * chunk < stop; nth += kScanWarps) {
-      const int end = min((nth + 1) * chunk, seq_len);
+    for (; nth < chunks; nth += kScanWarps) {
+      const int end = nth * chunk + min(chunk, seq_len - nth * chunk);
       Best bests[2];
 #pragma unroll 1
       for (int first = nth * chunk; first < end; first += kTokens) {
         const Coarse<kWords> coarse = next;
-        const int following = first + kTokens < end ? first + kTokens : (nth + kScanWarps) * chunk;
-        if (following < stop) next.load(pages, following, last);
+        if (first + kTokens < end) {
+          next.load(pages, first + kTokens, last);
+        } else if (nth + kScanWarps < chunks) {
+          next.load(pages, (nth + kScanWarps) * chunk, last);
+        }
         const int own = first + 4 * lane.own_row();
         const auto distance = static_cast<float>(own - last);
         float bounds[2][4];
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
                 codes[j].coarse_bound(products[j], step, lost) + slopes[j] * (distance + static_cast<float>(i));
           }
         }
-        __half uppers[2][4];
+        alignas(8) __half uppers[2][4];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -545,8 +548,8 @@ __global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch
   const int thread = threadIdx.x, room = op.selection.max_selected;
   const int first_word = static_cast<int>(blockIdx.x) * kThreads, word = first_word + thread;
   const int segments = ceil_div(length_of(op, row), kSegment), words = segments * Segment::kWords;
-  if (blockIdx.x == 0 && !scratch.merits && thread < op.group) {
-    op.delta_bound[row * op.q_heads + static_cast<int>(blockIdx.y) * op.group + thread] = 0;
+  if (blockIdx.x == 0 && !scratch.merits) {
+    for (int h = thread; h < op.group; h += kThreads) op.delta_bound[list * op.group + h] = 0;
   }
   const int32_t* marked = scratch.marked + list * scratch.segments();
   int own_before = 0, own = 0;
