@@ -236,7 +236,15 @@ __device__ Value sum(Value value) {
 }
 
 /// The larger of two values, NaN if either is.
-__device__ inline float larger(float a, float b) { return a != a || a > b ? a : b; }
+__device__ inline float larger(float a, float b) {
+#ifdef EMULATE_CUDA
+  return a != a || a > b ? a : b;
+#else
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#endif
+}
 
 /// The largest of all threads' values, NaN if any is.
 template <int kThreads>

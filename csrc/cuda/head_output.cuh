@@ -31,22 +31,14 @@ struct Chunk {
   /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call, and fill before they
   /// call again.
   __device__ float sum(int head_dim, bool vectors, int count) {
-    constexpr int kCount = 16 / sizeof(T);
     const int columns = ceil_div(head_dim, kDims), tokens_at_once = kThreads / columns;
     const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
     float own[kDims] = {};
     if (offset < tokens_at_once) {
-#pragma unroll 4
-      for (int i = offset; i < count; i += tokens_at_once) {
-#pragma unroll
-        for (int word = 0; word < kDims / kCount; ++word) {
-          float elements[kCount];
-          const int d = column * kDims + word * kCount;
-          unpack<T>(vectors ? load_word<true>(values[i], d, head_dim) : load_word<false>(values[i], d, head_dim),
-                    elements);
-#pragma unroll
-          for (int e = 0; e < kCount; ++e) own[word * kCount + e] += weights[i] * elements[e];
-        }
+      if (vectors) {
+        add<true>(own, head_dim, column * kDims, offset, tokens_at_once, count);
+      } else {
+        add<false>(own, head_dim, column * kDims, offset, tokens_at_once, count);
       }
     }
 #pragma unroll
@@ -57,6 +49,38 @@ struct Chunk {
       for (int i = 0; i < min(tokens_at_once, count); ++i) total += sums[i * columns * kDims + threadIdx.x];
     }
     return total;
+  }
+
+ private:
+  /// Of dimensions from d on, of every step-th token.
+  template <bool kVectors>
+  __device__ void add(float (&own)[kDims], int head_dim, int d, int first, int step, int count) const {
+    constexpr int kCount = 16 / sizeof(T), kWords = kDims / kCount;
+    constexpr int kAtOnce = kVectors ? 4 : 1;  // tokens
+#pragma unroll 1
+    for (int i = first; i < count; i += kAtOnce * step) {
+      uint4 words[kAtOnce][kWords];
+#pragma unroll
+      for (int nth = 0; nth < kAtOnce; ++nth) {
+        const T* its = values[min(i + nth * step, count - 1)];
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          words[nth][word] = load_word<kVectors>(its, d + word * kCount, head_dim);
+        }
+      }
+#pragma unroll
+      for (int nth = 0; nth < kAtOnce; ++nth) {
+        if (i + nth * step >= count) break;
+        const float weight = weights[i + nth * step];
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          float elements[kCount];
+          unpack<T>(words[nth][word], elements);
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) own[word * kCount + e] += weight * elements[e];
+        }
+      }
+    }
   }
 };
 
@@ -71,28 +95,41 @@ struct HeadOutput {
 
   /// From a head's near tokens. All threads call: of one block, if the tokens are few, else of the team.
   __device__ void write(Team& team, const Entmax<double>& entmax, const NearTokens& near, Chunk<T>& s_chunk) const {
-    const bool few = near.are_few(), own = few && static_cast<int>(threadIdx.x) < near.count;
-    // Where a thread's own value lies is looked up while the threshold is sought.
-    const T* value = own ? list.row<T>(op.v_pages, kv_head, near.places[threadIdx.x]) : nullptr;
+    const bool few = near.are_few();
+    const auto value_of = [&](int i) {
+      return i < near.count ? list.row<T>(op.v_pages, kv_head, near.places[i]) : nullptr;
+    };
+    const T* value = few ? value_of(threadIdx.x) : nullptr;  // looked up while the threshold is sought
     const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin}, few);
     float total = 0;
-    int support;
+    int support = 0;
     if (few) {
-      const float weight = own ? weights.of(near.scores[threadIdx.x]) : 0;
-      const bool counts[] = {weight > 0};
-      const Places<kThreads, 1> to(counts);
-      if (counts[0]) {
-        s_chunk.weights[to.place[0]] = weight;
-        s_chunk.values[to.place[0]] = value;
+#pragma unroll 1
+      for (int first = 0; first < near.count; first += kThreads) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        if (first > 0) value = value_of(i);
+        const float weight = value ? weights.of(near.scores[i]) : 0;
+        const bool counts[] = {weight > 0};
+        const Places<kThreads, 1> to(counts);
+        if (counts[0]) {
+          s_chunk.weights[support + to.place[0]] = weight;
+          s_chunk.values[support + to.place[0]] = value;
+        }
+        support += to.count;
       }
       __syncthreads();
-      support = to.count;
       total = s_chunk.sum(op.head_dim, vectors, support);
     } else {
-      const int with_weight = pack(near.scores, near.places, near.count, [&](int i) {
-        const float weight = weights.of(near.scores[i]);
-        return Entry{weight > 0 ? weight : kNothing, near.places[i]};
-      });
+      const int with_weight = pack(
+          near.count,
+          [&](int i) {
+            const float weight = weights.of(near.scores[i]);
+            return Entry{weight > 0 ? weight : kNothing, near.places[i]};
+          },
+          [&](int to, const Entry& entry) {
+            near.scores[to] = entry.value;
+            near.places[to] = entry.place;
+          });
       for (int first = 0; first < with_weight; first += kChunk) {
         const int some = min(kChunk, with_weight - first);
         s_chunk.fill(op.v_pages, list, kv_head, near.scores + first, near.places + first, some);

@@ -7,7 +7,7 @@
 namespace entmaxkv::cuda {
 
 constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
-static_assert(kThreads >= kFewTokens && kShort % kThreads == 0);
+static_assert(kShort % kThreads == 0);
 
 /// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
 struct NearTokens {
@@ -122,10 +122,35 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
   return {origin, to.count, to.count, scores, places};
 }
 
+/// A list of tokens: in shared memory as far as there is room, then in memory.
+struct AliveTokens {
+  static constexpr int kRoom = 6144;
+  static constexpr int kBytes = kRoom * (sizeof(float) + sizeof(int32_t));
+
+  float* s_scores;  // [kRoom]
+  int32_t* s_places;
+  float* scores;  // [capacity] of which the first kRoom are not used
+  int32_t* places;
+
+  __device__ AliveTokens(float* scores, int32_t* places)
+      : s_scores(reinterpret_cast<float*>(dynamic_shared())),
+        s_places(reinterpret_cast<int32_t*>(s_scores + kRoom)),
+        scores(scores),
+        places(places) {}
+
+  __device__ int32_t& place(int i) const { return i < kRoom ? s_places[i] : places[i]; }
+  __device__ Entry at(int i) const { return i < kRoom ? Entry{s_scores[i], s_places[i]} : Entry{scores[i], places[i]}; }
+  __device__ void set(int i, const Entry& entry) const {
+    place(i) = entry.place;
+    (i < kRoom ? s_scores : scores)[i] = entry.value;
+  }
+};
+
 /// Lists the places, from `first` on, whose bits are set; returns how many. All threads call.
-__device__ inline int list_alive(const uint32_t* alive, int tiles, int first, int32_t* places) {
+__device__ inline int list_alive(const uint32_t* alive, int tiles, int first, const AliveTokens& list) {
   constexpr int kWords = 4;  // of a thread at a time
   int count = 0;
+#pragma unroll 1
   for (int from = kWords * static_cast<int>(threadIdx.x); from - kWords * static_cast<int>(threadIdx.x) < tiles;
        from += kWords * kThreads) {
     uint32_t masks[kWords];
@@ -140,8 +165,9 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, in
     count += more;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
+#pragma unroll 1
       for (uint32_t mask = masks[i]; mask; mask &= mask - 1) {
-        places[to++] = first + (from + i) * kTileRows + __ffs(mask) - 1;
+        list.place(to++) = first + (from + i) * kTileRows + __ffs(mask) - 1;
       }
     }
   }
@@ -150,39 +176,56 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, in
 }
 
 /// The tokens that can have weight of those that are alive, by a team; few of them come to its first block. The best
-/// score, if it is not known, is kNothing. scores and places are those of the head, of which each block rewrites its
-/// part. All threads of the team call.
+/// score, if it is not known, is kNothing. scores are those of the head where alive, by place; each block rewrites its
+/// part of them, and of places. All threads of the team call.
 __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
                                            int tiles, float* scores, int32_t* places, HeldTokens& held) {
   const auto begin = static_cast<int>(int64_t{tiles} * team.rank / team.size);
   const auto end = static_cast<int>(int64_t{tiles} * (team.rank + 1) / team.size);
-  const int first = begin * kTileRows;
-  int32_t* own_places = places + first;
-  float* own_scores = scores + first;
+  const int first = begin * kTileRows, thread = threadIdx.x;
+  const AliveTokens list(scores + first, places + first);
   const Levels levels(entmax);
-  const int living = list_alive(alive + begin, end - begin, first, own_places);
+  const int living = list_alive(alive + begin, end - begin, first, list);
+  const int inside = min(living, AliveTokens::kRoom);
+  const auto beyond = [&](int i) { return scores[list.places[i]]; };
+  float own = kNothing;
+#pragma unroll 4
+  for (int i = thread; i < inside; i += kThreads) {
+    list.s_scores[i] = scores[list.s_places[i]];
+    own = larger(own, list.s_scores[i]);
+  }
   if (best == kNothing) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < living; i += kThreads) best = larger(best, scores[own_places[i]]);
-    best = team.largest(best);
+    for (int i = AliveTokens::kRoom + thread; i < living; i += kThreads) own = larger(own, beyond(i));
+    best = team.largest(own);
   }
 #pragma unroll 4
-  for (int i = threadIdx.x; i < living; i += kThreads) levels.count(best, scores[own_places[i]]);
+  for (int i = thread; i < inside; i += kThreads) levels.count(best, list.s_scores[i]);
+#pragma unroll 4
+  for (int i = AliveTokens::kRoom + thread; i < living; i += kThreads) levels.count(best, beyond(i));
   const float least = levels.least(team, best);
   const float origin = entmax.is_softmax() ? best : least;
-  const int count = pack(own_scores, own_places, living, [&](int i) {
-    const float its_score = scores[own_places[i]];
-    return Entry{its_score >= least ? its_score : kNothing, own_places[i]};
-  });
+  const auto read = [&](int i) {
+    const Entry entry{i < AliveTokens::kRoom ? list.s_scores[i] : beyond(i), list.place(i)};
+    return entry.value >= least ? entry : Entry{kNothing, 0};
+  };
+  const int count = pack(living, read, [&](int to, const Entry& entry) { list.set(to, entry); });
   const Team::Part part = team.part(count);
-  if (part.total > kFewTokens) return {origin, part.total, count, own_scores, own_places};
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int to = part.before + static_cast<int>(threadIdx.x);
-    cluster::of(0, held.scores[to]) = own_scores[threadIdx.x];
-    cluster::of(0, held.places[to]) = own_places[threadIdx.x];
+  const bool few = part.total <= kFewTokens;
+#pragma unroll 1
+  for (int i = thread; i < count; i += kThreads) {
+    const Entry entry = list.at(i);
+    if (few) {
+      cluster::of(0, held.scores[part.before + i]) = entry.value;
+      cluster::of(0, held.places[part.before + i]) = entry.place;
+    } else {
+      list.scores[i] = entry.value;
+      list.places[i] = entry.place;
+    }
   }
   team.sync();
-  return {origin, part.total, part.total, held.scores, held.places};
+  if (few) return {origin, part.total, part.total, held.scores, held.places};
+  return {origin, part.total, count, list.scores, list.places};
 }
 
 }  // namespace entmaxkv::cuda

@@ -209,7 +209,6 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   __shared__ float s_q[kMaxHeadDim];
   __shared__ int s_tokens[sketch::kExact];
   __shared__ float s_scores[sketch::kExact];
-  __shared__ int32_t s_places[sketch::kExact];
   const int64_t row = blockIdx.y, at = row * op.q_heads + blockIdx.x;
   const int head = blockIdx.x, kv_head = head / op.group, thread = threadIdx.x;
   const int seq_len = length_of(op, row);
@@ -272,8 +271,9 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
       if (thread % kLanes == 0) s_scores[i * (kThreads / kLanes) + thread / kLanes] = scores[i];
     }
     most_square = largest<kThreads>(most_square);  // the barrier in it: all scores are there
-    const int near = pack(s_scores, s_places, sketch::kExact,
-                          [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; });
+    const int near = pack(
+        sketch::kExact, [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; },
+        [&](int to, const Entry& entry) { s_scores[to] = entry.value; });
     Team team = Team::block();
     const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
     const double found = weights.origin + weights.threshold * entmax.beta;

@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
   __shared__ HeldTokens s_held;
-  __shared__ Chunk<T> s_chunk;
   float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [heads_of_block, capacity]
   __shared__ cluster::Mailbox s_box;
   if (threadIdx.x == 0) s_box.open();
@@ -88,6 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
     const int head = group.first_head + h;
     const Entmax<double> entmax(op.alpha.of(head));
     auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // where the keys were
+    auto& s_chunk = *reinterpret_cast<Chunk<T>*>(s_places + kShort);
+    static_assert(kShort * sizeof(int32_t) + sizeof(Chunk<T>) <= Slots::kBytes);
     Team team = Team::block();
     const NearTokens near =
         near_of_short(team, entmax, list.tokens, s_scores + h / blocks * capacity, s_places, s_held);
@@ -229,8 +230,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
     });
     if (!short_lists) {
       const int blocks = blocks_of(op, scratch.capacity, most_blocks);
-      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks}, stream, op, scratch,
-             value_vectors);
+      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
+             scratch, value_vectors);
     }
   });
 }

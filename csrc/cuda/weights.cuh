@@ -5,8 +5,9 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 4;          // entries, kThreads apart, that a thread takes at once
-constexpr int kFewTokens = 256;  // that one block can hold, and one warp find the threshold of
+constexpr int kRun = 4;           // entries, kThreads apart, that a thread takes at once
+constexpr int kFewTokens = 1024;  // that one block holds
+constexpr int kOfWarp = 256;      // of which one warp finds the threshold soonest
 
 /// A token of a list: its score or weight, and where it stands.
 struct Entry {
@@ -14,12 +15,13 @@ struct Entry {
   int32_t place;
 };
 
-/// Fills values and places with those entries read(i), i < count, whose value is not kNothing, in their order; returns
-/// how many. read may take entry i from values and places themselves, at i or behind it: nothing is overwritten before
-/// it has been read. All threads call.
-template <typename Read>
-__device__ int pack(float* values, int32_t* places, int count, Read read) {
+/// Calls write(to, entry) for those entries read(i), i < count, whose value is not kNothing, in their order, to = 0, 1,
+/// ...; returns how many. read(i) may take what stands at i or behind it in what write fills: nothing is overwritten
+/// before it has been read. All threads call.
+template <typename Read, typename Write>
+__device__ int pack(int count, Read read, Write write) {
   int kept = 0;
+#pragma unroll 1
   for (int first = 0; first < count; first += kThreads * kRun) {
     Entry entries[kRun];
     bool wanted[kRun];
@@ -34,8 +36,7 @@ __device__ int pack(float* values, int32_t* places, int count, Read read) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (!wanted[i]) continue;
-      values[kept + to.place[i]] = entries[i].value;
-      places[kept + to.place[i]] = entries[i].place;
+      write(kept + to.place[i], entries[i]);
     }
     kept += to.count;
   }
@@ -94,26 +95,38 @@ __device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_a
   return solution;
 }
 
-/// By the first warp, which holds all candidates: few, and all in this block. All threads call.
-template <bool kSquare>
-__device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidates& candidates) {
-  constexpr int kHeld = kFewTokens / 32;  // of a lane
-  __shared__ Solution<float> s_solution;
-  if (threadIdx.x < 32) {
-    float held[kHeld];
+/// By kSolvers threads, a block or a warp, each of which holds up to kHeld of the candidates. They all call.
+template <bool kSquare, int kSolvers, int kHeld>
+__device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candidates& candidates) {
+  float held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int entry = i * kSolvers + static_cast<int>(threadIdx.x);
+    held[i] = entry < candidates.count ? entmax.gap * (candidates.scores[entry] - candidates.origin) : -1.0f;
+  }
+  return solve(entmax, [&](float threshold) {
+    Excess<float> own;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int entry = i * 32 + static_cast<int>(threadIdx.x);
-      held[i] = entry < candidates.count ? entmax.gap * (candidates.scores[entry] - candidates.origin) : -1.0f;
+      if (i * kSolvers < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
     }
-    const Solution<float> solution = solve(entmax, [&](float threshold) {
-      Excess<float> own;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i * 32 < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
-      }
-      return sum<32>(own);
-    });
+    return sum<kSolvers>(own);
+  });
+}
+
+/// By a block: seldom, and so out of the way of what is not.
+template <bool kSquare>
+__device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, Candidates candidates) {
+  return solve_held<kSquare, kThreads, kFewTokens / kThreads>(entmax, candidates);
+}
+
+/// Of few candidates, all in this block. All threads call.
+template <bool kSquare>
+__device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidates& candidates) {
+  if (candidates.count > kOfWarp) return solve_by_block<kSquare>(entmax, candidates);
+  __shared__ Solution<float> s_solution;
+  if (threadIdx.x < 32) {
+    const Solution<float> solution = solve_held<kSquare, 32, kOfWarp / 32>(entmax, candidates);
     if (threadIdx.x == 0) s_solution = solution;
   }
   __syncthreads();
@@ -122,7 +135,8 @@ __device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidat
 
 /// By the team. All its threads call.
 template <bool kSquare, typename Real>
-__device__ Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const Candidates& candidates) {
+__device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax,
+                                                       const Candidates& candidates) {
   return solve(entmax, [&](Real threshold) {
     Excess<double> own;
     candidates.visit([&](const float (&run)[kRun]) {
