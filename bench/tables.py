@@ -69,10 +69,11 @@ def load_certified(folder: Path) -> list[Row]:
     ]
 
 
-def standard(rows: list[Row], device: str, dtype: str) -> list[Row]:
-    """Those of the usual shape, not beside the authors' code."""
+def standard(rows: list[Row], device: str, dtype: str, *, others: bool = False) -> list[Row]:
+    """Those of the usual shape, not beside the authors' code; of others' steps SDPA's alone, unless all are wanted."""
     wanted = SHAPE | {"device": device, "dtype": dtype, "beside_authors": False}
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return [row for row in rows if others or "delta" in row or row["kind"] == "op" or by_sdpa(row)]
 
 
 def places(rows: list[Row]) -> dict[Place, list[Row]]:
@@ -90,13 +91,17 @@ def steps(rows: list[Row]) -> dict[str, Row]:
 
 def best_softmax(rows: list[Row]) -> Row:
     """The row that ratios refer to."""
-    return min((row for name, row in steps(rows).items() if name.startswith("softmax SDPA")), key=lambda row: row["us"])
+    return min((row for row in steps(rows).values() if by_sdpa(row)), key=lambda row: row["us"])
 
 
 def measured(names: Iterable[str], rows: list[Row]) -> list[str]:
     """Those of the methods that there are rows of."""
     there = {row["method"] for row in rows}
     return [name for name in names if name in there]
+
+
+def by_sdpa(row: Row) -> bool:
+    return row["method"].startswith("softmax SDPA")
 
 
 def by_authors(row: Row) -> bool:
@@ -179,7 +184,7 @@ def table_of_ops(rows: list[Row]) -> str:
 
 def table_of_peers(rows: list[Row]) -> str:
     """Every implementation's µs and output error, on the keys that come first."""
-    whole = places(standard(rows, "gpu", "bf16"))
+    whole = places(standard(rows, "gpu", "bf16", others=True))
     first = next(iter(whole), ("", 0, 0))[0]
     here = {place: steps(found) for place, found in whole.items() if place[0] == first}
     lines = [
