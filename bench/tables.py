@@ -27,6 +27,7 @@ OWN = {  # our steps, as the README calls them
     TUNED: f"`Gaussian`, {BUDGET} tokens",
     "Gaussian()": "`Gaussian()`",
 }
+OWN_STEPS = ("dense softmax", *OWN)
 OPS = {  # and the step that each op is shown in
     "score_pages": TOP,
     "select_pages": TOP,
@@ -73,7 +74,7 @@ def standard(rows: list[Row], device: str, dtype: str, *, others: bool = False) 
     """Those of the usual shape, not beside the authors' code; of others' steps SDPA's alone, unless all are wanted."""
     wanted = SHAPE | {"device": device, "dtype": dtype, "beside_authors": False}
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return [row for row in rows if others or "delta" in row or row["kind"] == "op" or by_sdpa(row)]
+    return [row for row in rows if others or row["kind"] == "op" or by_sdpa(row) or row["method"] in OWN_STEPS]
 
 
 def places(rows: list[Row]) -> dict[Place, list[Row]]:

@@ -84,9 +84,10 @@ def test_hard_scores(device, alpha, kind):
     check_decode(cache, q, cache.dense(q, alpha), alpha=alpha)
 
 
-@pytest.mark.parametrize("tokens", [511, 512, 513, 4095, 4096, 4097])
-@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5])
+@pytest.mark.parametrize("tokens", [255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 6143, 6144, 6145])
+@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5, 2.0])
 def test_all_tokens_in_the_support(device, alpha, tokens):
+    """Wherever a kernel holds no more of them at once."""
     cache = make_cache([tokens], k=[draw(1, 2, 64).expand(tokens, -1, -1)], device=device)
     q = make_query(1, 4, 64, device=device)
     got = cache.dense(q, alpha)
@@ -131,8 +132,9 @@ def test_alpha_close_to_the_ends(device, head_alpha, tokens):
     check_decode(cache, q, cache.dense(q, head_alpha), alpha=head_alpha)
 
 
-def test_alpha_per_head_replaces_alpha(device):
-    cache, q = make_cache([500, 20], device=device), make_query(2, 8, 64, device=device)
+@pytest.mark.parametrize("tokens", [500, 7000])
+def test_alpha_per_head_replaces_alpha(device, tokens):
+    cache, q = make_cache([tokens, 20], device=device), make_query(2, 8, 64, device=device)
     alphas = torch.tensor([1.0, 1.25, 1.5, 2.0, 1.75, 1.5, 1.0, 1.125], device=device)
     got = cache.dense(q, 1.5, None, head_alpha=alphas)
     check_decode(cache, q, got, head_alpha=alphas)

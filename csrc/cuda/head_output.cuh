@@ -52,7 +52,7 @@ struct Chunk {
   }
 
  private:
-  /// Of dimensions from d on, of every step-th token.
+  /// Adds every step-th token, from the first on, of kDims dimensions from d on.
   template <bool kVectors>
   __device__ void add(float (&own)[kDims], int head_dim, int d, int first, int step, int count) const {
     constexpr int kCount = 16 / sizeof(T), kWords = kDims / kCount;
@@ -99,7 +99,7 @@ struct HeadOutput {
     const auto value_of = [&](int i) {
       return i < near.count ? list.row<T>(op.v_pages, kv_head, near.places[i]) : nullptr;
     };
-    const T* value = few ? value_of(threadIdx.x) : nullptr;  // looked up while the threshold is sought
+    const T* value = few ? value_of(threadIdx.x) : nullptr;  // the first, looked up while the threshold is sought
     const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin}, few);
     float total = 0;
     int support = 0;

@@ -124,12 +124,12 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
 
 /// A list of tokens: in shared memory as far as there is room, then in memory.
 struct AliveTokens {
-  static constexpr int kRoom = 6144;
+  static constexpr int kRoom = 6144;  // 48 KB: two blocks share a multiprocessor of compute capability 8.0 or 9.0
   static constexpr int kBytes = kRoom * (sizeof(float) + sizeof(int32_t));
 
   float* s_scores;  // [kRoom]
   int32_t* s_places;
-  float* scores;  // [capacity] of which the first kRoom are not used
+  float* scores;  // of the block's part, from kRoom on
   int32_t* places;
 
   __device__ AliveTokens(float* scores, int32_t* places)
@@ -176,8 +176,8 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
 }
 
 /// The tokens that can have weight of those that are alive, by a team; few of them come to its first block. The best
-/// score, if it is not known, is kNothing. scores are those of the head where alive, by place; each block rewrites its
-/// part of them, and of places. All threads of the team call.
+/// score, if it is not known, is kNothing. scores are those of the head where alive, by place; where there are too many
+/// for shared memory, each block rewrites its part of them, and of places. All threads of the team call.
 __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
                                            int tiles, float* scores, int32_t* places, HeldTokens& held) {
   const auto begin = static_cast<int>(int64_t{tiles} * team.rank / team.size);

@@ -7,7 +7,7 @@ namespace entmaxkv::cuda {
 
 constexpr int kRun = 4;           // entries, kThreads apart, that a thread takes at once
 constexpr int kFewTokens = 1024;  // that one block holds
-constexpr int kOfWarp = 256;      // of which one warp finds the threshold soonest
+constexpr int kOfWarp = 256;      // of which one warp finds the threshold, without barriers
 
 /// A token of a list: its score or weight, and where it stands.
 struct Entry {
@@ -114,7 +114,7 @@ __device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candida
   });
 }
 
-/// By a block: seldom, and so out of the way of what is not.
+/// By a block. Not inlined, as it is seldom needed: code that is run once takes time by its length (bench/NOTES.md).
 template <bool kSquare>
 __device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, Candidates candidates) {
   return solve_held<kSquare, kThreads, kFewTokens / kThreads>(entmax, candidates);
@@ -198,7 +198,7 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
     weights.mass = solution.mass;
   };
   const auto solve_by = [&](const Entmax<float>& real, auto square) {
-    if (few) return take(solve_few<square>(real, candidates));
+    if (few) return take(solve_few<square>(real, candidates));  // mass is at least 2^-10 of the slope
     constexpr float kClose = 0x1p-8f;
     Solution<float> solution = solve_many<square>(team, real, candidates);
     if (solution.mass < kClose * solution.slope) {  // many tokens just above: fp32 must count from closer by
