@@ -85,15 +85,23 @@ def test_lists_of_many_tiles(dtype, head_dim, alpha):
     check_decode(cache, q, cache.dense(q, alpha), alpha=alpha)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.06, 1.5])
-def test_room_in_the_page_table_changes_no_bit_of_long_rows(alpha):
-    """Wide supports, solved by a cluster whose size follows from the length alone."""
-    _, cache = random_cache([70_000], 2, 64, torch.float32)
+@pytest.mark.parametrize("alpha", [1.0, 1.06, 1.5, [1.0, 1.2, 1.5, 2.0]], ids=str)
+@pytest.mark.parametrize("tokens", [9000, 70_000, 150_000])
+def test_neither_room_nor_other_rows_change_a_bit_of_wide_heads(tokens, alpha):
+    """Their tokens are added up by as many blocks as the GPU has for each head: of 80 rows by one."""
+    _, cache = random_cache([tokens], 2, 64, torch.float32)
     q = make_query(1, 4, 64, torch.float32, "cuda") * 0.01
-    roomy = torch.nn.functional.pad(cache.page_table, (0, 20_000 - cache.page_table.shape[1]))
+    if isinstance(alpha, list):
+        alpha = torch.tensor(alpha, device="cuda")
     got = cache.dense(q, alpha)
-    assert got.support.min() > 1000
+    assert got.support.min() > 1024
+    roomy = torch.nn.functional.pad(cache.page_table, (0, 20_000 - cache.page_table.shape[1]))
     assert_same_bits(dataclasses.replace(cache, page_table=roomy).dense(q, alpha), got)
+    table, lengths = (x.expand(80, *x.shape[1:]).contiguous() for x in (cache.page_table, cache.seq_lens))
+    rows = dataclasses.replace(cache, page_table=table, seq_lens=lengths)
+    each = rows.dense(q.expand(80, -1, -1).contiguous(), alpha)
+    for row in (0, 79):
+        assert_same_bits([x[row : row + 1] for x in each], got)
 
 
 @large

@@ -16,6 +16,8 @@ struct Chunk {
   float weights[kTokens];
   const T* values[kTokens];
   float sums[kThreads * kDims];
+  float parts[kMostParts][kThreads];  // of the first block: sums over the parts of a list, and their tokens
+  int tokens[kMostParts];
 
   /// All threads call.
   __device__ void fill(const Rows& v_pages, const TokenList& list, int kv_head, const float* from_weights,
@@ -100,7 +102,7 @@ struct HeadOutput {
       return i < near.count ? list.row<T>(op.v_pages, kv_head, near.places[i]) : nullptr;
     };
     const T* value = few ? value_of(threadIdx.x) : nullptr;  // the first, looked up while the threshold is sought
-    const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin}, few);
+    const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin, near.total}, few);
     float total = 0;
     int support = 0;
     if (few) {
@@ -130,14 +132,27 @@ struct HeadOutput {
             near.scores[to] = entry.value;
             near.places[to] = entry.place;
           });
-      for (int first = 0; first < with_weight; first += kChunk) {
-        const int some = min(kChunk, with_weight - first);
-        s_chunk.fill(op.v_pages, list, kv_head, near.scores + first, near.places + first, some);
-        total += s_chunk.sum(op.head_dim, vectors, some);
+      const int parts = parts_of(list.tokens), of_block = parts / team.size;
+      int first = 0;
+      for (int part = team.rank * of_block; part < (team.rank + 1) * of_block; ++part) {
+        const int limit = first_tile(list.tiles(), part + 1, parts) * kTileRows;
+        const int end = first + places_below(limit, near.places + first, with_weight - first);
+        if (threadIdx.x == 0) team.of_first(s_chunk.tokens[part]) = end - first;
+        float sum = 0;
+        for (; first < end; first += kChunk) {
+          const int some = min(kChunk, end - first);
+          s_chunk.fill(op.v_pages, list, kv_head, near.scores + first, near.places + first, some);
+          sum += s_chunk.sum(op.head_dim, vectors, some);
+        }
+        first = end;
+        team.of_first(s_chunk.parts[part][threadIdx.x]) = sum;
       }
-      support = team.part(with_weight).total;
-      total = sum_over_blocks(team, total);
+      team.sync();
       if (team.rank > 0) return;
+      for (int part = 0; part < parts; ++part) {
+        support += s_chunk.tokens[part];
+        total += s_chunk.parts[part][threadIdx.x];
+      }
     }
     const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
     const int64_t at = row * op.q_heads + head;
@@ -153,17 +168,18 @@ struct HeadOutput {
  private:
   static constexpr int kChunk = Chunk<T>::kTokens;
 
-  /// The sum over the blocks of each thread's value, for the threads of the first one. All threads of the team call.
-  static __device__ float sum_over_blocks(Team& team, float value) {
-    if (team.size == 1) return value;
-    __shared__ float s_values[kThreads];
-    s_values[threadIdx.x] = value;
-    cluster::sync();
-    if (team.rank == 0) {
-      for (int other = 1; other < team.size; ++other) value += cluster::of(other, s_values[threadIdx.x]);
+  /// How many of ascending places are below a limit.
+  static __device__ int places_below(int limit, const int32_t* places, int count) {
+    int below = 0;
+    while (below < count) {
+      const int middle = (below + count) / 2;
+      if (places[middle] < limit) {
+        below = middle + 1;
+      } else {
+        count = middle;
+      }
     }
-    cluster::sync();  // no block ends before its values have been read
-    return value;
+    return below;
   }
 };
 

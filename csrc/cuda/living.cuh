@@ -15,11 +15,12 @@ struct Scratch {
   float* scores;    // [batch, q_heads, capacity] where alive
   int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens that can have weight
   uint32_t* alive;  // [batch, q_heads, capacity / 32]
-  // [batch, groups, kApart] of which the first: tiles that warps have taken; zeros before step 1
-  uint32_t* taken;
-  // [batch, q_heads, kBests] best scores of different parts of the list, ordered; zeros before step 1. Null: blocks do
-  // not tell each other, as is best for lists of a few selected pages.
+  // Zeros before step 1:
+  uint32_t* taken;  // [batch, groups, kApart] of which the first: tiles that warps have taken
+  // [batch, q_heads, kBests] best scores of different parts of the list, ordered. Null: blocks do not tell each other,
+  // as is best for lists of a few selected pages.
   uint32_t* bests;
+  uint32_t* living;  // [batch, q_heads] tokens alive
 
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
 
@@ -33,6 +34,7 @@ struct Scratch {
     };
     take(taken, kApart);  // there are no more groups than heads
     take(bests, op.selection ? 0 : kBests);
+    take(living, 1);
     take(scores, capacity);
     take(places, capacity);
     take(alive, tiles());
@@ -93,7 +95,7 @@ class Living {
   }
 
   /// Writes the scores of a tile that are alive, and which they are. All lanes call.
-  __device__ void keep(int tile, int tokens, const Products& scores) const {
+  __device__ void keep(int tile, int tokens, const Products& scores) {
     const int lane = threadIdx.x % 32;
     bool lives[4][2], any = false;
 #pragma unroll
@@ -122,6 +124,13 @@ class Living {
       }
     }
     if (lane < group_.heads) scratch_.alive[(first_ + lane) * scratch_.tiles() + tile] = alive;
+    count_ += __popc(alive);
+  }
+
+  /// After the last tile. All lanes call.
+  __device__ void end() const {
+    const int lane = threadIdx.x % 32;
+    if (lane < group_.heads && count_ > 0) atomicAdd(scratch_.living + first_ + lane, count_);
   }
 
  private:
@@ -186,6 +195,7 @@ class Living {
   float reach_[2];                        // how far below the best score a token is alive
   float best_[2] = {kNothing, kNothing};  // of this lane's rows
   uint32_t told_[2] = {0, 0};             // of those
+  uint32_t count_ = 0;                    // tokens alive of head `lane`
 };
 
 }  // namespace entmaxkv::cuda

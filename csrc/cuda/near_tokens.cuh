@@ -9,6 +9,19 @@ namespace entmaxkv::cuda {
 constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
 static_assert(kShort % kThreads == 0);
 
+/// Parts of a list of which a team's blocks take one or more each, if many tokens are near. What is added up part by
+/// part does not depend on how many blocks there are.
+constexpr int kMostParts = 8;
+
+__host__ __device__ constexpr int parts_of(int tokens) {
+  return tokens <= 8 << 10 ? 1 : tokens <= 128 << 10 ? 4 : kMostParts;
+}
+
+/// The first tile of a part, or of a block's.
+__device__ inline int first_tile(int tiles, int part, int parts) {
+  return static_cast<int>(int64_t{tiles} * part / parts);
+}
+
 /// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
 struct NearTokens {
   float origin;  // Candidates
@@ -126,6 +139,7 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
 struct AliveTokens {
   static constexpr int kRoom = 6144;  // 48 KB: two blocks share a multiprocessor of compute capability 8.0 or 9.0
   static constexpr int kBytes = kRoom * (sizeof(float) + sizeof(int32_t));
+  static_assert(kFewTokens <= kRoom);
 
   float* s_scores;  // [kRoom]
   int32_t* s_places;
@@ -139,11 +153,6 @@ struct AliveTokens {
         places(places) {}
 
   __device__ int32_t& place(int i) const { return i < kRoom ? s_places[i] : places[i]; }
-  __device__ Entry at(int i) const { return i < kRoom ? Entry{s_scores[i], s_places[i]} : Entry{scores[i], places[i]}; }
-  __device__ void set(int i, const Entry& entry) const {
-    place(i) = entry.place;
-    (i < kRoom ? s_scores : scores)[i] = entry.value;
-  }
 };
 
 /// Lists the places, from `first` on, whose bits are set; returns how many. All threads call.
@@ -180,14 +189,14 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
 /// for shared memory, each block rewrites its part of them, and of places. All threads of the team call.
 __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
                                            int tiles, float* scores, int32_t* places, HeldTokens& held) {
-  const auto begin = static_cast<int>(int64_t{tiles} * team.rank / team.size);
-  const auto end = static_cast<int>(int64_t{tiles} * (team.rank + 1) / team.size);
+  const int begin = first_tile(tiles, team.rank, team.size), end = first_tile(tiles, team.rank + 1, team.size);
   const int first = begin * kTileRows, thread = threadIdx.x;
   const AliveTokens list(scores + first, places + first);
   const Levels levels(entmax);
   const int living = list_alive(alive + begin, end - begin, first, list);
-  const int inside = min(living, AliveTokens::kRoom);
-  const auto beyond = [&](int i) { return scores[list.places[i]]; };
+  const int inside = min(living, AliveTokens::kRoom), beyond = living - inside;
+  const int32_t* beyond_places = list.places + AliveTokens::kRoom;
+  const auto beyond_score = [&](int i) { return scores[beyond_places[i]]; };
   float own = kNothing;
 #pragma unroll 4
   for (int i = thread; i < inside; i += kThreads) {
@@ -196,36 +205,45 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   }
   if (best == kNothing) {
 #pragma unroll 4
-    for (int i = AliveTokens::kRoom + thread; i < living; i += kThreads) own = larger(own, beyond(i));
+    for (int i = thread; i < beyond; i += kThreads) own = larger(own, beyond_score(i));
     best = team.largest(own);
   }
 #pragma unroll 4
   for (int i = thread; i < inside; i += kThreads) levels.count(best, list.s_scores[i]);
 #pragma unroll 4
-  for (int i = AliveTokens::kRoom + thread; i < living; i += kThreads) levels.count(best, beyond(i));
+  for (int i = thread; i < beyond; i += kThreads) levels.count(best, beyond_score(i));
   const float least = levels.least(team, best);
-  const float origin = entmax.is_softmax() ? best : least;
-  const auto read = [&](int i) {
-    const Entry entry{i < AliveTokens::kRoom ? list.s_scores[i] : beyond(i), list.place(i)};
-    return entry.value >= least ? entry : Entry{kNothing, 0};
+  const auto if_near = [=](float score, int32_t place) {
+    return score >= least ? Entry{score, place} : Entry{kNothing, 0};
   };
-  const int count = pack(living, read, [&](int to, const Entry& entry) { list.set(to, entry); });
-  const Team::Part part = team.part(count);
-  const bool few = part.total <= kFewTokens;
-#pragma unroll 1
-  for (int i = thread; i < count; i += kThreads) {
-    const Entry entry = list.at(i);
-    if (few) {
-      cluster::of(0, held.scores[part.before + i]) = entry.value;
-      cluster::of(0, held.places[part.before + i]) = entry.place;
-    } else {
-      list.scores[i] = entry.value;
-      list.places[i] = entry.place;
+  NearTokens near{entmax.is_softmax() ? best : least, 0, 0, list.s_scores, list.s_places};
+  const auto append = [&](int to, const Entry& entry) {
+    near.scores[near.count + to] = entry.value;
+    near.places[near.count + to] = entry.place;
+  };
+  near.count = pack(inside, [&](int i) { return if_near(list.s_scores[i], list.s_places[i]); }, append);
+  if (beyond > 0) {
+    near.scores = list.scores;
+    near.places = list.places;
+#pragma unroll 4
+    for (int i = thread; i < near.count; i += kThreads) {
+      near.scores[i] = list.s_scores[i];
+      near.places[i] = list.s_places[i];
     }
+    near.count += pack(beyond, [&](int i) { return if_near(beyond_score(i), beyond_places[i]); }, append);
+  }
+  const Team::Part part = team.part(near.count);
+  near.total = part.total;
+  if (near.are_few()) {
+#pragma unroll 1
+    for (int i = thread; i < near.count; i += kThreads) {
+      team.of_first(held.scores[part.before + i]) = near.scores[i];
+      team.of_first(held.places[part.before + i]) = near.places[i];
+    }
+    near = {near.origin, part.total, part.total, held.scores, held.places};
   }
   team.sync();
-  if (few) return {origin, part.total, part.total, held.scores, held.places};
-  return {origin, part.total, count, list.scores, list.places};
+  return near;
 }
 
 }  // namespace entmaxkv::cuda

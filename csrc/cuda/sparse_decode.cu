@@ -11,7 +11,8 @@
 //   2. solve: a block or a cluster per (row, query head) takes the scores that are alive, in the order of the list,
 //      finds the threshold, and adds up the values of the tokens with p > 0. Few tokens are left to one block.
 // What is alive depends on timing, but a token above the level from which the threshold is sought (near_tokens.cuh)
-// always is, and no sum depends on the others or on other rows. So a row always has the same bits.
+// always is, and no sum depends on the others, on other rows, or on how many blocks there are for a head. So a row
+// always has the same bits.
 #include "head_output.cuh"
 #include "kernels.h"
 #include "living.cuh"
@@ -29,8 +30,17 @@ constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
 template <typename T, typename Layout>
 using ShortRing = Ring<T, Layout, kThreads / 32>;
 
-/// Heads of a group whose scores one block takes.
-int heads_of_block(const Sizes& sizes, int blocks) { return ceil_div(std::min(sizes.group, kTileHeads), blocks); }
+/// Blocks of a cluster for each short list: fewer, if they would not all find room at once.
+int blocks_of_short(const SparseDecode& op) {
+  int blocks = cluster::most_blocks();
+  while (blocks > 2 && int64_t{blocks} * HeadGroup::per_row(op) * op.batch > multiprocessors()) blocks /= 2;
+  return blocks;
+}
+
+/// What a block needs for the scores that it takes.
+int score_bytes(const SparseDecode& op, int blocks) {
+  return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
+}
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
@@ -38,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
   __shared__ HeldTokens s_held;
-  float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [heads_of_block, capacity]
+  float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [its heads, capacity]
   __shared__ cluster::Mailbox s_box;
   if (threadIdx.x == 0) s_box.open();
   cluster::arrive();
@@ -147,17 +157,8 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
           living.exchange(n, !tickets.more(n + 1));
           living.keep(tile(n), tokens, scores);
         });
+    living.end();
   }
-}
-
-/// Blocks that solve a head together. Of a list of selected tokens most may have weight, of others few. The room for
-/// more tokens does not count.
-__host__ __device__ int blocks_of(const SparseDecode& op, int tokens, int most) {
-  const bool by_token = op.selection.by_token;
-  if (tokens <= (by_token ? 8 << 10 : 64 << 10)) return 1;
-  int blocks = 1;
-  while (blocks < most && (blocks < 4 || blocks * (by_token ? 16 << 10 : 32 << 10) < tokens)) blocks *= 2;
-  return blocks;
 }
 
 template <typename T>
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
-  Team team = Team::blocks(blocks_of(op, list.tokens, cluster::size()));
+  const bool together = scratch.living[at] > kFewTokens || list.tokens > 64 << 10;
+  Team team = Team::blocks(together ? min(parts_of(list.tokens), cluster::size()) : 1);
   if (team.rank >= team.size) return;
   const Entmax<double> entmax(op.alpha.of(head));
   float best = kNothing;
@@ -184,8 +186,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_chunk);
 }
 
-/// Without clusters, one block would have a short list to itself.
-bool is_short(const SparseDecode& op) { return capacity_of(op) <= kShort && is_hopper_or_later(); }
+/// Without clusters, one block would have a short list to itself; and some GPUs have no room for the scores of several
+/// heads in a block.
+bool is_short(const SparseDecode& op) {
+  constexpr int kOthers = 19 << 10;  // bytes of a block besides rows and scores, at most
+  if (!is_hopper_or_later() || capacity_of(op) > kShort) return false;
+  const int bytes = kRingBytes + score_bytes(op, blocks_of_short(op)) + kOthers;
+  return bytes <= device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 
 /// alpha = 1 in every head: all tokens have weight.
 bool is_softmax(const SparseDecode& op) { return !op.alpha.per_head && Entmax<double>(op.alpha.value).is_softmax(); }
@@ -206,9 +214,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool key_vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const bool short_lists = is_short(op);
-  const int groups = HeadGroup::per_row(op), most_blocks = cluster::most_blocks();
   if (!short_lists) {
-    const int words = Scratch::kApart + (scratch.bests ? Scratch::kBests : 0);
+    const int words = Scratch::kApart + (scratch.bests ? Scratch::kBests : 0) + 1;
     check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
   }
   dispatch_element(op.dtype, [&](auto element) {
@@ -216,11 +223,10 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
     dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
       using Layout = decltype(layout);
       if (short_lists) {
-        int blocks = most_blocks;  // fewer, if they would not all find room at once
-        while (blocks > 2 && int64_t{blocks} * groups * op.batch > multiprocessors()) blocks /= 2;
-        const int shared = ShortRing<T, Layout>::kBytes + heads_of_block(op, blocks) * scratch.capacity * 4;
-        launch(name, decode_short<T, Layout>, {dim3(blocks, groups, op.batch), kThreads, blocks, shared}, stream, op,
-               scratch.capacity, value_vectors);
+        const int blocks = blocks_of_short(op), shared = ShortRing<T, Layout>::kBytes + score_bytes(op, blocks);
+        launch(name, decode_short<T, Layout>,
+               {dim3(blocks, HeadGroup::per_row(op), op.batch), kThreads, blocks, shared}, stream, op, scratch.capacity,
+               value_vectors);
       } else {
         using Slots = ScanRing<T, Layout>;
         launch(name, score<T, Layout>,
@@ -229,7 +235,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      const int blocks = blocks_of(op, scratch.capacity, most_blocks);
+      int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
+      while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > kBlocks * multiprocessors()) blocks /= 2;
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
              scratch, value_vectors);
     }

@@ -45,6 +45,12 @@ class Team {
     }
   }
 
+  /// A shared variable as the first block has it.
+  template <typename T>
+  __device__ T& of_first(T& shared) const {
+    return size == 1 ? shared : cluster::of(0, shared);
+  }
+
   /// The sum over the blocks of a number in shared memory, which must be there: for few threads.
   __device__ int sum_of(const int& s_number) const {
     if (size == 1) return s_number;

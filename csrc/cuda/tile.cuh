@@ -176,15 +176,16 @@ struct Slot {
   }
 };
 
+constexpr int kRingBytes = 64 << 10;  // at most
+
 /// A ring of slots for each warp of a block that multiplies tiles, in its dynamic shared memory.
 template <typename TheT, typename TheLayout, int kMostWarps>
 struct Ring {
   using T = TheT;
   using Layout = TheLayout;
-  static constexpr int kMostBytes = 64 << 10;
   static constexpr int kSlotBytes = sizeof(Slot<T, Layout>);
-  static constexpr int kWarps = std::min(kMostWarps, kMostBytes / kSlotBytes);
-  static constexpr int kSlots = std::min(4, kMostBytes / kSlotBytes / kWarps);
+  static constexpr int kWarps = std::min(kMostWarps, kRingBytes / kSlotBytes);
+  static constexpr int kSlots = std::min(4, kRingBytes / kSlotBytes / kWarps);
   static constexpr int kBytes = kWarps * kSlots * kSlotBytes;
 
   static __device__ Slot<T, Layout>& slot(int nth) {

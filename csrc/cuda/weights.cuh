@@ -49,6 +49,7 @@ struct Candidates {
   const float* scores;
   int count;
   float origin;  // a score at or below the threshold, from which it counts; the best one for softmax
+  int total;     // of all blocks of the team
 
   /// Calls body(run) for all of this thread's, kRun at once, kNothing where there are no more.
   template <typename Body>
@@ -133,22 +134,39 @@ __device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidat
   return s_solution;
 }
 
+/// In fixed point, so that it does not depend on the order of its terms.
+struct ExactExcess {
+  long long mass = 0, slope = 0;
+
+  __device__ friend ExactExcess operator+(const ExactExcess& a, const ExactExcess& b) {
+    return {a.mass + b.mass, a.slope + b.slope};
+  }
+};
+
+/// What 1 is in fixed point, if as many numbers from 0 to 1 as there are candidates must find room.
+__device__ inline double fixed_point(const Candidates& candidates) {
+  return static_cast<double>(1ll << (29 + __clz(candidates.total)));
+}
+
 /// By the team. All its threads call.
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax,
                                                        const Candidates& candidates) {
+  const double one = fixed_point(candidates);
   return solve(entmax, [&](Real threshold) {
-    Excess<double> own;
+    ExactExcess own;
     candidates.visit([&](const float (&run)[kRun]) {
-      Excess<Real> few;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
+        Excess<Real> its;
+        add_if_above<kSquare>(its, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
                               entmax.beta);
+        own.mass += std::llrint(its.mass * static_cast<Real>(one));
+        own.slope += std::llrint(its.slope * static_cast<Real>(one));
       }
-      own = own + Excess<double>{few.mass, few.slope};
     });
-    return team.sum(own);
+    const ExactExcess all = team.sum(own);
+    return Excess<double>{static_cast<double>(all.mass) / one, static_cast<double>(all.slope) / one};
   });
 }
 
@@ -185,11 +203,13 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
   const float origin = candidates.origin;
   Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
-    double own = 0;
+    const double one = fixed_point(candidates);
+    long long own = 0;
     candidates.visit([&](const float (&run)[kRun]) {
-      for (const float score : run) own += expf(score - origin);
+      for (const float score : run) own += std::llrint(expf(score - origin) * static_cast<float>(one));
     });
-    weights.mass = few ? sum<kThreads>(own) : team.sum(own);
+    own = few ? sum<kThreads>(own) : team.sum(own);
+    weights.mass = fabsf(origin) < __builtin_huge_valf() ? static_cast<double>(own) / one : kUndefined;
     weights.tau = origin + logf(static_cast<float>(weights.mass));
     return weights;
   }
