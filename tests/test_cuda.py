@@ -91,15 +91,14 @@ def test_neither_room_nor_other_rows_change_a_bit_of_wide_heads(tokens, alpha):
     """Their tokens are added up by as many blocks as the GPU has for each head: of 80 rows by one."""
     _, cache = random_cache([tokens], 2, 64, torch.float32)
     q = make_query(1, 4, 64, torch.float32, "cuda") * 0.01
-    if isinstance(alpha, list):
-        alpha = torch.tensor(alpha, device="cuda")
-    got = cache.dense(q, alpha)
+    heads = {"head_alpha": torch.tensor(alpha, device="cuda")} if isinstance(alpha, list) else {"alpha": alpha}
+    got = cache.dense(q, **heads)
     assert got.support.min() > 1024
     roomy = torch.nn.functional.pad(cache.page_table, (0, 20_000 - cache.page_table.shape[1]))
-    assert_same_bits(dataclasses.replace(cache, page_table=roomy).dense(q, alpha), got)
+    assert_same_bits(dataclasses.replace(cache, page_table=roomy).dense(q, **heads), got)
     table, lengths = (x.expand(80, *x.shape[1:]).contiguous() for x in (cache.page_table, cache.seq_lens))
     rows = dataclasses.replace(cache, page_table=table, seq_lens=lengths)
-    each = rows.dense(q.expand(80, -1, -1).contiguous(), alpha)
+    each = rows.dense(q.expand(80, -1, -1).contiguous(), **heads)
     for row in (0, 79):
         assert_same_bits([x[row : row + 1] for x in each], got)
 
