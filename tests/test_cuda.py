@@ -88,19 +88,21 @@ def test_lists_of_many_tiles(dtype, head_dim, alpha):
 @pytest.mark.parametrize("alpha", [1.0, 1.06, 1.5, [1.0, 1.2, 1.4, 1.5]], ids=str)
 @pytest.mark.parametrize("tokens", [9000, 70_000, 150_000])
 def test_neither_room_nor_other_rows_change_a_bit_of_wide_heads(tokens, alpha):
-    """Their tokens are added up by as many blocks as the GPU has for each head: of 80 rows by one."""
-    _, cache = random_cache([tokens], 2, 64, torch.float32)
-    q = make_query(1, 4, 64, torch.float32, "cuda") * 0.01
+    """Their tokens are added up by as many blocks as the GPU has for each head: fewer, the more rows there are."""
+    dtype = torch.bfloat16 if tokens > 100_000 else torch.float32
+    _, cache = random_cache([tokens], 2, 64, dtype)
+    q = make_query(1, 4, 64, dtype, "cuda") * 0.01
     heads = {"head_alpha": torch.tensor(alpha, device="cuda")} if isinstance(alpha, list) else {"alpha": alpha}
     got = cache.dense(q, **heads)
     assert got.support.min() > 1024
     roomy = torch.nn.functional.pad(cache.page_table, (0, 20_000 - cache.page_table.shape[1]))
     assert_same_bits(dataclasses.replace(cache, page_table=roomy).dense(q, **heads), got)
-    table, lengths = (x.expand(80, *x.shape[1:]).contiguous() for x in (cache.page_table, cache.seq_lens))
-    rows = dataclasses.replace(cache, page_table=table, seq_lens=lengths)
-    each = rows.dense(q.expand(80, -1, -1).contiguous(), **heads)
-    for row in (0, 79):
-        assert_same_bits([x[row : row + 1] for x in each], got)
+    for rows in (20, 80, 700):
+        table, lengths = (x.expand(rows, *x.shape[1:]).contiguous() for x in (cache.page_table, cache.seq_lens))
+        repeated = dataclasses.replace(cache, page_table=table, seq_lens=lengths)
+        each = repeated.dense(q.expand(rows, -1, -1).contiguous(), **heads)
+        for row in (0, rows - 1):
+            assert_same_bits([x[row : row + 1] for x in each], got)
 
 
 @large

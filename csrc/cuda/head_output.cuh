@@ -16,8 +16,6 @@ struct Chunk {
   float weights[kTokens];
   const T* values[kTokens];
   float sums[kThreads * kDims];
-  float parts[kMostParts][kThreads];  // of the first block: sums over the parts of a list, and their tokens
-  int tokens[kMostParts];
 
   /// All threads call.
   __device__ void fill(const Rows& v_pages, const TokenList& list, int kv_head, const float* from_weights,
@@ -96,13 +94,15 @@ struct HeadOutput {
   bool vectors;  // values can be read 16 bytes at a time
 
   /// From a head's near tokens. All threads call: of one block, if the tokens are few, else of the team.
-  __device__ void write(Team& team, const Entmax<double>& entmax, const NearTokens& near, Chunk<T>& s_chunk) const {
+  __device__ void write(Team& team, const Entmax<double>& entmax, NearTokens near, NearMemory& memory,
+                        Chunk<T>& s_chunk) const {
     const bool few = near.are_few();
     const auto value_of = [&](int i) {
       return i < near.count ? list.row<T>(op.v_pages, kv_head, near.places[i]) : nullptr;
     };
     const T* value = few ? value_of(threadIdx.x) : nullptr;  // the first, looked up while the threshold is sought
-    const Weights weights = find_weights(team, entmax, {near.scores, near.count, near.origin, near.total}, few);
+    const Weights weights =
+        find_weights(team, entmax, {near.scores, near.count, near.origin, near.parts, memory.many.ends}, few);
     float total = 0;
     int support = 0;
     if (few) {
@@ -122,7 +122,7 @@ struct HeadOutput {
       __syncthreads();
       total = s_chunk.sum(op.head_dim, vectors, support);
     } else {
-      const int with_weight = pack(
+      near.count = pack(
           near.count,
           [&](int i) {
             const float weight = weights.of(near.scores[i]);
@@ -132,12 +132,11 @@ struct HeadOutput {
             near.scores[to] = entry.value;
             near.places[to] = entry.place;
           });
-      const int parts = parts_of(list.tokens), of_block = parts / team.size;
+      near.divide(team, list.tiles(), memory.many);
       int first = 0;
-      for (int part = team.rank * of_block; part < (team.rank + 1) * of_block; ++part) {
-        const int limit = first_tile(list.tiles(), part + 1, parts) * kTileRows;
-        const int end = first + places_below(limit, near.places + first, with_weight - first);
-        if (threadIdx.x == 0) team.of_first(s_chunk.tokens[part]) = end - first;
+      for (int nth = 0; nth < near.parts; ++nth) {
+        const int part = team.rank * near.parts + nth, end = memory.many.ends[nth];
+        if (threadIdx.x == 0) team.of(0, memory.many.counts[part]) = end - first;
         float sum = 0;
         for (; first < end; first += kChunk) {
           const int some = min(kChunk, end - first);
@@ -145,13 +144,13 @@ struct HeadOutput {
           sum += s_chunk.sum(op.head_dim, vectors, some);
         }
         first = end;
-        team.of_first(s_chunk.parts[part][threadIdx.x]) = sum;
+        team.of(0, memory.many.sums[part][threadIdx.x]) = sum;
       }
       team.sync();
       if (team.rank > 0) return;
-      for (int part = 0; part < parts; ++part) {
-        support += s_chunk.tokens[part];
-        total += s_chunk.parts[part][threadIdx.x];
+      for (int part = 0; part < team.size * near.parts; ++part) {
+        support += memory.many.counts[part];
+        total += memory.many.sums[part][threadIdx.x];
       }
     }
     const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
@@ -167,20 +166,6 @@ struct HeadOutput {
 
  private:
   static constexpr int kChunk = Chunk<T>::kTokens;
-
-  /// How many of ascending places are below a limit.
-  static __device__ int places_below(int limit, const int32_t* places, int count) {
-    int below = 0;
-    while (below < count) {
-      const int middle = (below + count) / 2;
-      if (places[middle] < limit) {
-        below = middle + 1;
-      } else {
-        count = middle;
-      }
-    }
-    return below;
-  }
 };
 
 }  // namespace entmaxkv::cuda

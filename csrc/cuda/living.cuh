@@ -16,10 +16,8 @@ struct Scratch {
   int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens that can have weight
   uint32_t* alive;  // [batch, q_heads, capacity / 32]
   // Zeros before step 1:
-  uint32_t* taken;  // [batch, groups, kApart] of which the first: tiles that warps have taken
-  // [batch, q_heads, kBests] best scores of different parts of the list, ordered. Null: blocks do not tell each other,
-  // as is best for lists of a few selected pages.
-  uint32_t* bests;
+  uint32_t* taken;   // [batch, groups, kApart] of which the first: tiles that warps have taken
+  uint32_t* bests;   // [batch, q_heads, kBests] best scores of different parts of the list, ordered
   uint32_t* living;  // [batch, q_heads] tokens alive
 
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
@@ -33,15 +31,19 @@ struct Scratch {
       bytes += heads * count * 4;
     };
     take(taken, kApart);  // there are no more groups than heads
-    take(bests, op.selection ? 0 : kBests);
+    take(bests, kBests);
     take(living, 1);
     take(scores, capacity);
     take(places, capacity);
     take(alive, tiles());
-    if (op.selection) bests = nullptr;
     return bytes;
   }
 };
+
+/// Whether blocks tell each other their best scores: where few tokens are selected that takes longer than it saves.
+__device__ inline bool tell_bests(const SparseDecode& op, const TokenList& list) {
+  return !op.selection || list.tokens > kFewTokens;
+}
 
 /// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen, and
 /// below which score no token of a head has weight. They tell the other blocks their best only from time to time: it
@@ -52,8 +54,14 @@ class Living {
     uint32_t best[kTileHeads], least[kTileHeads];  // scores, ordered
   };
 
-  __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group, Shared& shared)
-      : scratch_(scratch), group_(group), first_(row * op.q_heads + group.first_head), alpha_(op.alpha), s_(shared) {
+  __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group, bool tells,
+                    Shared& shared)
+      : scratch_(scratch),
+        group_(group),
+        tells_(tells),
+        first_(row * op.q_heads + group.first_head),
+        alpha_(op.alpha),
+        s_(shared) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int head = group.first_head + min(Products::head(j), group.heads - 1);
@@ -82,7 +90,7 @@ class Living {
 
   /// Tells the other blocks, after the nth of this warp's tiles ever more rarely, and learns from them. All lanes call.
   __device__ void exchange(int n, bool last) {
-    if (!scratch_.bests || !(last || (n & (n + 1)) == 0)) return;
+    if (!tells_ || !(last || (n & (n + 1)) == 0)) return;
     const int warps = blockDim.x / 32, warp = blockIdx.x * warps + threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -189,6 +197,7 @@ class Living {
 
   const Scratch& scratch_;
   const HeadGroup& group_;
+  bool tells_;
   int64_t first_;  // head of the group, rows counted in
   const Alpha& alpha_;
   Shared& s_;

@@ -9,18 +9,34 @@ namespace entmaxkv::cuda {
 constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
 static_assert(kShort % kThreads == 0);
 
-/// Parts of a list of which a team's blocks take one or more each, if many tokens are near. What is added up part by
-/// part does not depend on how many blocks there are.
-constexpr int kMostParts = 8;
+/// Parts that a list is divided in where many of its tokens are near: by its length alone.
+constexpr int kOnePart = 8 << 10, kFourParts = 128 << 10;  // tokens of the longest lists in so many
 
-__host__ __device__ constexpr int parts_of(int tokens) {
-  return tokens <= 8 << 10 ? 1 : tokens <= 128 << 10 ? 4 : kMostParts;
+__host__ __device__ constexpr int parts_of(int64_t tokens) {
+  return tokens <= kOnePart ? 1 : tokens <= kFourParts ? 4 : kMostParts;
 }
 
 /// The first tile of a part, or of a block's.
 __device__ inline int first_tile(int tiles, int part, int parts) {
   return static_cast<int>(int64_t{tiles} * part / parts);
 }
+
+struct FewTokens {
+  float scores[kFewTokens];
+  int32_t places[kFewTokens];
+};
+
+struct ManyTokens {
+  int ends[kMostParts];              // of the block's parts, among its tokens
+  float sums[kMostParts][kThreads];  // of the first block: what the parts add up to
+  int counts[kMostParts];            // and their tokens
+};
+
+/// What a block needs for near tokens.
+union NearMemory {
+  FewTokens few;
+  ManyTokens many;
+};
 
 /// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
 struct NearTokens {
@@ -29,13 +45,29 @@ struct NearTokens {
   int count;     // of this block
   float* scores;
   int32_t* places;
+  int parts = 1;
 
   __device__ bool are_few() const { return total <= kFewTokens; }
-};
 
-struct HeldTokens {
-  float scores[kFewTokens];
-  int32_t places[kFewTokens];
+  /// Finds where the parts of a list of so many tiles end among the tokens of this block. All threads of the team call.
+  __device__ void divide(const Team& team, int tiles, ManyTokens& memory) {
+    parts = parts_of(int64_t{tiles} * kTileRows) / team.size;
+    const int nth = threadIdx.x;
+    if (nth < parts) {
+      const int limit = first_tile(tiles, team.rank * parts + nth + 1, team.size * parts);
+      int below = 0, end = count;
+      while (below < end) {
+        const int middle = (below + end) / 2;
+        if (places[middle] / kTileRows < limit) {
+          below = middle + 1;
+        } else {
+          end = middle;
+        }
+      }
+      memory.ends[nth] = below;
+    }
+    __syncthreads();
+  }
 };
 
 /// How far below the best score a token can have weight, rounded up: what is kept in vain gets the weight 0.
@@ -101,7 +133,7 @@ class Levels {
 
 /// The near tokens of at most kShort with all their scores, by one block. All threads call.
 __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
-                                           int32_t* places, HeldTokens& held) {
+                                           int32_t* places, FewTokens& few) {
   constexpr int kOwn = kShort / kThreads;
   const int thread = threadIdx.x;
   const Levels levels(entmax);
@@ -122,8 +154,8 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
   for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= least;
   const Places<kThreads, kOwn> to(near);
   if (to.count <= kFewTokens) {
-    scores = held.scores;
-    places = held.places;
+    scores = few.scores;
+    places = few.places;
   }
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -143,8 +175,8 @@ struct AliveTokens {
 
   float* s_scores;  // [kRoom]
   int32_t* s_places;
-  float* scores;  // of the block's part, from kRoom on
-  int32_t* places;
+  float* scores;    // of the block's part of the list, by place, until near ones are packed there
+  int32_t* places;  // from kRoom on, until then
 
   __device__ AliveTokens(float* scores, int32_t* places)
       : s_scores(reinterpret_cast<float*>(dynamic_shared())),
@@ -188,7 +220,7 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
 /// score, if it is not known, is kNothing. scores are those of the head where alive, by place; where there are too many
 /// for shared memory, each block rewrites its part of them, and of places. All threads of the team call.
 __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
-                                           int tiles, float* scores, int32_t* places, HeldTokens& held) {
+                                           int tiles, float* scores, int32_t* places, NearMemory& memory) {
   const int begin = first_tile(tiles, team.rank, team.size), end = first_tile(tiles, team.rank + 1, team.size);
   const int first = begin * kTileRows, thread = threadIdx.x;
   const AliveTokens list(scores + first, places + first);
@@ -237,12 +269,14 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   if (near.are_few()) {
 #pragma unroll 1
     for (int i = thread; i < near.count; i += kThreads) {
-      team.of_first(held.scores[part.before + i]) = near.scores[i];
-      team.of_first(held.places[part.before + i]) = near.places[i];
+      team.of(0, memory.few.scores[part.before + i]) = near.scores[i];
+      team.of(0, memory.few.places[part.before + i]) = near.places[i];
     }
-    near = {near.origin, part.total, part.total, held.scores, held.places};
+    near = {near.origin, part.total, part.total, memory.few.scores, memory.few.places};
+    team.sync();
+  } else {
+    near.divide(team, tiles, memory.many);
   }
-  team.sync();
   return near;
 }
 

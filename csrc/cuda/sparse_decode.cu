@@ -23,7 +23,8 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
+constexpr int kBlocks = 2;                // of a team's threads, that share a multiprocessor
+constexpr int kTokensForMore = 16 << 10;  // of a list, for so many blocks more that solve
 
 // Short lists.
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   take_turn();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
-  __shared__ HeldTokens s_held;
+  __shared__ NearMemory s_near;
   float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [its heads, capacity]
   __shared__ cluster::Mailbox s_box;
   if (threadIdx.x == 0) s_box.open();
@@ -101,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
     static_assert(kShort * sizeof(int32_t) + sizeof(Chunk<T>) <= Slots::kBytes);
     Team team = Team::block();
     const NearTokens near =
-        near_of_short(team, entmax, list.tokens, s_scores + h / blocks * capacity, s_places, s_held);
-    HeadOutput<T>{op, list, row, head, group.kv_head, vectors}.write(team, entmax, near, s_chunk);
+        near_of_short(team, entmax, list.tokens, s_scores + h / blocks * capacity, s_places, s_near.few);
+    HeadOutput<T>{op, list, row, head, group.kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
     __syncthreads();  // before the next head
   }
 }
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
     const auto tile = [&](int n) { return tickets.tile(n); };
     const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
     const LaneScoring scoring(op, group);
-    Living living(op, scratch, row, group, s_living);
+    Living living(op, scratch, row, group, tell_bests(op, list), s_living);
     Products scores;
     auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, more, tile);
     stream.run(
@@ -164,26 +165,27 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
-  __shared__ HeldTokens s_held;
+  __shared__ NearMemory s_near;
   __shared__ Chunk<T> s_chunk;
   const int64_t row = blockIdx.z;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
-  const bool together = scratch.living[at] > kFewTokens || list.tokens > 64 << 10;
+  constexpr int kLong = 64 << 10;  // tokens of lists that take a block long to look through, whatever is alive
+  const bool together = scratch.living[at] > kFewTokens || list.tokens > kLong;
   Team team = Team::blocks(together ? min(parts_of(list.tokens), cluster::size()) : 1);
   if (team.rank >= team.size) return;
   const Entmax<double> entmax(op.alpha.of(head));
   float best = kNothing;
-  if (scratch.bests) {
+  if (tell_bests(op, list)) {
     const uint32_t own = threadIdx.x < Scratch::kBests ? scratch.bests[at * Scratch::kBests + threadIdx.x] : 0;
     best = largest<kThreads>(own ? from_ordered(own) : kNothing);
   }
   const NearTokens near =
       near_of_alive(team, entmax, best, scratch.alive + at * scratch.tiles(), list.tiles(),
-                    scratch.scores + at * scratch.capacity, scratch.places + at * scratch.capacity, s_held);
+                    scratch.scores + at * scratch.capacity, scratch.places + at * scratch.capacity, s_near);
   if (near.are_few() && team.rank > 0) return;
-  HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_chunk);
+  HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
 }
 
 /// Without clusters, one block would have a short list to itself; and some GPUs have no room for the scores of several
@@ -215,7 +217,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const bool short_lists = is_short(op);
   if (!short_lists) {
-    const int words = Scratch::kApart + (scratch.bests ? Scratch::kBests : 0) + 1;
+    const int words = Scratch::kApart + Scratch::kBests + 1;
     check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
   }
   dispatch_element(op.dtype, [&](auto element) {
@@ -235,8 +237,10 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
+      // More blocks than run at once, many of which have nothing to do, are worth their time if lists are long.
+      const int64_t most = int64_t{kBlocks} * multiprocessors() * std::max(1, scratch.capacity / kTokensForMore);
       int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
-      while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > kBlocks * multiprocessors()) blocks /= 2;
+      while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
              scratch, value_vectors);
     }

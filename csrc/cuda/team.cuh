@@ -7,6 +7,10 @@ namespace entmaxkv::cuda {
 
 constexpr int kThreads = 256;  // of a block of a team
 
+/// Parts of a list, of which each block of a team takes one or more.
+constexpr int kMostParts = 8;
+static_assert(kMostParts % cluster::kMostBlocks == 0);
+
 /// All threads of all blocks call every method, in the same order, and cluster::sync before a block of several ends.
 class Team {
  public:
@@ -27,9 +31,23 @@ class Team {
     return value;
   }
 
-  template <typename Value>
-  __device__ Value sum(Value value) {
-    return reduce(value, [](const Value& a, const Value& b) { return a + b; });
+  /// The sum over all threads and parts, of which each block has as many, by part(nth)'s values of a thread: the same
+  /// bits however the parts are divided.
+  template <typename Value, typename Part>
+  __device__ Value sum_of_parts(int of_block, Part part) {
+    __shared__ Value s_own[2][kMostParts], s_each[kMostParts];
+    turn_ ^= 1;
+    for (int nth = 0; nth < of_block; ++nth) {
+      const Value own = cuda::sum<kThreads>(part(nth));
+      if (threadIdx.x == 0) s_own[turn_][nth] = own;
+    }
+    sync();
+    const int nth = threadIdx.x;
+    if (nth < size * of_block) s_each[nth] = of(nth / of_block, s_own[turn_][nth % of_block]);
+    __syncthreads();
+    Value all = s_each[0];
+    for (int other = 1; other < size * of_block; ++other) all = all + s_each[other];
+    return all;
   }
 
   /// The largest of all threads' values, NaN if any is.
@@ -45,17 +63,17 @@ class Team {
     }
   }
 
-  /// A shared variable as the first block has it.
+  /// A shared variable as the block of that rank has it.
   template <typename T>
-  __device__ T& of_first(T& shared) const {
-    return size == 1 ? shared : cluster::of(0, shared);
+  __device__ T& of(int other, T& shared) const {
+    return size == 1 ? shared : cluster::of(other, shared);
   }
 
   /// The sum over the blocks of a number in shared memory, which must be there: for few threads.
   __device__ int sum_of(const int& s_number) const {
     if (size == 1) return s_number;
     int sum = 0;
-    for (int other = 0; other < size; ++other) sum += cluster::of(other, s_number);
+    for (int other = 0; other < size; ++other) sum += of(other, s_number);
     return sum;
   }
 

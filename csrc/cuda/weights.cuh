@@ -44,20 +44,22 @@ __device__ int pack(int count, Read read, Write write) {
   return kept;
 }
 
-/// A block's part of the scores that may have weight.
+/// A block's part of the scores that may have weight, in parts that do not depend on how many blocks there are.
 struct Candidates {
   const float* scores;
   int count;
   float origin;  // a score at or below the threshold, from which it counts; the best one for softmax
-  int total;     // of all blocks of the team
+  int parts = 1;
+  const int* ends = nullptr;  // where parts end, if there are several
 
-  /// Calls body(run) for all of this thread's, kRun at once, kNothing where there are no more.
+  /// Calls body(run) for all of this thread's of a part, kRun at once, kNothing where there are no more.
   template <typename Body>
-  __device__ void visit(Body body) const {
-    for (int first = threadIdx.x; first < count; first += kThreads * kRun) {
+  __device__ void visit(int part, Body body) const {
+    const int begin = part > 0 ? ends[part - 1] : 0, end = parts > 1 ? ends[part] : count;
+    for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kThreads * kRun) {
       float run[kRun];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) run[i] = first + i * kThreads < count ? scores[first + i * kThreads] : kNothing;
+      for (int i = 0; i < kRun; ++i) run[i] = first + i * kThreads < end ? scores[first + i * kThreads] : kNothing;
       body(run);
     }
   }
@@ -134,39 +136,24 @@ __device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidat
   return s_solution;
 }
 
-/// In fixed point, so that it does not depend on the order of its terms.
-struct ExactExcess {
-  long long mass = 0, slope = 0;
-
-  __device__ friend ExactExcess operator+(const ExactExcess& a, const ExactExcess& b) {
-    return {a.mass + b.mass, a.slope + b.slope};
-  }
-};
-
-/// What 1 is in fixed point, if as many numbers from 0 to 1 as there are candidates must find room.
-__device__ inline double fixed_point(const Candidates& candidates) {
-  return static_cast<double>(1ll << (29 + __clz(candidates.total)));
-}
-
 /// By the team. All its threads call.
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax,
                                                        const Candidates& candidates) {
-  const double one = fixed_point(candidates);
   return solve(entmax, [&](Real threshold) {
-    ExactExcess own;
-    candidates.visit([&](const float (&run)[kRun]) {
+    return team.sum_of_parts<Excess<double>>(candidates.parts, [&](int part) {
+      Excess<double> own;
+      candidates.visit(part, [&](const float (&run)[kRun]) {
+        Excess<Real> few;
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        Excess<Real> its;
-        add_if_above<kSquare>(its, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
-                              entmax.beta);
-        own.mass += std::llrint(its.mass * static_cast<Real>(one));
-        own.slope += std::llrint(its.slope * static_cast<Real>(one));
-      }
+        for (int i = 0; i < kRun; ++i) {
+          add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
+                                entmax.beta);
+        }
+        own = own + Excess<double>{few.mass, few.slope};
+      });
+      return own;
     });
-    const ExactExcess all = team.sum(own);
-    return Excess<double>{static_cast<double>(all.mass) / one, static_cast<double>(all.slope) / one};
   });
 }
 
@@ -203,13 +190,15 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
   const float origin = candidates.origin;
   Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
-    const double one = fixed_point(candidates);
-    long long own = 0;
-    candidates.visit([&](const float (&run)[kRun]) {
-      for (const float score : run) own += std::llrint(expf(score - origin) * static_cast<float>(one));
+    Team all = few ? Team::block() : team;
+    weights.mass = all.sum_of_parts<double>(candidates.parts, [&](int part) {
+      double own = 0;
+      candidates.visit(part, [&](const float (&run)[kRun]) {
+        for (const float score : run) own += expf(score - origin);
+      });
+      return own;
     });
-    own = few ? sum<kThreads>(own) : team.sum(own);
-    weights.mass = fabsf(origin) < __builtin_huge_valf() ? static_cast<double>(own) / one : kUndefined;
+    if (!few) team = all;
     weights.tau = origin + logf(static_cast<float>(weights.mass));
     return weights;
   }
