@@ -95,6 +95,20 @@ def test_all_tokens_in_the_support(device, alpha, tokens):
     assert (got.support == tokens).all()
 
 
+@pytest.mark.parametrize("tokens", [100, 1500, 4500])
+@pytest.mark.parametrize("alpha", [1 + 1e-8, 1.05, 1.5, 2.0])
+def test_ties_far_from_zero(device, alpha, tokens):
+    """Scores of 2^26, which fp32 has no neighbours of within 4, and as many tokens without weight."""
+    k = torch.zeros(2 * tokens, 2, 64)
+    k[::2, :, 0], k[1::2, :, 0] = 2.0**13, -(2.0**16)
+    cache = make_cache([2 * tokens], k=[k], device=device)
+    q = torch.zeros(1, 4, 64, device=device)
+    q[..., 0] = 2.0**13
+    got = cache.dense(q, alpha, 1.0)
+    assert (got.support == tokens).all()
+    check_decode(cache, q, got, alpha=alpha, scale=1.0)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("tokens", [3585, 4095, 4096])
 def test_room_in_the_page_table_changes_no_bit(device, alpha, tokens):

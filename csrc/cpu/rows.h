@@ -19,8 +19,10 @@ struct RowKernels {
   void (*accumulate)(const T* const* rows, int count, const float* weights, int heads, int head_dim, float* out);
   /// Minimum, maximum, mean and population standard deviation of each dimension over count > 0 rows.
   void (*summarise)(const T* const* rows, int count, int head_dim, float* min, float* max, float* mean, float* std);
-  /// out[h] = sum_d numbers[h][d] c_d with the codes c of one sketched key (sketch.h), or c >> 2 if `low` is null.
-  void (*dot_codes)(const uint8_t* high, const uint8_t* low, const int16_t* numbers, int heads, int dims, int* out);
+  /// out[h * out_stride + i] = sum_d numbers[h][d] c_d with the codes c of count sketched keys, whose rows in a plane
+  /// follow each other (sketch.h); or c >> 2 if `low` is null.
+  void (*dot_codes)(const uint8_t* high, const uint8_t* low, int count, const int16_t* numbers, int heads, int dims,
+                    int* out, int out_stride);
 };
 
 /// The kernels for the widest vectors of this machine, or those that ATEN_CPU_CAPABILITY names (as in torch).

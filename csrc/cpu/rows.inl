@@ -200,26 +200,53 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
 }
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int16_t Codes __attribute__((vector_size(32)));
+typedef uint16_t Codes __attribute__((vector_size(16)));  // two bytes each
 
-// The last loop is plain, for compilers to make 16-bit multiply-and-add instructions of.
-inline void dot_codes(const uint8_t* high, const uint8_t* low, const int16_t* numbers, int heads, int dims, int* out) {
-  int16_t codes[sketch::kMaxDims];
-  for (int block = 0; block < dims / sketch::kBlock; ++block) {
-    const Codes first = __builtin_convertvector(load_as<Bytes>(high + 16 * block), Codes);
-    const Codes second = low ? __builtin_convertvector(load_as<Bytes>(low + 16 * block), Codes) : Codes{};
+// A plain loop, for compilers to make 16-bit multiply-and-add instructions of.
+template <int kDims>
+__attribute__((noinline)) int dot_numbers(const int16_t* numbers, const int16_t* codes) {
+  int sum = 0;
+  for (int d = 0; d < kDims; ++d) sum += numbers[d] * codes[d];
+  return sum;
+}
+
+// Some keys at a time: what has just been stored cannot be loaded at once in wider vectors.
+template <int kDims>
+void dot_codes_of(const uint8_t* high, const uint8_t* low, int count, const int16_t* numbers, int heads, int* out,
+                  int out_stride) {
+  constexpr int kRowBytes = kDims / 4, kAtOnce = 8;
+  alignas(64) uint8_t bytes[kAtOnce][kDims];
+  alignas(64) int16_t codes[kAtOnce][kDims];
+  for (int first = 0; first < count; first += kAtOnce) {
+    const int some = std::min(kAtOnce, count - first);
+    for (int i = 0; i < some; ++i) {
+      for (int byte = 0; byte < kRowBytes; byte += 16) {
+        const int64_t at = int64_t{first + i} * kRowBytes + byte;
+        const Codes highs = load_as<Codes>(high + at), lows = low ? load_as<Codes>(low + at) : Codes{};
 #pragma GCC unroll 4
-    for (int nth = 0; nth < 4; ++nth) {
-      Codes code = first >> 2 * nth & 3;
-      if (low) code = 4 * code + (second >> 2 * nth & 3);
-      std::memcpy(codes + sketch::coordinate(16 * block, nth), &code, sizeof(code));
+        for (int nth = 0; nth < 4; ++nth) {
+          Codes code = highs >> 2 * nth & 0x0303;
+          if (low) code = code << 2 | (lows >> 2 * nth & 0x0303);
+          std::memcpy(bytes[i] + sketch::coordinate(byte, nth), &code, sizeof(code));
+        }
+      }
+    }
+    for (int i = 0; i < some; ++i) {
+      for (int d = 0; d < kDims; ++d) codes[i][d] = bytes[i][d];
+    }
+    for (int h = 0; h < heads; ++h) {
+      for (int i = 0; i < some; ++i) {
+        out[h * out_stride + first + i] = dot_numbers<kDims>(numbers + h * kDims, codes[i]);
+      }
     }
   }
-  for (int h = 0; h < heads; ++h, numbers += dims) {
-    int sum = 0;
-    for (int d = 0; d < dims; ++d) sum += numbers[d] * codes[d];
-    out[h] = sum;
-  }
+}
+
+inline void dot_codes(const uint8_t* high, const uint8_t* low, int count, const int16_t* numbers, int heads, int dims,
+                      int* out, int out_stride) {
+  sketch::dispatch_blocks(dims, [&](auto blocks) {
+    dot_codes_of<blocks * sketch::kBlock>(high, low, count, numbers, heads, out, out_stride);
+  });
 }
 
 template <typename T>

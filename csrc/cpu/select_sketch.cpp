@@ -7,6 +7,7 @@
 //   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -45,9 +46,20 @@ struct Bounded {
 /// Leaves the highest sketch::kExact of them, in order.
 void leave_highest(std::vector<Bounded>& tokens) {
   const auto count = std::min(tokens.size(), size_t{sketch::kExact});
-  std::partial_sort(tokens.begin(), tokens.begin() + static_cast<int64_t>(count), tokens.end());
+  const auto end = tokens.begin() + static_cast<int64_t>(count);
+  std::nth_element(tokens.begin(), end, tokens.end());
+  std::sort(tokens.begin(), end);
   tokens.resize(count);
 }
+
+/// sketch::step_of for each scale.
+struct Steps {
+  float of[256];
+
+  Steps() {
+    for (int scale = 0; scale < 256; ++scale) of[scale] = sketch::step_of(static_cast<float>(scale));
+  }
+};
 
 struct Candidate {
   int32_t token;
@@ -110,9 +122,10 @@ class Selector {
     return uppers_.data() + first_upper_[span.row] + head * op_.seq_lens[span.row];
   }
 
-  float bias(const Span& span, int h, int token) const {
-    const float slope = op_.scoring.slope(span.kv_head * group_ + h);
-    return sketch::upward(slope) * static_cast<float>(token - (op_.seq_lens[span.row] - 1));
+  float slope(const Span& span, int h) const { return sketch::upward(op_.scoring.slope(span.kv_head * group_ + h)); }
+
+  float bias(const Span& span, float slope, int token) const {
+    return slope * static_cast<float>(token - (op_.seq_lens[span.row] - 1));
   }
 
   void code(int64_t head_index) {
@@ -148,15 +161,39 @@ class Selector {
     query.code = {unit, sum, static_cast<float>(query.norm), static_cast<float>(std::sqrt(lost)), dims_, op_.certain};
   }
 
-  /// Calls body(token, page * kv_heads + kv_head, slot) for first ... end - 1.
-  template <typename Body>
-  void for_each_token(const Span& span, int first, int end, Body body) const {
+  /// The successive tokens of a span that lie in one page.
+  struct Run {
+    int token, count;   // the first, and how many
+    int64_t page_head;  // page * kv_heads + kv_head
+    int slot;           // of the first
+  };
+
+  std::vector<Run> runs_of(const Span& span) const {
     const int32_t* table = op_.page_table.row(span.row);
-    for (int token = first; token < end;) {
-      const int page = token / op_.page_size;
-      const int stop = std::min<int64_t>(end, (int64_t{page} + 1) * op_.page_size);
-      const int64_t page_head = int64_t{table[page]} * op_.kv_heads + span.kv_head;
-      for (int slot = token % op_.page_size; token < stop; ++token, ++slot) body(token, page_head, slot);
+    std::vector<Run> runs;
+    for (int token = span.first; token < span.end; token += runs.back().count) {
+      const int page = token / op_.page_size, slot = token % op_.page_size;
+      const int count = std::min(span.end - token, op_.page_size - slot);
+      runs.push_back({token, count, int64_t{table[page]} * op_.kv_heads + span.kv_head, slot});
+    }
+    return runs;
+  }
+
+  /// Calls body(run) for each, with the rows of those to come on their way from memory, where they lie scattered.
+  template <typename Body>
+  void for_each(const std::vector<Run>& runs, int planes, Body body) const {
+    constexpr size_t kAhead = 4;
+    constexpr int kLine = 64;
+    for (size_t i = 0; i < runs.size(); ++i) {
+      if (i + kAhead < runs.size()) {
+        const Run& next = runs[i + kAhead];
+        __builtin_prefetch(op_.sketch.norm(next.page_head, 0, op_.page_size) + next.slot);
+        for (int plane = 0; plane < planes; ++plane) {
+          const uint8_t* rows = codes(next.page_head, plane, next.slot);
+          for (int byte = 0; byte < next.count * row_bytes_; byte += kLine) __builtin_prefetch(rows + byte);
+        }
+      }
+      body(runs[i]);
     }
   }
 
@@ -164,34 +201,61 @@ class Selector {
     return op_.sketch.plane(page_head, plane, op_.page_size, row_bytes_) + slot * row_bytes_;
   }
 
-  float norm(int64_t page_head, int which, int slot) const {
-    return op_.sketch.norm(page_head, which, op_.page_size)[slot];
-  }
-
-  float distance(int64_t page_head, int which, int slot) const {
-    return sketch::distance_of(norm(page_head, 0, slot), norm(page_head, which, slot));
+  /// Steps of a run's tokens, and norms of what their codes lost, of plane 0 alone or of both.
+  void look_up(const Run& run, int which, float* steps, float* distances) const {
+    static const Steps all;
+    const uint8_t* scales = op_.sketch.norm(run.page_head, 0, op_.page_size) + run.slot;
+    const uint8_t* norms = op_.sketch.norm(run.page_head, which, op_.page_size) + run.slot;
+    for (int i = 0; i < run.count; ++i) {
+      steps[i] = all.of[scales[i]];
+      distances[i] = sketch::distance_of(scales[i], norms[i]);
+    }
   }
 
   void coarse(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
-    std::vector<int> sums(group_);
-    for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
-      kernels_.dot_codes(codes(page_head, 0, slot), nullptr, numbers(span), group_, dims_, sums.data());
-      const float step = sketch::step_of(norm(page_head, 0, slot)), its_distance = distance(page_head, 1, slot);
+    std::vector<int> sums(int64_t{group_} * op_.page_size);
+    std::vector<float> steps(op_.page_size), distances(op_.page_size);
+    for_each(runs_of(span), 1, [&](const Run& run) {
+      kernels_.dot_codes(codes(run.page_head, 0, run.slot), nullptr, run.count, numbers(span), group_, dims_,
+                         sums.data(), op_.page_size);
+      look_up(run, 1, steps.data(), distances.data());
       for (int h = 0; h < group_; ++h) {
-        uppers(span, h)[token] = query[h].code.coarse_bound(sums[h], step, its_distance) + bias(span, h, token);
+        const sketch::QueryCode& code = query[h].code;
+        const int* products = sums.data() + int64_t{h} * op_.page_size;
+        const float its_slope = slope(span, h);
+        float* upper = uppers(span, h) + run.token;
+        for (int i = 0; i < run.count; ++i) {
+          upper[i] = code.coarse_bound(products[i], steps[i], distances[i]) + bias(span, its_slope, run.token + i);
+        }
       }
     });
     for (int h = 0; h < group_; ++h) {
-      if (!query[h].known) continue;
-      std::vector<Bounded>& highest = highest_[index * group_ + h];
-      const float* upper = uppers(span, h);
-      for (int token = span.first; token < span.end; ++token) {
-        if (upper[token] > kNothing) highest.push_back({upper[token], token});
-      }
-      leave_highest(highest);
+      if (query[h].known) find_highest(uppers(span, h), span, highest_[index * group_ + h]);
     }
+  }
+
+  /// Of a span's bounds the sketch::kExact highest.
+  static void find_highest(const float* upper, const Span& span, std::vector<Bounded>& highest) {
+    constexpr int kRun = 16;
+    std::vector<float> best;  // of runs: as many tokens are at least as high as the kExact-th of these
+    for (int64_t first = span.first; first < span.end; first += kRun) {
+      float its = kNothing;
+      for (int64_t token = first; token < std::min<int64_t>(first + kRun, span.end); ++token) {
+        its = upper[token] > its ? upper[token] : its;
+      }
+      best.push_back(its);
+    }
+    float least = kNothing;
+    if (best.size() > size_t{sketch::kExact}) {
+      std::nth_element(best.begin(), best.begin() + sketch::kExact - 1, best.end(), std::greater<float>());
+      least = best[sketch::kExact - 1];
+    }
+    for (int token = span.first; token < span.end; ++token) {
+      if (upper[token] >= least && upper[token] > kNothing) highest.push_back({upper[token], token});
+    }
+    leave_highest(highest);
   }
 
   void floor(int64_t head_index) {
@@ -259,28 +323,46 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       gaps[h] = static_cast<float>(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)).gap);
     }
-    std::vector<int> sums(group_);
-    for_each_token(span, span.first, span.end, [&](int token, int64_t page_head, int slot) {
-      bool wanted = false, summed = false;
-      int merit = 0;
+    std::vector<int> sums(int64_t{group_} * op_.page_size);
+    std::vector<float> steps(op_.page_size), distances(op_.page_size);
+    std::vector<const float*> upper(group_);
+    for (int h = 0; h < group_; ++h) upper[h] = uppers(span, h);
+    const auto above = [&](int h, int token) { return !(upper[h][token] <= query[h].floor); };
+    std::vector<char> wanted(op_.page_size);
+    std::vector<Run> left;
+    for (Run run : runs_of(span)) {
+      std::fill(wanted.begin(), wanted.end(), false);
       for (int h = 0; h < group_; ++h) {
-        float upper = uppers(span, h)[token];
-        if (upper <= query[h].floor) continue;
-        if (op_.fine) {
-          if (!summed) {
-            kernels_.dot_codes(codes(page_head, 0, slot), codes(page_head, 1, slot), numbers(span), group_, dims_,
-                               sums.data());
-            summed = true;
-          }
-          const float step = sketch::step_of(norm(page_head, 0, slot));
-          upper = query[h].code.fine_bound(sums[h], step, distance(page_head, 2, slot)) + bias(span, h, token);
-          if (upper <= query[h].floor) continue;
-        }
-        wanted = true;
-        merit = std::max(merit, sketch::merit_of(gaps[h] * (upper - query[h].floor)));
+        for (int i = 0; i < run.count; ++i) wanted[i] |= above(h, run.token + i);
       }
-      if (!wanted) return;
-      candidates_[index].push_back({token, merit});
+      int skipped = 0;
+      while (skipped < run.count && !wanted[skipped]) ++skipped;
+      while (skipped < run.count && !wanted[run.count - 1]) --run.count;
+      if (skipped < run.count) {
+        left.push_back({run.token + skipped, run.count - skipped, run.page_head, run.slot + skipped});
+      }
+    }
+    for_each(left, op_.fine ? 2 : 0, [&](const Run& run) {
+      if (op_.fine) {
+        kernels_.dot_codes(codes(run.page_head, 0, run.slot), codes(run.page_head, 1, run.slot), run.count,
+                           numbers(span), group_, dims_, sums.data(), op_.page_size);
+        look_up(run, 2, steps.data(), distances.data());
+      }
+      for (int i = 0; i < run.count; ++i) {
+        const int token = run.token + i;
+        int merit = -1;
+        for (int h = 0; h < group_; ++h) {
+          if (!above(h, token)) continue;
+          float bound = upper[h][token];
+          if (op_.fine) {
+            const int product = sums[int64_t{h} * op_.page_size + i];
+            bound = query[h].code.fine_bound(product, steps[i], distances[i]) + bias(span, slope(span, h), token);
+            if (bound <= query[h].floor) continue;
+          }
+          merit = std::max(merit, sketch::merit_of(gaps[h] * (bound - query[h].floor)));
+        }
+        if (merit >= 0) candidates_[index].push_back({token, merit});
+      }
     });
   }
 
