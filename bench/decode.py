@@ -14,7 +14,7 @@ On a GPU a method is captured in a CUDA graph, and each replay starts with a col
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,10 @@ from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, metrics, refer
 CONTEXTS = {"cpu": "1024 8192 32768 131072", "cuda": "16384 32768 131072 1048576 16x32768"}
 WIDTHS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
 REPEATS = {"cpu": 7, "cuda": 30}
+
+
+def by_device(defaults: Mapping[str, object]) -> str:
+    return ", ".join(f"{default} on {device}" for device, default in defaults.items())
 
 
 def oracle(inputs: Inputs, alpha: float) -> Tensor:
@@ -167,13 +171,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=CONTEXTS, default="cpu")
-    add_case_arguments(parser, f"{CONTEXTS}", f"{WIDTHS}")
-    parser.add_argument("--alpha", type=float, default=1.5)
+    parser.add_argument("--device", choices=CONTEXTS, default="cpu", help="where to measure")
+    widths = {device: " ".join(names) for device, names in WIDTHS.items()}
+    add_case_arguments(parser, by_device(CONTEXTS), by_device(widths))
+    parser.add_argument("--alpha", type=float, default=1.5, help="of entmax, in [1, 2]")
     parser.add_argument(
         "--budget", type=positive, nargs="+", default=[2048], help="tokens that TopPages, and a tuned Gaussian, read"
     )
-    repeats = f"runs of each method, of which the median counts (default: {REPEATS})"
+    repeats = f"runs of each method, of which the median counts (default: {by_device(REPEATS)})"
     parser.add_argument("--repeats", type=positive, help=repeats, default=argparse.SUPPRESS)
     parser.add_argument("--peers", choices=["all", "sdpa"], default="all", help="others to time, where installed")
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' entmaxkv, to time it too")

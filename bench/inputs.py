@@ -72,6 +72,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def head_dim(text: str) -> int:
+    if (found := positive(text)) > 256:
+        raise argparse.ArgumentTypeError(f"expected a head_dim of at most 256, got {text}")
+    return found
+
+
 def rows(text: str) -> Rows:
     """TOKENS, or BATCHxTOKENS."""
     *batch, context = text.split("x")
@@ -101,7 +107,7 @@ def add_case_arguments(parser: argparse.ArgumentParser, contexts: str, dtypes: s
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=later, help=f"(default: {dtypes})")
     parser.add_argument("--keys", nargs="+", choices=KEYS, default=["normal"], help="where keys come from")
     parser.add_argument("--heads", type=heads, nargs="+", default=[Heads(32, 8)], help="query/KV heads")
-    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128])
+    parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], help="of queries, keys and values")
     parser.add_argument("--page-size", type=int, nargs="+", choices=PAGE_SIZES, default=[16], help="tokens per page")
 
 

@@ -40,9 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     add_case_arguments(parser, "32768", "bf16")
-    parser.add_argument("--alpha", type=float, default=1.5)
+    parser.add_argument("--alpha", type=float, default=1.5, help="of entmax, in (1, 2]")
     parser.add_argument("--budget", type=positive, default=2048, help="tokens that TopPages reads")
     parser.add_argument("--steps", type=positive, default=5, help="steps of each selector")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
 """Decoding of entmax attention over a paged KV cache: only what exact zeros cannot rule out is read."""
 
-from entmaxkv import ops
+from entmaxkv import metrics, ops, reference
 from entmaxkv.attention import DecodeInfo, decode
 from entmaxkv.cache import PagedKVCache
 from entmaxkv.select import Gaussian, KeySketch, TopPages
 
-__all__ = ["DecodeInfo", "Gaussian", "KeySketch", "PagedKVCache", "TopPages", "decode", "ops"]
+__all__ = ["DecodeInfo", "Gaussian", "KeySketch", "PagedKVCache", "TopPages", "decode", "metrics", "ops", "reference"]
 __version__ = "0.1.0"

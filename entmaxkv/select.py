@@ -101,6 +101,8 @@ def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
     """alpha and head_alpha of the ops, from the one argument of the Python API."""
     if isinstance(alpha, Tensor) and alpha.dim() != 1:
         raise ValueError(f"alpha: expected a number or a tensor [q_heads], got shape {tuple(alpha.shape)}")
+    if not hasattr(alpha, "__float__"):
+        raise ValueError(f"alpha: expected a number or a tensor [q_heads], got {alpha!r}")
     return (1.5, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
 
 
