@@ -199,7 +199,6 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
   }
 }
 
-typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Codes __attribute__((vector_size(16)));  // two bytes each
 
 // A plain loop, for compilers to make 16-bit multiply-and-add instructions of.
@@ -218,7 +217,7 @@ void dot_codes_of(const uint8_t* high, const uint8_t* low, int count, const int1
   alignas(64) uint8_t bytes[kAtOnce][kDims];
   alignas(64) int16_t codes[kAtOnce][kDims];
   for (int first = 0; first < count; first += kAtOnce) {
-    const int some = std::min(kAtOnce, count - first);
+    const int some = count - first < kAtOnce ? count - first : kAtOnce;
     for (int i = 0; i < some; ++i) {
       for (int byte = 0; byte < kRowBytes; byte += 16) {
         const int64_t at = int64_t{first + i} * kRowBytes + byte;

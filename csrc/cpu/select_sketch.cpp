@@ -187,7 +187,7 @@ class Selector {
     for (size_t i = 0; i < runs.size(); ++i) {
       if (i + kAhead < runs.size()) {
         const Run& next = runs[i + kAhead];
-        __builtin_prefetch(op_.sketch.norm(next.page_head, 0, op_.page_size) + next.slot);
+        if (planes > 0) __builtin_prefetch(op_.sketch.norm(next.page_head, 0, op_.page_size) + next.slot);
         for (int plane = 0; plane < planes; ++plane) {
           const uint8_t* rows = codes(next.page_head, plane, next.slot);
           for (int byte = 0; byte < next.count * row_bytes_; byte += kLine) __builtin_prefetch(rows + byte);
@@ -238,11 +238,11 @@ class Selector {
 
   /// Of a span's bounds the sketch::kExact highest.
   static void find_highest(const float* upper, const Span& span, std::vector<Bounded>& highest) {
-    constexpr int kRun = 16;
-    std::vector<float> best;  // of runs: as many tokens are at least as high as the kExact-th of these
-    for (int64_t first = span.first; first < span.end; first += kRun) {
+    constexpr int kSome = 16;
+    std::vector<float> best;  // of every kSome: as many tokens are at least as high as the kExact-th of these
+    for (int64_t first = span.first; first < span.end; first += kSome) {
       float its = kNothing;
-      for (int64_t token = first; token < std::min<int64_t>(first + kRun, span.end); ++token) {
+      for (int64_t token = first; token < std::min<int64_t>(first + kSome, span.end); ++token) {
         its = upper[token] > its ? upper[token] : its;
       }
       best.push_back(its);

@@ -23,8 +23,7 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kBlocks = 2;                // of a team's threads, that share a multiprocessor
-constexpr int kTokensForMore = 16 << 10;  // of a list, for so many blocks more that solve
+constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
 
 // Short lists.
 
@@ -237,8 +236,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      // More blocks than run at once, many of which have nothing to do, are worth their time if lists are long.
-      const int64_t most = int64_t{kBlocks} * multiprocessors() * std::max(1, scratch.capacity / kTokensForMore);
+      const int64_t most = 2 * kBlocks * multiprocessors();  // twice those that run at once: many end at once
       int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
       while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
