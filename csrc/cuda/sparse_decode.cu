@@ -236,7 +236,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      const int64_t most = 2 * kBlocks * multiprocessors();  // twice those that run at once: many end at once
+      const int64_t most = 2 * kBlocks * multiprocessors();  // twice as many as run together: some end right away
       int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
       while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
       launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
