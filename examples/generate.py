@@ -202,8 +202,8 @@ def main() -> None:
     }
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("method", no_wrap=True)
-    for title in ("tok/s", "keys read", "KV bytes", "δ", "recall", "error", "proved", "same bytes"):
-        table.add_column(title, justify="right")
+    for title in ("tok/s", "keys\nread", "KV\nbytes", "δ", "recall", "error", "proved", "same\nbytes"):
+        table.add_column(title, justify="right", no_wrap=True)
     texts, speeds = {}, {}
     for name, select in methods.items():
         own = copy.deepcopy(cache)
