@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from activations import load
-from inputs import DTYPES, Case, drawn, positive
+from inputs import DTYPES, Case, drawn, head_dim, positive
 from model_text import ModelText
 from report import check, machine, report
 from rich.console import Console
@@ -265,7 +265,7 @@ def main() -> None:
     kinds = ["model", "normal", "clustered", "outlier", "adversarial"]
     parser.add_argument("--keys", nargs="*", choices=kinds, default=kinds, help="keys beside those of the file")
     parser.add_argument("--context", type=positive, nargs="+", default=[16384], help="tokens, but for the file's")
-    parser.add_argument("--head-dim", type=positive, default=64, help="but for the file's")
+    parser.add_argument("--head-dim", type=head_dim, default=64, help="but for the file's")
     parser.add_argument("--cases", type=positive, default=1024, help="at least so many of each kind and context")
     parser.add_argument("--max-tokens", type=positive, nargs="*", default=[16, 64, 256, 1024], help="of KeySketch")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")

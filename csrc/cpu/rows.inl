@@ -201,9 +201,9 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
 
 typedef uint16_t Codes __attribute__((vector_size(16)));  // two bytes each
 
-// A plain loop, for compilers to make 16-bit multiply-and-add instructions of.
+// A plain loop in a function of its own: of that, compilers make 16-bit multiply-and-add instructions.
 template <int kDims>
-__attribute__((noinline)) int dot_numbers(const int16_t* numbers, const int16_t* codes) {
+int dot_numbers(const int16_t* numbers, const int16_t* codes) {
   int sum = 0;
   for (int d = 0; d < kDims; ++d) sum += numbers[d] * codes[d];
   return sum;

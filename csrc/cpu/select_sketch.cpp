@@ -319,14 +319,15 @@ class Selector {
   void fine(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
-    std::vector<float> gaps(group_);
+    std::vector<float> gaps(group_), slopes(group_);
+    std::vector<const float*> upper(group_);
     for (int h = 0; h < group_; ++h) {
       gaps[h] = static_cast<float>(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)).gap);
+      slopes[h] = slope(span, h);
+      upper[h] = uppers(span, h);
     }
     std::vector<int> sums(int64_t{group_} * op_.page_size);
     std::vector<float> steps(op_.page_size), distances(op_.page_size);
-    std::vector<const float*> upper(group_);
-    for (int h = 0; h < group_; ++h) upper[h] = uppers(span, h);
     const auto above = [&](int h, int token) { return !(upper[h][token] <= query[h].floor); };
     std::vector<char> wanted(op_.page_size);
     std::vector<Run> left;
@@ -356,7 +357,7 @@ class Selector {
           float bound = upper[h][token];
           if (op_.fine) {
             const int product = sums[int64_t{h} * op_.page_size + i];
-            bound = query[h].code.fine_bound(product, steps[i], distances[i]) + bias(span, slope(span, h), token);
+            bound = query[h].code.fine_bound(product, steps[i], distances[i]) + bias(span, slopes[h], token);
             if (bound <= query[h].floor) continue;
           }
           merit = std::max(merit, sketch::merit_of(gaps[h] * (bound - query[h].floor)));
