@@ -47,7 +47,7 @@ class Probe:
 
 def text(size: int) -> bytes:
     """So many bytes of the standard library."""
-    sys.path.append(str(EXAMPLES))
+    sys.path.append(str(EXAMPLES / "train"))
     from corpus import SEPARATOR, default_source, files, held_out
 
     found = files(default_source())

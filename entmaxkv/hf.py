@@ -7,7 +7,8 @@ Importing this module registers the attention implementation `entmaxkv` and its 
     cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=16384, select=entmaxkv.KeySketch())
     model.generate(**inputs, past_key_values=cache)
 
-Decode steps (one query) use `select`; prefill is exact. alpha is `config.entmax_alpha`, 1.5 if it is missing.
+Decode steps (one query) use `select`; prefill is exact. alpha is `config.entmax_alpha`, 1.5 if it is missing. To train,
+or to read a whole prompt at once, AdaSplash takes alpha = 1.5 on a GPU, and PyTorch alpha = 1.
 """
 
 import math
@@ -43,9 +44,13 @@ ADASPLASH_ITERATIONS = 2
 
 def needs(select: Selector | None) -> dict[str, bool]:
     """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
-    known = {"minmax": entmaxkv.TopPages, "moments": entmaxkv.Gaussian, "sketch": entmaxkv.KeySketch}
-    theirs = not (select is None or isinstance(select, tuple(known.values())))
-    return {name: theirs or isinstance(select, kind) for name, kind in known.items()}
+    bounds = isinstance(select, entmaxkv.TopPages) and select.score == "bounds"
+    kept = {
+        "minmax": bounds,
+        "moments": isinstance(select, entmaxkv.TopPages | entmaxkv.Gaussian) and not bounds,
+        "sketch": isinstance(select, entmaxkv.KeySketch),
+    }
+    return kept if select is None or any(kept.values()) else dict.fromkeys(kept, True)
 
 
 class EntmaxLayer(CacheLayerMixin):
@@ -298,7 +303,7 @@ def attention(
         key_order, key_lengths = _real_first(attention_mask[:, -key.shape[2] :])
         query, key, value = _gather(query, order), _gather(key, key_order), _gather(value, key_order)
 
-    lacks = _adasplash_lacks(query, alpha)
+    lacks = None if alpha == 1 else _adasplash_lacks(query, alpha)
     if torch.is_grad_enabled() and query.requires_grad:
         if layer is not None or key.shape[2] != tokens:
             raise ValueError(
@@ -307,12 +312,12 @@ def attention(
             )
         if lacks:
             raise RuntimeError(f"entmaxkv attention: to train, expected {lacks}")
-        out = _adasplash(query, key, value, scale)
+        out = _whole(query, key, value, alpha=alpha, scale=scale)
     else:
         cache = layer.append(key, value, key_lengths) if layer else None
         whole = (layer.seen if layer else key.shape[2]) == tokens
         if whole and not lacks and tokens > 1:
-            out = _adasplash(query, key, value, scale)
+            out = _whole(query, key, value, alpha=alpha, scale=scale)
         elif tokens > 1:
             out = _dense(query, cache or _paged(key, value, key_lengths), lengths, alpha=alpha, scale=scale)
         else:
@@ -388,6 +393,15 @@ def _dense(
         for row, owner, seq_lens in zip(rows.split(size), owners.split(size), visible.split(size), strict=True)
     ]
     return torch.cat(outs).view(batch, tokens, q_heads, head_dim).transpose(1, 2)
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, *, alpha: float, scale: float) -> Tensor:
+    """Causal attention of whole sequences [batch, heads, tokens, head_dim], differentiable."""
+    if alpha == 1:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    return _adasplash(query, key, value, scale)
 
 
 def _adasplash_lacks(query: Tensor, alpha: float) -> str | None:

@@ -1,17 +1,17 @@
 """Continues a Python file with an entmax language model that reads its KV cache whole or in part.
 
 The file comes from the standard library and was not in the training data. The model is the one that ships in
-examples/stdlib-entmax (`examples/train.py` made it). Everything in the table is measured in this run.
+examples/stdlib-entmax (`examples/train/train.py` makes it). Everything in the table is measured in this run.
 """
 
 import argparse
 import codecs
 import copy
+import sys
 import time
 from pathlib import Path
 
 import torch
-from corpus import default_source, files, held_out
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -23,6 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 import entmaxkv.hf
 from entmaxkv.metrics import Metrics, measure
 from entmaxkv.select import Selector
+
+sys.path.append(str(Path(__file__).parent / "train"))
+from corpus import default_source, files, held_out
 
 MODEL = Path(__file__).parent / "stdlib-entmax"
 CHUNK = 512  # prompt bytes per prefill step

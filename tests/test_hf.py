@@ -29,7 +29,7 @@ from transformers import (  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "stdlib-entmax"
-TEXT = (ROOT / "examples" / "corpus.py").read_bytes()
+TEXT = (ROOT / "examples" / "train" / "corpus.py").read_bytes()
 
 
 def dense_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
@@ -96,7 +96,7 @@ def test_prefill_and_decode_equal_recomputation(model, dense_model):
 @pytest.mark.parametrize("chunk", [1, 7, 100], ids="chunk{}".format)
 def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
     rows, _ = ids(TEXT[:41])
-    caches = [hf.EntmaxCache(model.config, max_tokens=64, select=entmaxkv.TopPages()) for _ in range(2)]
+    caches = [hf.EntmaxCache(model.config, max_tokens=64, select=entmaxkv.TopPages(score="bounds")) for _ in range(2)]
     model(input_ids=rows, past_key_values=caches[0])
     for part in rows.split(chunk, dim=1):
         model(input_ids=part, past_key_values=caches[1])
@@ -212,7 +212,7 @@ def test_generate_in_a_padded_batch(model):
 def test_demo_prints_its_table():
     pytest.importorskip("rich")
     command = [sys.executable, ROOT / "examples" / "generate.py", "--context", "300", "--tokens", "20"]
-    options = ["--file", ROOT / "examples" / "corpus.py", "--budget", "320"]
+    options = ["--file", ROOT / "examples" / "train" / "corpus.py", "--budget", "320"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     run = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -256,7 +256,9 @@ def test_keeps_what_its_selectors_look_at(model):
     """And makes it of the tokens that are there when the selector changes."""
     rows, _ = ids(TEXT[:200])
     one = torch.tensor([[10]])
-    kept = {"k_min": entmaxkv.TopPages(64), "k_mean": entmaxkv.Gaussian(), "codes": entmaxkv.KeySketch()}
+    bounds, moments = entmaxkv.TopPages(64, score="bounds"), entmaxkv.TopPages(64)
+    kept = {"k_min": bounds, "k_mean": moments, "codes": entmaxkv.KeySketch()}
+    assert hf.needs(moments) == hf.needs(entmaxkv.Gaussian())
     late = hf.EntmaxCache(model.config, 240)
     model(input_ids=rows, past_key_values=late)
     pages = late.layers[0].paged

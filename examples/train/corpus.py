@@ -1,0 +1,42 @@
+"""The text that the example models are trained on: Python's standard library, and the packages that are installed."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+SEPARATOR = b"\x00"
+# What reads as text among the files of installed packages; larger ones are mostly tables that a program wrote.
+SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".cmake", ".rst", ".md", ".txt"}
+MOST_BYTES = 500_000
+
+
+def default_source() -> Path:
+    """The standard library of the running Python."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def default_packages() -> Path:
+    """The packages installed for the running Python."""
+    return Path(sysconfig.get_path("purelib"))
+
+
+def files(source: Path) -> dict[str, Path]:
+    """All Python files under source by their relative path, without installed packages."""
+    paths = {path.relative_to(source).as_posix(): path for path in source.rglob("*.py") if path.is_file()}
+    return {name: paths[name] for name in sorted(paths) if "-packages/" not in name}
+
+
+def held_out(name: str) -> bool:
+    """Whether the file of this relative path is kept out of training: one in 32, the same in every Python."""
+    return hashlib.sha256(name.encode()).digest()[2] < 8
+
+
+def package_texts(packages: Path) -> list[bytes]:
+    """The source and documentation files under packages, each once, in the order of their paths."""
+    found = {}
+    for path in sorted(packages.rglob("*")):
+        if path.suffix in SUFFIXES and path.is_file() and 0 < path.stat().st_size <= MOST_BYTES:
+            text = path.read_bytes()
+            if SEPARATOR not in text:
+                found.setdefault(hashlib.sha256(text).digest(), text)
+    return list(found.values())
