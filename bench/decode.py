@@ -61,7 +61,6 @@ def ways(q: Tensor, paged: PagedKVCache, args: argparse.Namespace) -> dict[str, 
         found["KeySketch()"] = KeySketch(dense_below=0), args.alpha
     for budget in args.budget:
         found[f"TopPages({budget})"] = TopPages(budget, dense_below=0), args.alpha
-        found[f"TopPages({budget}), bounds"] = TopPages(budget, dense_below=0, score="bounds"), args.alpha
     if args.alpha > 1:  # with alpha 1 there is no threshold, and all but TopPages keep everything
         for budget in args.budget:
             found[f"Gaussian, {budget} tokens"] = gaussian_reading(budget, q, paged, args.alpha), args.alpha

@@ -1,14 +1,17 @@
-"""Draws the README's figures and writes its tables, from the JSON under bench/results.
+"""Draws the figures and writes the tables of README.md and docs/accuracy.md, from the JSON under bench/results.
 
-It is bench/decode.py's, and for sketch.png bench/certify.py's.
+It is bench/decode.py's, for sketch.png bench/certify.py's, and of what accuracy.py shows that of the scripts it names.
 
-A table of the README stands between <!-- bench:NAME --> and <!-- /bench -->.
+A table stands between <!-- bench:NAME --> and <!-- /bench -->.
 """
 
 import argparse
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import accuracy
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -212,41 +215,47 @@ def draw_sketch(rows: list[Row]) -> Figure | None:
 FIGURES = {"steps.png": draw_steps, "floor.png": draw_floor, "delta.png": draw_delta, "cpu.png": draw_cpu}
 
 
-def with_tables(readme: Path, rows: list[Row]) -> str:
-    """The README's text with its tables written anew."""
+def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
+    """The page's text with its tables written anew."""
 
     def block(match: re.Match) -> str:
         start, name, end = match.groups()
-        if name not in TABLES:
-            raise SystemExit(f"{readme}: expected bench:NAME to be one of {', '.join(TABLES)}, got bench:{name}")
-        if not (text := TABLES[name](rows)):
-            raise SystemExit(f"{readme}: bench:{name}: expected rows for it in the results, got none")
+        if name not in tables:
+            raise SystemExit(f"{page}: expected bench:NAME to be one of {', '.join(tables)}, got bench:{name}")
+        if not (text := tables[name]()):
+            raise SystemExit(f"{page}: bench:{name}: expected rows for it in the results, got none")
         return f"{start}{text}\n{end}"
 
-    return BLOCK.sub(block, readme.read_text())
+    return BLOCK.sub(block, page.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    pages = [HERE.parent / "README.md", HERE.parent / "docs" / "accuracy.md"]
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="folder of JSON; the figures go there too"
     )
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="whose tables to write")
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="whose tables to write")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
     args = parser.parse_args()
-    rows = load(args.results)
+    rows, lost = load(args.results), accuracy.load(args.results)
     if not rows:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
-    text = with_tables(args.readme, rows)
+    tables = {name: partial(made, rows) for name, made in TABLES.items()}
+    tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
+    texts = {page: with_tables(page, tables) for page in args.pages}
+    for page, text in texts.items():
+        if args.check and text != page.read_text():
+            raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/plot.py")
     if args.check:
-        if text != args.readme.read_text():
-            raise SystemExit(f"{args.readme}: expected the tables of {args.results}, got others: run bench/plot.py")
         return
-    args.readme.write_text(text)
+    for page, text in texts.items():
+        page.write_text(text)
     figures = {name: draw(rows) for name, draw in FIGURES.items()}
     figures["sketch.png"] = draw_sketch(load_certified(args.results))
+    figures |= {name: draw(lost) for name, draw in accuracy.FIGURES.items()}
     for name, figure in figures.items():
         if figure:
             figure.savefig(args.results / name, dpi=120)

@@ -48,12 +48,10 @@ def selectors(alpha: float) -> dict[str, Selector | None]:
     if alpha > 1:
         found["KeySketch()"] = entmaxkv.KeySketch(dense_below=0)
         found["KeySketch(certainty=1-1e-9)"] = entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0)
-    for budget in BUDGETS:
-        found[f"KeySketch(max_tokens={budget})"] = entmaxkv.KeySketch(max_tokens=budget, dense_below=0)
+        for budget in BUDGETS:
+            found[f"KeySketch(max_tokens={budget})"] = entmaxkv.KeySketch(max_tokens=budget, dense_below=0)
     for budget in BUDGETS:
         found[f"TopPages({budget})"] = entmaxkv.TopPages(budget, dense_below=0)
-    for budget in BUDGETS:
-        found[f"TopPages({budget}), bounds"] = entmaxkv.TopPages(budget, dense_below=0, score="bounds")
     if alpha > 1:
         found["Gaussian()"] = entmaxkv.Gaussian(dense_below=0)
         for margin in (0.5, 1.0):

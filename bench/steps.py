@@ -29,15 +29,14 @@ def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) 
         )
         return {"select_sketch": choose, "sparse_decode": read}
     if isinstance(select, TopPages):
-        score = partial(select.scores, q, cache)
+        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size)
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
     else:
         score = partial(ops.score_gaussian, q, cache.k_mean, cache.k_std, *lengths, cache.page_size)
         pick = partial(ops.select_gaussian, *score(), *sizes, alpha, select.quantile, select.margin)
     decode = partial(ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *pick(), alpha)
-    by_bounds = isinstance(select, TopPages) and select.score == "bounds"
     kind = "pages" if isinstance(select, TopPages) else "gaussian"
-    return {"score_pages" if by_bounds else "score_gaussian": score, f"select_{kind}": pick, "sparse_decode": decode}
+    return {f"score_{kind}": score, f"select_{kind}": pick, "sparse_decode": decode}
 
 
 def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) -> list[int]:
@@ -49,12 +48,10 @@ def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) 
         chosen = 4 * (found.tokens.numel() + int(found.tokens.sum()))
         return [q.nbytes + found.index_bytes + chosen, chosen + found.bytes_read - found.index_bytes + 2 * q.nbytes]
     pages = sum(-(-tokens // cache.page_size) for tokens in cache.seq_lens.tolist())
-    scores = pages * q.shape[1] * 4
-    written = scores if isinstance(select, TopPages) and select.score == "bounds" else 2 * scores
-    read = 2 * scores if isinstance(select, Gaussian) else scores
+    scores = pages * q.shape[1] * 4 * (1 if isinstance(select, TopPages) else 2)
     selected = sum(x.nbytes for x in select.pages(q, cache))
     statistics = found.index_bytes
-    return [statistics + written, read + selected, selected + found.bytes_read - statistics + 2 * q.nbytes]
+    return [statistics + scores, scores + selected, selected + found.bytes_read - statistics + 2 * q.nbytes]
 
 
 def append_bytes(cache: PagedKVCache, inputs: Inputs) -> int:

@@ -18,19 +18,18 @@ KEYS = {
 }  # as the README calls them, in its order
 TIMES = "\N{MULTIPLICATION SIGN}"
 BUDGET = 2048
-TOP, BOUNDS, TUNED = f"TopPages({BUDGET})", f"TopPages({BUDGET}), bounds", f"Gaussian, {BUDGET} tokens"
+TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
 SKETCH = "KeySketch()"
 OWN = {  # our steps, as the README calls them
     "dense entmax": "dense entmax",
     SKETCH: f"`{SKETCH}`",
     TOP: f"`{TOP}`",
-    BOUNDS: f"`{TOP}`, by bounds",
     TUNED: f"`Gaussian`, {BUDGET} tokens",
     "Gaussian()": "`Gaussian()`",
 }
 OWN_STEPS = ("dense softmax", *OWN)
 OPS = {  # and the step that each op is shown in
-    "score_pages": BOUNDS,
+    "score_pages": TOP,
     "select_pages": TOP,
     "sparse_decode": TOP,
     "score_gaussian": TUNED,

@@ -20,7 +20,7 @@ class PagedKVCache:
         page_size: tokens per page, a power of two in 8 ... 128.
         dtype: float32, float16 or bfloat16.
         device: where it lives; default torch's default device.
-        minmax: keep k_min and k_max, for `TopPages(score="bounds")` and for what a step proves of pages (`DecodeInfo`).
+        minmax: keep k_min and k_max, for `TopPages`.
         moments: keep k_mean and k_std, for `Gaussian`.
         sketch: keep codes and norms, for `KeySketch`: 35 bytes for a key of 64 dimensions, 67 for one of 128.
 

@@ -44,13 +44,9 @@ ADASPLASH_ITERATIONS = 2
 
 def needs(select: Selector | None) -> dict[str, bool]:
     """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
-    bounds = isinstance(select, entmaxkv.TopPages) and select.score == "bounds"
-    kept = {
-        "minmax": bounds,
-        "moments": isinstance(select, entmaxkv.TopPages | entmaxkv.Gaussian) and not bounds,
-        "sketch": isinstance(select, entmaxkv.KeySketch),
-    }
-    return kept if select is None or any(kept.values()) else dict.fromkeys(kept, True)
+    known = {"minmax": entmaxkv.TopPages, "moments": entmaxkv.Gaussian, "sketch": entmaxkv.KeySketch}
+    theirs = not (select is None or isinstance(select, tuple(known.values())))
+    return {name: theirs or isinstance(select, kind) for name, kind in known.items()}
 
 
 class EntmaxLayer(CacheLayerMixin):

@@ -1,7 +1,7 @@
 """Selectors: what of the cache a query reads, by page or by token."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -209,48 +209,23 @@ class KeySketch:
 
 @dataclass(frozen=True)
 class TopPages:
-    """The pages whose scores come closest to the best, under a budget (arXiv 2605.21649, top-budget).
+    """The pages whose upper bounds come closest to the best, under a budget (arXiv 2605.21649, top-budget).
 
     Attributes:
         budget: tokens per KV head whose keys are read, unless the cache is so small that it is decoded densely.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
             `select=None`. None: 4096 on a GPU, 0, so never, on the CPU.
-        score: "moments" ranks pages by the mean and three standard deviations of their tokens' scores; "bounds", as the
-            paper does, by the highest score that their box allows. On the keys of trained models moments drop a third
-            to two thirds of what bounds drop (docs/accuracy.md).
     """
 
     budget: int = 2048
     dense_below: int | None = None
-    score: Literal["moments", "bounds"] = "moments"
 
-    DEVIATIONS: ClassVar[float] = 3.0
     DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 4096}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
             raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget}")
-        if self.score not in ("moments", "bounds"):
-            raise ValueError(f"TopPages: score: expected 'moments' or 'bounds', got {self.score!r}")
         check_dense_below("TopPages", self.dense_below)
-
-    def scores(
-        self, q: Tensor, cache: PagedKVCache, *, scale: float | None = None, alibi_slopes: Tensor | None = None
-    ) -> Tensor:
-        """What pages are ranked by, [batch, q_heads, max_pages] float32; -inf behind the last token."""
-        table = cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
-        if self.score == "bounds":
-            if cache.k_min is None or cache.k_max is None:
-                raise ValueError(
-                    "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
-                )
-            return ops.score_pages(q, cache.k_min, cache.k_max, *table)
-        if cache.k_mean is None or cache.k_std is None:
-            raise ValueError(
-                "TopPages: cache: expected page moments, got a cache made with moments=False; use moments=True"
-            )
-        mean, std = ops.score_gaussian(q, cache.k_mean, cache.k_std, *table)
-        return mean.add_(std, alpha=self.DEVIATIONS)
 
     def pages(
         self,
@@ -262,7 +237,20 @@ class TopPages:
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `PageSelector.pages`."""
-        scores = self.scores(q, cache, scale=scale, alibi_slopes=alibi_slopes)
+        if cache.k_min is None or cache.k_max is None:
+            raise ValueError(
+                "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
+            )
+        scores = ops.score_pages(
+            q,
+            cache.k_min,
+            cache.k_max,
+            cache.page_table,
+            cache.seq_lens,
+            cache.page_size,
+            scale,
+            alibi_slopes,
+        )
         return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
 
 

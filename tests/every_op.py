@@ -24,8 +24,7 @@ def run(dtype: torch.dtype, head_dim: int, group: int) -> None:
         q = (torch.randn(2, 2 * group, head_dim, device="cuda") * strength).to(dtype)
         for alpha in (1.5, 1.0, 1.05, 2.0):
             entmaxkv.decode(q, cache, alpha=alpha)  # with room for more tokens than a short list has
-            for score in ("moments", "bounds"):
-                entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.TopPages(64, dense_below=0, score=score))
+            entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.TopPages(64, dense_below=0))
             for options in ({}, {"bits": 2}, {"max_tokens": 20}):
                 entmaxkv.decode(q, cache, alpha=alpha, select=entmaxkv.KeySketch(dense_below=0, **options))
             if alpha > 1:

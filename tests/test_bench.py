@@ -47,7 +47,7 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     }
     here = [row for row in rows if (row["keys"], row["batch"]) == ("model", 1)]
     steps = tables.steps(here)
-    selecting = ["KeySketch()", "TopPages(64)", "TopPages(64), bounds", "Gaussian, 64 tokens", "Gaussian()"]
+    selecting = ["KeySketch()", "TopPages(64)", "Gaussian, 64 tokens", "Gaussian()"]
     assert list(steps) == ["softmax SDPA", "dense softmax", "dense entmax", *selecting]
     names = {*inputs.Case.__dataclass_fields__, "alpha", "kind", "method", "timed", "us"}
     for row in rows:
@@ -67,9 +67,10 @@ def test_decode_writes_a_row_for_each_method(monkeypatch, tmp_path):
     assert ops == [
         ("KeySketch()", "select_sketch"),
         ("KeySketch()", "sparse_decode"),
-        *(("TopPages(64)", op) for op in ("score_gaussian", "select_pages", "sparse_decode")),
-        *(("TopPages(64), bounds", op) for op in ("score_pages", "select_pages", "sparse_decode")),
-        *((name, op) for name in selecting[3:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
+        ("TopPages(64)", "score_pages"),
+        ("TopPages(64)", "select_pages"),
+        ("TopPages(64)", "sparse_decode"),
+        *((name, op) for name in selecting[2:] for op in ("score_gaussian", "select_gaussian", "sparse_decode")),
         ("one token", "append_kv"),
     ]
 
@@ -172,7 +173,7 @@ def test_profile_decode_names_each_op(monkeypatch, capsys):
     ops = [
         "dense.dense_decode",
         "KeySketch.select_sketch",
-        "TopPages.score_gaussian",
+        "TopPages.score_pages",
         "TopPages.sparse_decode",
         "Gaussian.select_gaussian",
     ]
@@ -214,7 +215,7 @@ def recorded_results(tmp_path):
     (tmp_path / "tests.json").write_text(json.dumps({"machine": {}, "rows": [{"passed": 3}]}))
     readme = tmp_path / "README.md"
     readme.write_text("".join(f"<!-- bench:{name} -->\nold\n<!-- /bench -->\n" for name in tables.TABLES))
-    return ["--results", tmp_path, "--readme", readme]
+    return ["--results", tmp_path, "--pages", readme]
 
 
 def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkeypatch, capsys):
@@ -232,7 +233,7 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     run("plot", monkeypatch, *recorded_results, "--check")
 
 
-def test_the_readme_has_the_committed_figures(monkeypatch):
+def test_the_pages_have_the_committed_figures(monkeypatch):
     run("plot", monkeypatch, "--check")
 
 

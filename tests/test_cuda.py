@@ -17,7 +17,6 @@ OPS = torch.ops.entmaxkv
 SELECTORS = {
     "dense": None,
     "top pages": entmaxkv.TopPages(budget=512, dense_below=0),
-    "top pages by bounds": entmaxkv.TopPages(budget=512, dense_below=0, score="bounds"),
     "gaussian": entmaxkv.Gaussian(dense_below=0),
     "key sketch": entmaxkv.KeySketch(dense_below=0),
     "key sketch, 100 tokens": entmaxkv.KeySketch(max_tokens=100, dense_below=0),

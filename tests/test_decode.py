@@ -88,7 +88,6 @@ def test_op_equals_its_stages(case, device):
 SELECTORS = {
     "dense": None,
     "top pages": entmaxkv.TopPages(budget=64, dense_below=0),
-    "top pages by bounds": entmaxkv.TopPages(budget=64, dense_below=0, score="bounds"),
     "all top pages": entmaxkv.TopPages(budget=10**6, dense_below=0),
     "gaussian": entmaxkv.Gaussian(quantile=0.9, dense_below=0),
     "everything gaussian": entmaxkv.Gaussian(margin=math.inf, dense_below=0),

@@ -311,7 +311,6 @@ def cache_of(**options: object) -> entmaxkv.PagedKVCache:
 TOKEN = draw(2, 1, 2, 64)
 QUERY = make_query(2, 4, 64)
 TOP, GAUSSIAN = entmaxkv.TopPages(budget=32), entmaxkv.Gaussian()
-BOUNDS = entmaxkv.TopPages(budget=32, score="bounds")
 
 # id, argument in the message, options of the cache, call
 PYTHON = [
@@ -354,15 +353,8 @@ PYTHON = [
         "top pages without bounds",
         "minmax",
         {"minmax": False},
-        lambda c: entmaxkv.decode(QUERY, c, select=BOUNDS),
-    ),
-    (
-        "top pages without moments",
-        "moments",
-        {"moments": False},
         lambda c: entmaxkv.decode(QUERY, c, select=TOP),
     ),
-    ("unknown score", "score", {}, lambda c: entmaxkv.TopPages(score="box")),
     (
         "gaussian without moments",
         "moments",

@@ -96,7 +96,7 @@ def test_prefill_and_decode_equal_recomputation(model, dense_model):
 @pytest.mark.parametrize("chunk", [1, 7, 100], ids="chunk{}".format)
 def test_any_chunking_of_prefill_fills_the_same_pages(model, chunk):
     rows, _ = ids(TEXT[:41])
-    caches = [hf.EntmaxCache(model.config, max_tokens=64, select=entmaxkv.TopPages(score="bounds")) for _ in range(2)]
+    caches = [hf.EntmaxCache(model.config, max_tokens=64, select=entmaxkv.TopPages()) for _ in range(2)]
     model(input_ids=rows, past_key_values=caches[0])
     for part in rows.split(chunk, dim=1):
         model(input_ids=part, past_key_values=caches[1])
@@ -256,9 +256,7 @@ def test_keeps_what_its_selectors_look_at(model):
     """And makes it of the tokens that are there when the selector changes."""
     rows, _ = ids(TEXT[:200])
     one = torch.tensor([[10]])
-    bounds, moments = entmaxkv.TopPages(64, score="bounds"), entmaxkv.TopPages(64)
-    kept = {"k_min": bounds, "k_mean": moments, "codes": entmaxkv.KeySketch()}
-    assert hf.needs(moments) == hf.needs(entmaxkv.Gaussian())
+    kept = {"k_min": entmaxkv.TopPages(64), "k_mean": entmaxkv.Gaussian(), "codes": entmaxkv.KeySketch()}
     late = hf.EntmaxCache(model.config, 240)
     model(input_ids=rows, past_key_values=late)
     pages = late.layers[0].paged

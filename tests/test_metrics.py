@@ -120,7 +120,7 @@ def test_error_is_bounded_by_the_dropped_mass():
 
 
 def test_selector_without_its_statistics():
-    cache = entmaxkv.PagedKVCache(1, 16, 1, 64, moments=False)
+    cache = entmaxkv.PagedKVCache(1, 16, 1, 64, minmax=False)
     cache.append(torch.randn(1, 16, 1, 64), torch.randn(1, 16, 1, 64))
-    with pytest.raises(ValueError, match=r"expected page moments"):
+    with pytest.raises(ValueError, match=r"expected page bounds"):
         measure(torch.randn(1, 1, 64), cache, select=entmaxkv.TopPages(16))

@@ -1,9 +1,9 @@
 """Trains the example models: byte-level SmolLM3s with entmax-1.5 or softmax in every layer.
 
     pip install adasplash
-    python examples/train/train.py stdlib                       # the model that ships in examples/stdlib-entmax
-    python examples/train/train.py twin --attention entmax --out runs/entmax    # the pair that bench/quality.py compares
-    python examples/train/train.py twin --attention softmax --out runs/softmax
+    python examples/train/train.py stdlib  # the model that ships in examples/stdlib-entmax
+    python examples/train/train.py twin --attention entmax --out runs/twin-entmax  # and the pair of docs/accuracy.md
+    python examples/train/train.py twin --attention softmax --out runs/twin-softmax
 
 It takes one CUDA GPU, and goes on where it was stopped: the checkpoint is in --out. What a step sees depends on --seed
 and its number alone, so twins see the same.
@@ -433,6 +433,12 @@ def card(recipe: Recipe, about: dict[str, Any], out: Path) -> str:
     skips = ""
     if recipe.positions > CONTEXT:
         skips = f" Half of the long windows skip positions (PoSE), up to {recipe.positions}."
+    architecture = (
+        f"SmolLM3: {recipe.layers} layers, width {recipe.width}, "
+        f"{recipe.heads} query and {recipe.kv_heads} KV heads of 64; layers {', '.join(map(str, no_rope[:-1]))} and {no_rope[-1]} without RoPE"
+    )
+    command = "python examples/train/train.py {recipe} --attention {attention} --steps {steps} --batch {batch} "
+    command = (command + "--rate {rate:g} --seed {seed}").format(**about)
     attention = "entmax attention (alpha 1.5)" if about["attention"] == "entmax" else "softmax attention"
     return CARD.format(
         **about,
@@ -441,11 +447,8 @@ def card(recipe: Recipe, about: dict[str, Any], out: Path) -> str:
         size=(out / "model.safetensors").stat().st_size / 1e6,
         context=CONTEXT,
         contexts=" then ".join(str(size) for _, size in recipe.contexts),
-        layers=recipe.layers,
-        width=recipe.width,
-        heads=recipe.heads,
-        kv_heads=recipe.kv_heads,
-        no_rope=f"{', '.join(map(str, no_rope[:-1]))} and {no_rope[-1]}",
+        architecture=architecture,
+        command=command,
         seen=about["steps"] * about["batch"] / 1e6,
         epochs=about["steps"] * about["batch"] / about["bytes"],
         package_text=packages,
@@ -469,7 +472,7 @@ A byte-level language model with {kind} in every layer. It continues Python sour
 |---|---|
 | held-out bits per byte | **{bits:.3f}** at context {context} |
 | parameters | {parameters:,}, {size:.2f} MB in bf16 |
-| architecture | SmolLM3: {layers} layers, width {width}, {heads} query and {kv_heads} KV heads of 64; layers {no_rope} without RoPE |
+| architecture | {architecture} |
 | tokens | bytes: token id = byte value; 0 separates documents |
 
 ## Data
@@ -480,11 +483,12 @@ Held out: {test_files} files of the standard library, {test_megabytes:.2f} MB, c
 is the mean over consecutive windows of {context} bytes of the held-out files, joined; each window is
 read without what came before it. It was computed on the training machine, with the bf16 weights and with {kernels}.
 The library repeats itself: some held-out files, such as code pages and test suites, have near relatives among the
-training files. Without `encodings/` and `test/`, on the other {distant_megabytes:.2f} MB, it is **{distant_bits:.3f}**.{task_text}
+training files. Without `encodings/` and `test/`, on the other {distant_megabytes:.2f} MB, it is
+**{distant_bits:.3f}**.{task_text}
 
 ## Training
 
-    python examples/train/train.py {recipe} --attention {attention} --steps {steps} --batch {batch} --rate {rate:g} --seed {seed}
+    {command}
 
 One {machine}, torch {torch}, {minutes:.1f} minutes: {steps} steps of {batch} bytes, {seen:.0f} MB in all
 ({epochs:.1f} passes over the data), at context {contexts}.{skip_text} Muon for the matrices, AdamW for the rest, bf16

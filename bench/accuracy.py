@@ -1,0 +1,312 @@
+"""Tables and figures of what selectors lose: rows of bench/quality.py, tune.py, end_to_end.py, and training logs.
+
+`TABLES` and `FIGURES` are functions of all reports under bench/results, which return nothing where rows are missing.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import Row, digits, machine_line, size, table
+
+ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
+LONGEST = 131072
+COLORS = {"dense": "black", "KeySketch": "C3", "TopPages": "C0", "Gaussian": "C1", "moments": "C2"}
+ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)", "Gaussian()")
+
+
+def load(folder: Path) -> list[Row]:
+    """The rows of the reports that say what kind they are of, each with its machine."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    kinds = ("quality", "tune", "end to end", "training")
+    return [
+        row | {"machine": report["machine"]}
+        for report in reports
+        for row in report.get("rows", [])
+        if row.get("kind") in kinds
+    ]
+
+
+def of(rows: list[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def family(select: str) -> str:
+    return next(name for name in COLORS if name in select)
+
+
+def name(select: str) -> str:
+    """As the pages call it."""
+    return select if select == "dense" or "moments" in select else f"`{select}`"
+
+
+def contexts(rows: list[Row]) -> list[int]:
+    return sorted({row["context"] for row in rows})
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
+    """Every selector's losses and costs at one context."""
+
+    def made(rows: list[Row]) -> str:
+        here = of(rows, kind="quality", model=model, context=context)
+        titles = ["selector", "bits per byte", "passkey", "recall", "bytes as dense", "δ", "support recall"]
+        lines = [
+            [
+                name(row["select"]),
+                f"{row['bits']:.3f}",
+                percent(row["passkey"]),
+                percent(row["recall"]),
+                f"{row['same']:.0f}",
+                digits(row["delta"]),
+                f"{row['support_recall']:.3f}",
+                digits(row["error"]),
+                f"{row['tokens']:.0f}",
+                f"{row['share']:.1%}",
+            ]
+            for row in here
+        ]
+        return table([*titles, "output error", "keys read", "KV bytes"], lines, here)
+
+    return made
+
+
+def table_of_contexts(rows: list[Row]) -> str:
+    """Bits, passkey and recall against context, of both twins."""
+    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
+
+    def results(row: Row) -> str:
+        return f"{row['bits']:.3f}, {percent(row['passkey'])}, {percent(row['recall'])}"
+
+    lines = []
+    for model in (ENTMAX, SOFTMAX):
+        for select in ALWAYS:
+            found = {row["context"]: row for row in of(here, model=model, select=select)}
+            if found:
+                cells = [results(found[context]) if context in found else "" for context in contexts(here)]
+                lines.append([model.removeprefix("twin-"), name(select), *cells])
+    return table(["attention", "selector", *(size(1, context) for context in contexts(here))], lines, here)
+
+
+def table_of_twins(rows: list[Row]) -> str:
+    """What top pages drop of entmax and of softmax at the same budgets."""
+    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
+    here = [row for row in here if row["select"].startswith("TopPages")]
+    lines = []
+    for select in dict.fromkeys(row["select"] for row in here):
+        for model in (ENTMAX, SOFTMAX):
+            found = {row["context"]: row for row in of(here, model=model, select=select)}
+            cells = [
+                f"{digits(found[context]['delta'])} / {digits(found[context]['error'])}" if context in found else ""
+                for context in contexts(here)
+            ]
+            lines.append([name(select), model.removeprefix("twin-"), *cells])
+    return table(["selector", "attention", *(size(1, context) for context in contexts(here))], lines, here)
+
+
+def table_of_gaussian(rows: list[Row]) -> str:
+    """`Gaussian()` and passkeys as the paper has them."""
+    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
+    columns = contexts(here)
+
+    def cells(model: str, select: str, cell: Callable[[Row], str]) -> list[str]:
+        found = {row["context"]: row for row in of(here, model=model, select=select)}
+        return [cell(found[context]) if context in found else "" for context in columns]
+
+    def losses(row: Row) -> str:
+        return f"{digits(row['delta'])} / {row['support_recall']:.3f} / {digits(row['error'])}"
+
+    lines = [["`Gaussian()`: δ / support recall / error", *cells(ENTMAX, "Gaussian()", losses)]]
+    for model in (ENTMAX, SOFTMAX):
+        for select in ("TopPages(1024)", "TopPages(4096)"):
+            title = f"passkeys, {model.removeprefix('twin-')}, {name(select)}"
+            lines.append([title, *cells(model, select, lambda row: percent(row["passkey"]))])
+    return table(["", *(size(1, context) for context in columns)], lines if here else [], here)
+
+
+def table_of_end_to_end(rows: list[Row]) -> str:
+    """Tokens per second of the whole model, and where a step's time goes."""
+    here = of(rows, kind="end to end")
+    parts = ("graph", "attention", "append", "other", "eager")
+    lines = [
+        [
+            row["model"].removeprefix("twin-"),
+            size(row["batch"], row["context"]),
+            name(row["select"]),
+            f"{row['tokens_per_s']:.0f}",
+            *(f"{row[f'{part}_us']:.0f}" for part in parts),
+        ]
+        for row in here
+    ]
+    titles = ["attention", "cache", "selector", "tokens/s", "step, µs", "reading the cache", "appending"]
+    return table([*titles, "all other kernels", "eager step"], lines, here)
+
+
+def table_of_training(rows: list[Row]) -> str:
+    """The twins at the end of their training."""
+    here = of(rows, kind="training")
+    last = [of(here, model=model)[-1] for model in dict.fromkeys(row["model"] for row in here)]
+    lines = [
+        [
+            row["model"],
+            f"{row['steps']}",
+            f"{row['seconds'] / 60:.1f}",
+            f"{row['bits']:.3f}",
+            f"{row['distant_bits']:.3f}",
+            percent(row["recall"]),
+        ]
+        for row in last
+    ]
+    titles = ["model", "steps", "minutes", "bits per byte, held out", "without near relatives", "facts recalled"]
+    return table(titles, lines, last)
+
+
+def table_of_tuning(rows: list[Row]) -> str:
+    """Page scores at the same budgets, and Gaussians, on training text and on held-out text."""
+    here = of(rows, kind="tune")
+    lines = []
+    for select in dict.fromkeys(row["select"] for row in here):
+        found = {row["text"]: row for row in of(here, select=select)}
+        if len(found) == 2:
+            cells = [
+                f"{row['tokens']:.0f}, {digits(row['delta'])}, {percent(row['passkey'])}, {percent(row['recall'])}"
+                for row in (found["training"], found["held-out"])
+            ]
+            lines.append([select, *cells])
+    return table(["rank of a page, budget", "training text", "held-out text"], lines, here)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "quality_16K": quality_at(ENTMAX, 16384),
+    "quality_128K": quality_at(ENTMAX, LONGEST),
+    "quality_softmax_128K": quality_at(SOFTMAX, LONGEST),
+    "quality_shipped": quality_at(SHIPPED, 4096),
+    "contexts": table_of_contexts,
+    "twins": table_of_twins,
+    "beside": table_of_gaussian,
+    "end_to_end": table_of_end_to_end,
+    "training": table_of_training,
+    "tuning": table_of_tuning,
+}
+
+
+def panels(columns: int, *, width: float = 4.2, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    inches = (1 + width * columns, height)
+    figure, grid = plt.subplots(1, columns, figsize=inches, squeeze=False, layout="constrained")
+    return figure, list(grid[0])
+
+
+def finish(figure: Figure, rows: list[Row]) -> Figure:
+    figure.suptitle(machine_line(rows), fontsize=7)
+    return figure
+
+
+def draw_quality(rows: list[Row]) -> Figure | None:
+    """What is lost against the bytes that are read, at the longest context."""
+    here = of(rows, kind="quality", model=ENTMAX, context=LONGEST)
+    if not here:
+        return None
+    figure, axes = panels(3)
+    (dense,) = of(here, select="dense")
+    measures = (
+        ("bits per byte, above dense", lambda row: row["bits"] - dense["bits"]),
+        ("values recalled, of 32 in the context", lambda row: row["recall"]),
+        ("δ, mass dropped", lambda row: row["delta"]),
+    )
+    for panel, (title, value) in zip(axes, measures, strict=True):
+        for kind, color in COLORS.items():
+            points = [row for row in here if family(row["select"]) == kind and "certainty" not in row["select"]]
+            points.sort(key=lambda row: row["share"])
+            if points:
+                share = [100 * row["share"] for row in points]
+                panel.plot(share, [value(row) for row in points], "o-", color=color, label=kind, ms=4)
+        panel.set_xlabel("% of the bytes of keys and values read")
+        panel.set_title(title)
+        panel.grid(alpha=0.3)
+    axes[0].set_yscale("symlog", linthresh=1e-2)
+    axes[-1].legend()
+    return finish(figure, here)
+
+
+def draw_contexts(rows: list[Row]) -> Figure | None:
+    """Loss and dropped mass against context, entmax beside softmax."""
+    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
+    if not here:
+        return None
+    figure, axes = panels(3)
+    for panel, what, title in zip(axes, ("bits", "delta", "recall"), ("bits per byte", "δ", "recall"), strict=True):
+        for model, style in ((ENTMAX, "o-"), (SOFTMAX, "s--")):
+            for select in measured_selects(of(here, model=model)):
+                points = sorted(of(here, model=model, select=select), key=lambda row: row["context"])
+                label = f"{model.removeprefix('twin-')}, {select}"
+                color = "C4" if "max_tokens" in select else COLORS[family(select)]
+                x = [row["context"] for row in points]
+                panel.plot(x, [row[what] for row in points], style, color=color, label=label, ms=4)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("context, bytes")
+        panel.set_title(title)
+        panel.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return finish(figure, here)
+
+
+def measured_selects(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["select"] for row in rows))
+
+
+def draw_support(rows: list[Row]) -> Figure | None:
+    """Tokens with weight of each layer's heads, as a heat map for each context."""
+    here = [row for row in of(rows, kind="quality", model=ENTMAX, select="dense")]
+    here.sort(key=lambda row: row["context"])
+    if not here:
+        return None
+    figure, axes = panels(len(here), width=2.4, height=3.2)
+    most = max(np.max(row["heads"]["support"]) for row in here)
+    for panel, row in zip(axes, here, strict=True):
+        support = np.array(row["heads"]["support"])
+        image = panel.imshow(support, norm="log", vmin=1, vmax=most, cmap="viridis", aspect="auto")
+        panel.set_title(f"{size(1, row['context'])}: median {np.median(support):.0f}")
+        panel.set_xlabel("query head")
+        panel.set_xticks(range(support.shape[1]), range(1, support.shape[1] + 1))
+        panel.set_yticks(range(len(support)), range(1, len(support) + 1))
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="tokens with weight")
+    return finish(figure, here)
+
+
+def draw_training(rows: list[Row]) -> Figure | None:
+    """Held-out loss and recall of the twins against steps."""
+    here = of(rows, kind="training")
+    if not here:
+        return None
+    figure, axes = panels(2)
+    for model, color in ((ENTMAX, "C3"), (SOFTMAX, "C0")):
+        points = [row for row in of(here, model=model) if "held_out_bits" in row]
+        steps = [row["step"] for row in points]
+        axes[0].plot(steps, [row["held_out_bits"] for row in points], color=color, label=model)
+        axes[0].plot(steps, [row["train_bits"] for row in points], ":", color=color)
+        axes[1].plot(steps, [row["recall"] for row in points], color=color, label=model)
+    axes[0].set_ylim(0.5, 3)
+    axes[0].set_title("bits per byte, held out and (dotted) training")
+    axes[1].set_title("bytes of facts that are recalled")
+    for panel in axes:
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return finish(figure, here)
+
+
+FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
+    "quality.png": draw_quality,
+    "contexts.png": draw_contexts,
+    "support.png": draw_support,
+    "training.png": draw_training,
+}
