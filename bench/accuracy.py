@@ -16,20 +16,24 @@ from tables import Row, digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072
-COLORS = {"dense": "black", "KeySketch": "C3", "TopPages": "C0", "Gaussian": "C1", "moments": "C2"}
+KINDS = ("quality", "tune", "end to end", "training")
+COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
 ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)", "Gaussian()")
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of the reports that say what kind they are of, each with its machine."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    kinds = ("quality", "tune", "end to end", "training")
-    return [
-        row | {"machine": report["machine"]}
-        for report in reports
-        for row in report.get("rows", [])
-        if row.get("kind") in kinds
-    ]
+    """The rows of the reports that say what kind they are of, each with its machine.
+
+    Where two files hold the same row, that of the last by name.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        for row in report.get("rows", []):
+            if row.get("kind") in KINDS:
+                what = tuple(row.get(name) for name in ("kind", "model", "text", "context", "batch", "select", "step"))
+                found[what] = row | {"machine": report["machine"]}
+    return list(found.values())
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -37,12 +41,13 @@ def of(rows: list[Row], **wanted: Any) -> list[Row]:
 
 
 def family(select: str) -> str:
-    return next(name for name in COLORS if name in select)
+    """The last of COLORS' names in it."""
+    return next(name for name in reversed(COLORS) if name in select)
 
 
 def name(select: str) -> str:
     """As the pages call it."""
-    return select if select == "dense" or "moments" in select else f"`{select}`"
+    return select if select == "dense" else f"`{select}`"
 
 
 def contexts(rows: list[Row]) -> list[int]:
@@ -58,14 +63,14 @@ def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
 
     def made(rows: list[Row]) -> str:
         here = of(rows, kind="quality", model=model, context=context)
-        titles = ["selector", "bits per byte", "passkey", "recall", "bytes as dense", "δ", "support recall"]
+        titles = ["selector", "bits per byte", "passkey", "recall", "common prefix", "δ", "support recall"]
         lines = [
             [
                 name(row["select"]),
-                f"{row['bits']:.3f}",
+                f"{row['bits']:.3f}" + (f" ± {row['bits_above_se']:.3f}" if row.get("bits_above_se") else ""),
                 percent(row["passkey"]),
                 percent(row["recall"]),
-                f"{row['same']:.0f}",
+                f"{row['common_prefix']:.0f}",
                 digits(row["delta"]),
                 f"{row['support_recall']:.3f}",
                 digits(row["error"]),
@@ -152,36 +157,46 @@ def table_of_end_to_end(rows: list[Row]) -> str:
 
 def table_of_training(rows: list[Row]) -> str:
     """The twins at the end of their training."""
-    here = of(rows, kind="training")
-    last = [of(here, model=model)[-1] for model in dict.fromkeys(row["model"] for row in here)]
+    here = [row for row in of(rows, kind="training") if "distant_bits" in row]
     lines = [
         [
             row["model"],
             f"{row['steps']}",
-            f"{row['seconds'] / 60:.1f}",
+            f"{row['minutes']:.1f}",
             f"{row['bits']:.3f}",
             f"{row['distant_bits']:.3f}",
-            percent(row["recall"]),
+            percent(row["recalled"]),
         ]
-        for row in last
+        for row in here
     ]
-    titles = ["model", "steps", "minutes", "bits per byte, held out", "without near relatives", "facts recalled"]
-    return table(titles, lines, last)
+    titles = [
+        "model",
+        "steps",
+        "minutes",
+        "bits per byte, held out",
+        "without near relatives",
+        "bytes of facts recalled",
+    ]
+    return table(titles, lines, here)
 
 
 def table_of_tuning(rows: list[Row]) -> str:
-    """Page scores at the same budgets, and Gaussians, on training text and on held-out text."""
-    here = of(rows, kind="tune")
+    """What selectors drop on training text, where one would be chosen, and on held-out text."""
+    here = of(rows, kind="tune", model=ENTMAX)
     lines = []
-    for select in dict.fromkeys(row["select"] for row in here):
-        found = {row["text"]: row for row in of(here, select=select)}
-        if len(found) == 2:
-            cells = [
-                f"{row['tokens']:.0f}, {digits(row['delta'])}, {percent(row['passkey'])}, {percent(row['recall'])}"
-                for row in (found["training"], found["held-out"])
-            ]
-            lines.append([select, *cells])
-    return table(["rank of a page, budget", "training text", "held-out text"], lines, here)
+    for context in contexts(here):
+        for select in dict.fromkeys(row["select"] for row in of(here, context=context)):
+            found = {row["text"]: row for row in of(here, context=context, select=select)}
+            cells = []
+            for text in ("training", "held-out"):
+                row = found.get(text)
+                cells += [f"{row['tokens']:.0f}", digits(row["delta"])] if row else ["", ""]
+                cells += [percent(row["passkey"]), percent(row["recall"])] if row else ["", ""]
+            lines.append([size(1, context), select, *cells])
+    titles = [
+        f"{what}, {text}" for text in ("training", "held out") for what in ("keys read", "δ", "passkey", "recall")
+    ]
+    return table(["context", "rank of a page and budget, or `Gaussian`", *titles], lines, here)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -262,43 +277,50 @@ def measured_selects(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["select"] for row in rows))
 
 
-def draw_support(rows: list[Row]) -> Figure | None:
-    """Tokens with weight of each layer's heads, as a heat map for each context."""
-    here = [row for row in of(rows, kind="quality", model=ENTMAX, select="dense")]
-    here.sort(key=lambda row: row["context"])
+def draw_heads(rows: list[Row]) -> Figure | None:
+    """Tokens with weight of each layer's heads, and what top pages drop of them, for each context."""
+    here = sorted(of(rows, kind="quality", model=ENTMAX, select="dense"), key=lambda row: row["context"])
     if not here:
         return None
-    figure, axes = panels(len(here), width=2.4, height=3.2)
+    inches = (1 + 2.4 * len(here), 6)
+    figure, grid = plt.subplots(2, len(here), figsize=inches, squeeze=False, sharex=True, layout="constrained")
     most = max(np.max(row["heads"]["support"]) for row in here)
-    for panel, row in zip(axes, here, strict=True):
+    for column, row in enumerate(here):
         support = np.array(row["heads"]["support"])
-        image = panel.imshow(support, norm="log", vmin=1, vmax=most, cmap="viridis", aspect="auto")
-        panel.set_title(f"{size(1, row['context'])}: median {np.median(support):.0f}")
-        panel.set_xlabel("query head")
-        panel.set_xticks(range(support.shape[1]), range(1, support.shape[1] + 1))
-        panel.set_yticks(range(len(support)), range(1, len(support) + 1))
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="tokens with weight")
+        (pages,) = of(rows, kind="quality", model=ENTMAX, select="TopPages(1024)", context=row["context"])
+        above = grid[0][column].imshow(support, norm="log", vmin=1, vmax=most, aspect="auto")
+        below = grid[1][column].imshow(pages["heads"]["delta"], vmin=0, vmax=1, cmap="magma", aspect="auto")
+        grid[0][column].set_title(f"{size(1, row['context'])}: median {np.median(support):.0f}")
+        grid[1][column].set_title(f"mean {np.mean(pages['heads']['delta']):.2f}")
+        grid[1][column].set_xlabel("query head")
+        grid[1][column].set_xticks(range(support.shape[1]), range(1, support.shape[1] + 1))
+        for panel in grid[:, column]:
+            panel.set_yticks(range(len(support)), range(1, len(support) + 1))
+    for line, image, title in ((grid[0], above, "tokens with weight"), (grid[1], below, "δ of TopPages(1024)")):
+        line[0].set_ylabel("layer")
+        figure.colorbar(image, ax=list(line), label=title)
     return finish(figure, here)
 
 
 def draw_training(rows: list[Row]) -> Figure | None:
-    """Held-out loss and recall of the twins against steps."""
-    here = of(rows, kind="training")
+    """Held-out loss and recall of the twins against steps, at the context trained on and at the longest."""
+    here = [row for row in of(rows, kind="training") if "train_bits" in row]
     if not here:
         return None
     figure, axes = panels(2)
+    longest = max(row["context"] for row in here)
     for model, color in ((ENTMAX, "C3"), (SOFTMAX, "C0")):
-        points = [row for row in of(here, model=model) if "held_out_bits" in row]
+        points = of(here, model=model)
         steps = [row["step"] for row in points]
-        axes[0].plot(steps, [row["held_out_bits"] for row in points], color=color, label=model)
-        axes[0].plot(steps, [row["train_bits"] for row in points], ":", color=color)
-        axes[1].plot(steps, [row["recall"] for row in points], color=color, label=model)
+        for panel, what in zip(axes, ("bits", "recalled"), strict=True):
+            now = [row.get(f"{what}_{row['context']}", np.nan) for row in points]
+            panel.plot(steps, now, "--", color=color, lw=1)
+            panel.plot(steps, [row[f"{what}_{longest}"] for row in points], color=color, label=model)
     axes[0].set_ylim(0.5, 3)
-    axes[0].set_title("bits per byte, held out and (dotted) training")
+    axes[0].set_title("bits per byte of held-out text")
     axes[1].set_title("bytes of facts that are recalled")
     for panel in axes:
-        panel.set_xlabel("step")
+        panel.set_xlabel(f"step; windows of {longest}, and dashed those trained on")
         panel.grid(alpha=0.3)
         panel.legend()
     return finish(figure, here)
@@ -307,6 +329,6 @@ def draw_training(rows: list[Row]) -> Figure | None:
 FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "quality.png": draw_quality,
     "contexts.png": draw_contexts,
-    "support.png": draw_support,
+    "heads.png": draw_heads,
     "training.png": draw_training,
 }

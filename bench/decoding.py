@@ -1,6 +1,8 @@
 """Language models that decode through the cache: read a context once, then decode after it again and again."""
 
+import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,8 @@ from entmaxkv.select import Selector
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES / "train"))
+from launches import fix_launches  # noqa: E402
+
 # No token is padding, which transformers would find out from a mask of its own, waiting for the device.
 UNMASKED = {"full_attention": None}
 
@@ -21,12 +25,11 @@ UNMASKED = {"full_attention": None}
 def load(path: Path, device: str) -> PreTrainedModel:
     """The model in bf16 on a GPU and fp32 on the CPU."""
     disable_progress_bar()
-    if device == "cuda":
-        from train import fix_launches
-
-        fix_launches()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
+    if device == "cuda" and model.config.entmax_alpha != 1 and find_spec("adasplash"):
+        fix_launches()
+    return model
 
 
 class Decoded(NamedTuple):
@@ -34,11 +37,11 @@ class Decoded(NamedTuple):
 
     Attributes:
         bits: [rows, steps] fp32, what the byte that comes next costs.
-        likeliest: [rows, steps] int64, the byte that the model takes for the next.
+        argmax: [rows, steps] int64, the byte that the model takes for the next.
     """
 
     bits: Tensor
-    likeliest: Tensor
+    argmax: Tensor
 
 
 class Context:
@@ -117,16 +120,15 @@ class Stepper:
     def read(self, text: Tensor) -> Decoded:
         """Decodes text [rows, steps + 1] int64: every byte but the last, and how well each next one was foreseen."""
         self.rewind()
-        bits, likeliest = [], []
+        bits, argmax = [], []
         for i in range(text.shape[1] - 1):
             self.ids.copy_(text[:, i : i + 1])
             self.step()
             logits = self.logits.float()
-            bits.append(
-                -logits.log_softmax(-1).gather(1, text[:, i + 1 : i + 2])[:, 0] / torch.log(logits.new_tensor(2.0))
-            )
-            likeliest.append(logits.argmax(-1))
-        return Decoded(torch.stack(bits, dim=1), torch.stack(likeliest, dim=1))
+            surprise = -logits.log_softmax(-1).gather(1, text[:, i + 1 : i + 2])[:, 0]
+            bits.append(surprise / math.log(2))
+            argmax.append(logits.argmax(-1))
+        return Decoded(torch.stack(bits, dim=1), torch.stack(argmax, dim=1))
 
     def write(self, first: Tensor, steps: int) -> Tensor:
         """Greedy continuation [rows, steps] after the bytes first [rows, 1] int64."""

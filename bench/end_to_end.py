@@ -1,21 +1,20 @@
 """Tokens per second of a whole language model that decodes through `entmaxkv.hf`, and where the time goes.
 
-    python bench/end_to_end.py runs/entmax --context 131072 --batch 1 8 --json bench/results/h200-end-to-end.json
+    python bench/end_to_end.py runs/twin-entmax --batch 1 8 --json bench/results/h200-end-to-end-entmax.json
 
 A step is the whole model, from a byte to the logits of the next: as a CUDA graph, and eager, which is as transformers'
 `generate` calls it. The profiler tells the graph's attention kernels from the others.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decoding import Context, Stepper, load
 from inputs import positive
-from quality import haystacks, held_out_text, tensor
-from report import check, machine, report
+from quality import check_contexts, haystacks, held_out_text, parser_of, tensor
+from report import machine, report
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -27,8 +26,10 @@ from entmaxkv.select import Selector
 SELECTORS: dict[str, Selector | None] = {
     "dense": None,
     "KeySketch()": entmaxkv.KeySketch(dense_below=0),
-    "TopPages(1024)": entmaxkv.TopPages(1024),
-    "Gaussian()": entmaxkv.Gaussian(),
+    "KeySketch(max_tokens=4096)": entmaxkv.KeySketch(max_tokens=4096, dense_below=0),
+    "TopPages(1024)": entmaxkv.TopPages(1024, dense_below=0),
+    "TopPages(4096)": entmaxkv.TopPages(4096, dense_below=0),
+    "Gaussian()": entmaxkv.Gaussian(dense_below=0),
 }
 ROOM, WARM, TIMED = 256, 8, 64
 
@@ -47,7 +48,10 @@ def microseconds(stepper: Stepper) -> float:
 
 
 def kernels(stepper: Stepper) -> dict[str, float]:
-    """Microseconds of the graph's kernels: reading the cache, appending to it, and everything else."""
+    """Microseconds of the graph's kernels: reading the cache, appending to it, and everything else.
+
+    Kernels that are chained by dependent launches overlap, so that together they can take longer than the step.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(WARM):
             stepper.step()
@@ -61,13 +65,13 @@ def kernels(stepper: Stepper) -> dict[str, float]:
     return found
 
 
-def evaluate(model: PreTrainedModel, context: int, batch: int, source: Path) -> list[dict[str, Any]]:
-    text = held_out_text(source)
+def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int) -> list[dict[str, Any]]:
+    """One row per selector for a batch of contexts."""
     read, follows = haystacks(text, batch, context, context)
     state = Context(model, tensor(read, model.device), room=ROOM)
     rows: list[dict[str, Any]] = []
-    names = SELECTORS if model.config.entmax_alpha > 1 else ("dense", "TopPages(1024)")
-    for name in names:
+    by_pages = [name for name, select in SELECTORS.items() if select is None or isinstance(select, entmaxkv.TopPages)]
+    for name in SELECTORS if model.config.entmax_alpha > 1 else by_pages:
         row: dict[str, Any] = {"select": name, "context": context, "batch": batch}
         for how, eager in (("graph", False), ("eager", True)):
             stepper = Stepper(state, SELECTORS[name], eager=eager)
@@ -91,24 +95,19 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("--context", type=positive, nargs="+", default=[131072], help="bytes read first")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows")
-    parser.add_argument("--source", type=Path, help="folder of the standard library (default: the running Python's)")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser = parser_of(__doc__, 131072)
+    parser.set_defaults(device="cuda")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="contexts decoded at once (default 1)")
     args = parser.parse_args()
-    args.device = "cuda"
-    check(parser, args)
-    from corpus import default_source
-
+    text = held_out_text(args.source)
+    check_contexts(parser, args, text, max(args.batch))
     console = Console()
     model = load(args.model, args.device)
     about = {"kind": "end to end", "model": args.model.name, "alpha": model.config.entmax_alpha}
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
     for context in args.context:
         for batch in args.batch:
-            rows = [about | row for row in evaluate(model, context, batch, args.source or default_source())]
+            rows = [about | row for row in evaluate(model, text, context, batch)]
             console.print(table(rows))
             document["rows"] += rows
     report(document, args, console)

@@ -1,18 +1,19 @@
 """What a model loses by each way of reading its cache, and what it reads, on text that it was not trained on.
 
-    python bench/quality.py examples/stdlib-entmax --context 4096 --json bench/results/cpu-quality.json
+    python bench/quality.py examples/stdlib-entmax --json bench/results/cpu-quality.json
 
 The model reads a context, exactly, and then decodes what follows with each selector in turn:
 
-- text: held-out files of the standard library, the same bytes after contexts of every length; bits per byte, and how
-  long a greedy continuation is the dense one,
-- passkey: one line `key NAME = VALUE` somewhere in the text, asked for at the end,
+- text: held-out files of the standard library, the same bytes after contexts of every length; bits per byte, where the
+  argmax is dense decoding's, and how long a greedy continuation is,
+- passkey: one line `# key NAME = VALUE` somewhere in the text, asked for at the end,
 - recall: 32 such lines, of which eight are asked for; both count values that are right to the last digit.
 
 At some steps of the text each layer's queries also go through `entmaxkv.metrics.measure`, against float64.
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +32,15 @@ import entmaxkv
 from entmaxkv.metrics import Metrics, measure
 from entmaxkv.select import Selector
 
-from corpus import SEPARATOR, default_source, files, held_out  # isort: skip
-from tasks import RECALL, draw, put  # isort: skip
+from corpus import RELATED, SEPARATOR, default_source, files, held_out  # isort: skip
+from tasks import LINE, RECALL, draw, put  # isort: skip
 
 BUDGETS = (64, 256, 1024, 4096)
-ROWS = {"text": 8, "passkey": 16, "recall": 8}
 STEPS = 256  # bytes decoded of each text
 FACTS, ASKED = 32, 8
-PROBED_STEPS = 2
-SEED = 0
+LEAST_CONTEXT = 2 * FACTS * LINE
+PROBED_ROWS, PROBED_STEPS = 8, 2
+SEED = 2**33  # of the facts; training draws others
 
 
 def selectors(alpha: float) -> dict[str, Selector | None]:
@@ -48,8 +49,10 @@ def selectors(alpha: float) -> dict[str, Selector | None]:
     if alpha > 1:
         found["KeySketch()"] = entmaxkv.KeySketch(dense_below=0)
         found["KeySketch(certainty=1-1e-9)"] = entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0)
-        for budget in BUDGETS:
-            found[f"KeySketch(max_tokens={budget})"] = entmaxkv.KeySketch(max_tokens=budget, dense_below=0)
+        for bits, option in ((4, ""), (2, "bits=2, ")):
+            for budget in BUDGETS:
+                select = entmaxkv.KeySketch(bits=bits, max_tokens=budget, dense_below=0)
+                found[f"KeySketch({option}max_tokens={budget})"] = select
     for budget in BUDGETS:
         found[f"TopPages({budget})"] = entmaxkv.TopPages(budget, dense_below=0)
     if alpha > 1:
@@ -78,37 +81,38 @@ def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, 
     read = haystacks(text, rows, context, longest)[0].copy()
     follows, answers = [], []
     for row, window in enumerate(read):
-        rng = np.random.default_rng((SEED, row))
+        rng = np.random.default_rng((SEED, facts, row))
         drawn = [draw(rng) for _ in range(facts)]
-        spacing = (context - 64) / facts
+        room = context // facts
         for i, (question, value) in enumerate(drawn):
             depth = (row + 0.5) / rows if facts == 1 else rng.random()
-            put(window, int((i + depth) * spacing), question + value + b"\n")
+            put(window, i * room + int(depth * (room - LINE)), question + value + b"\n")
         chosen = [drawn[i] for i in rng.permutation(facts)[:asked]]
         follows.append(b"".join(question + value for question, value in chosen) + b"\n")
-        answers.append(
-            [i for question, value in chosen for i in [False] * len(question) + [True] * len(value)] + [False]
-        )
+        marks = [[False] * len(question) + [True] * len(value) for question, value in chosen]
+        answers.append([mark for line in marks for mark in line] + [False])
     return Suite(read, np.stack([np.frombuffer(line, np.uint8) for line in follows]), np.array(answers))
 
 
-def suites(text: np.ndarray, context: int, longest: int) -> dict[str, Suite]:
-    read, follows = haystacks(text, ROWS["text"], context, longest)
+def suites(text: np.ndarray, context: int, longest: int, rows: int) -> dict[str, Suite]:
+    """What is decoded after a context, leaving room before it for the longest."""
+    read, follows = haystacks(text, rows, context, longest)
     return {
         "text": Suite(read, follows, np.zeros(follows.shape, bool)),
-        "passkey": asking(text, ROWS["passkey"], context, longest, 1, 1),
-        "recall": asking(text, ROWS["recall"], context, longest, FACTS, ASKED),
+        "passkey": asking(text, 2 * rows, context, longest, 1, 1),
+        "recall": asking(text, rows, context, longest, FACTS, ASKED),
     }
 
 
 class Probe:
-    """A selector that keeps every page, and measures what others would have done with the same query.
+    """A selector that keeps every page, and measures what others would have done with the same queries.
 
     Attributes:
-        found: [selector][layer] metrics of each measured step.
+        active: whether to measure.
+        found: [selector][layer] metrics of each measured step, of the first PROBED_ROWS.
     """
 
-    def __init__(self, methods: dict[str, Selector | None], layers: int):
+    def __init__(self, methods: dict[str, Any], layers: int):
         self.active, self.calls = False, 0
         self.methods = methods
         self.found: dict[str, list[list[Metrics]]] = {name: [[] for _ in range(layers)] for name in methods}
@@ -126,8 +130,12 @@ class Probe:
         """See `entmaxkv.select.PageSelector.pages`."""
         options = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
         if self.active:
+            rows = copy.copy(cache)
+            rows.batch = min(PROBED_ROWS, cache.batch)
+            rows.page_table, rows.seq_lens = cache.page_table[: rows.batch], cache.seq_lens[: rows.batch]
             for name, select in self.methods.items():
-                self.found[name][self.calls % self.layers].append(measure(q, cache, select=select, **options))
+                metrics = measure(q[: rows.batch], rows, select=select, **options)
+                self.found[name][self.calls % self.layers].append(metrics)
         self.calls += 1
         return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, **options)
 
@@ -136,14 +144,14 @@ def tensor(x: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(x.astype(np.int64)).to(device)
 
 
-def answered(suite: Suite, likeliest: Tensor) -> float:
-    """Share of the values whose every byte is the likeliest."""
+def answered(suite: Suite, argmax: Tensor) -> float:
+    """Share of the values whose every byte is the argmax."""
     expected = suite.follows[:, 1:][suite.answers[:, 1:]].reshape(-1, RECALL)
-    got = likeliest.cpu().numpy()[suite.answers[:, 1:]].reshape(-1, RECALL)
+    got = argmax.cpu().numpy()[suite.answers[:, 1:]].reshape(-1, RECALL)
     return float((expected == got).all(axis=1).mean())
 
 
-def probed(context: Context, suite: Suite, methods: dict[str, Selector | None]) -> dict[str, list[list[Metrics]]]:
+def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str, list[list[Metrics]]]:
     """What `measure` says of each method at some steps of the text, [layer][step]."""
     probe = Probe(methods, len(context.layers))
     stepper = Stepper(context, probe, eager=True)
@@ -158,106 +166,146 @@ def probed(context: Context, suite: Suite, methods: dict[str, Selector | None]) 
 
 def by_head(found: list[list[Metrics]], name: str) -> Tensor:
     """Mean of a metric over steps and rows, [layers, heads] float64."""
-    return torch.stack(
-        [torch.stack([getattr(step, name).double().mean(0) for step in layer]).mean(0) for layer in found]
-    )
+    layers = [torch.stack([getattr(step, name).double().mean(0) for step in layer]).mean(0) for layer in found]
+    return torch.stack(layers).cpu()
+
+
+def share(steps: list[Metrics]) -> float:
+    return sum(step.bytes_read for step in steps) / sum(step.kv_bytes for step in steps)
 
 
 def facts_of(found: list[list[Metrics]]) -> dict[str, Any]:
-    """A selector's metrics: means, and of each layer's heads what the figures show."""
-    every = [step for layer in found for step in layer]
-    heads = {name: by_head(found, name).cpu() for name in ("dropped_mass", "output_error", "support", "tokens")}
+    """A selector's metrics: their means, and those of each layer's heads; bytes are a layer's."""
+    names = {
+        "delta": "dropped_mass",
+        "support_recall": "support_recall",
+        "error": "output_error",
+        "tokens": "tokens",
+        "support": "support",
+    }
+    heads = {name: by_head(found, metric) for name, metric in names.items()}
+    means = {name: x.mean().item() for name, x in heads.items()}
+    rounded = {name: [[float(f"{x:.3g}") for x in layer] for layer in x.tolist()] for name, x in heads.items()}
     return {
-        "delta": heads["dropped_mass"].mean().item(),
-        "support_recall": by_head(found, "support_recall").mean().item(),
-        "error": heads["output_error"].mean().item(),
-        "tokens": heads["tokens"].mean().item(),
-        "share": sum(step.bytes_read for step in every) / sum(step.kv_bytes for step in every),
+        **means,
+        "share": share([step for layer in found for step in layer]),
         "certified": by_head(found, "certified").mean().item(),
-        "heads": {name: [[float(f"{x:.3g}") for x in layer] for layer in x.tolist()] for name, x in heads.items()},
+        "layer_share": [float(f"{share(layer):.3g}") for layer in found],
+        "heads": rounded,
     }
 
 
-def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, longest: int, console: Console) -> list[dict]:
+def evaluate(
+    model: PreTrainedModel, text: np.ndarray, context: int, longest: int, rows: int, console: Console
+) -> list[dict]:
     """One row per selector at this context."""
     methods = selectors(model.config.entmax_alpha)
-    rows: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
+    found: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
     with Progress(console=console) as bar:
         task = bar.add_task(f"context {context}", total=3 * len(methods) + 1)
-        for name, suite in suites(text, context, longest).items():
+        for name, suite in suites(text, context, longest, rows).items():
             read = Context(model, tensor(suite.read, model.device), room=max(STEPS, suite.follows.shape[1]))
             follows = tensor(suite.follows, model.device)
-            written = None
+            dense = written = None
             for method, select in methods.items():
                 stepper = Stepper(read, select)
                 decoded = stepper.read(follows)
                 if name == "text":
-                    rows[method]["bits"] = decoded.bits.double().mean().item()
                     mine = stepper.write(follows[:, :1], STEPS)
-                    written = mine if written is None else written
-                    rows[method]["same"] = (mine == written).cumprod(dim=1).sum(dim=1).double().mean().item()
+                    if dense is None or written is None:
+                        dense, written = decoded, mine
+                    above = (decoded.bits - dense.bits).double().mean(1)
+                    found[method] |= {
+                        "rows": rows,
+                        "bits": decoded.bits.double().mean().item(),
+                        "bits_above": above.mean().item(),
+                        "bits_above_se": (above.std() / rows**0.5).item() if rows > 1 else 0.0,
+                        "agreement": (decoded.argmax == dense.argmax).double().mean().item(),
+                        "common_prefix": (mine == written).cumprod(dim=1).sum(dim=1).double().mean().item(),
+                    }
                 else:
-                    rows[method][name] = answered(suite, decoded.likeliest)
+                    found[method][name] = answered(suite, decoded.argmax)
                 bar.advance(task)
             if name == "text":
-                for method, found in probed(read, suite, methods).items():
-                    rows[method] |= facts_of(found)
+                for method, metrics in probed(read, suite, methods).items():
+                    found[method] |= facts_of(metrics)
                 bar.advance(task)
-    return list(rows.values())
+    return list(found.values())
 
 
 def table(rows: list[dict]) -> Table:
     shown = Table(title=f"context {rows[0]['context']}")
-    shown.add_column("selector")
-    titles = ("bits", "passkey", "recall", "same bytes", "δ", "support recall", "error", "tokens", "% of KV bytes")
+    shown.add_column("selector", no_wrap=True)
+    titles = ("bits", "agrees", "prefix", "passkey", "recall", "δ", "support", "error", "keys", "bytes")
     for title in titles:
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row["select"],
             f"{row['bits']:.4f}",
+            f"{row['agreement']:.1%}",
+            f"{row['common_prefix']:.0f}",
             *(f"{row[name]:.0%}" for name in ("passkey", "recall")),
-            f"{row['same']:.0f}",
             f"{row['delta']:.2g}",
-            f"{row['support_recall']:.4f}",
+            f"{row['support_recall']:.3f}",
             f"{row['error']:.2g}",
             f"{row['tokens']:.0f}",
-            f"{100 * row['share']:.1f}",
+            f"{row['share']:.1%}",
         )
+    shown.caption = (
+        f"agrees: argmax as dense. prefix: of {STEPS} greedily decoded bytes those before the first that is not dense "
+        "decoding's. δ: mass dropped. support: share of the dense support that is read. error: of the attention "
+        "output. keys: read per token and KV head. bytes: of the KV cache, page statistics or sketch included."
+    )
     return shown
 
 
 def held_out_text(source: Path) -> np.ndarray:
     """The held-out files of the standard library joined, those with near relatives in the training text last."""
     names = {name: path for name, path in files(source).items() if held_out(name)}
-    last = ("encodings/", "test/")
-    order = sorted(names, key=lambda name: (name.startswith(last), name))
+    order = sorted(names, key=lambda name: (name.startswith(RELATED), name))
     return np.frombuffer(b"".join(names[name].read_bytes() + SEPARATOR for name in order), np.uint8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, context: int) -> argparse.ArgumentParser:
+    """What the programs that decode with a model have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("--context", type=positive, nargs="+", default=[4096], help="bytes read first (default 4096)")
-    parser.add_argument("--longest", type=positive, help="leave room for such contexts too (default: the longest)")
+    parser.add_argument(
+        "--context", type=positive, nargs="+", default=[context], help=f"bytes read first (default {context})"
+    )
     parser.add_argument("--source", type=Path, default=default_source(), help="folder of the standard library")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--json", type=Path, help="file for the results")
-    args = parser.parse_args()
+    return parser
+
+
+def check_contexts(parser: argparse.ArgumentParser, args: argparse.Namespace, text: np.ndarray, rows: int) -> None:
+    """Refuses, before a model is loaded, what could not be decoded."""
     check(parser, args)
     if not (args.model / "config.json").is_file():
         parser.error(f"expected a folder with a config.json, got {args.model}")
-    console = Console()
+    for context in args.context:
+        if context % 16 or context < LEAST_CONTEXT:
+            parser.error(f"--context: expected multiples of 16 of at least {LEAST_CONTEXT}, got {context}")
+    if len(text) < max(args.context) + STEPS + rows:
+        parser.error(f"--context: expected less than the {len(text)} bytes of text, got {max(args.context)}")
+
+
+def main() -> None:
+    parser = parser_of(__doc__, 4096)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
+    parser.add_argument("--longest", type=positive, help="leave room for such contexts too (default: the longest)")
+    args = parser.parse_args()
     text = held_out_text(args.source)
-    longest = max(args.longest or 0, *args.context)
-    if len(text) < longest + STEPS + ROWS["passkey"]:
-        parser.error(f"expected contexts shorter than the {len(text)} bytes of held-out text, got {longest}")
+    check_contexts(parser, args, text, 2 * args.rows)
+    console = Console()
     model = load(args.model, args.device)
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
-    alpha = model.config.entmax_alpha
-    about = {"kind": "quality", "model": args.model.name, "alpha": alpha}
+    about = {"kind": "quality", "model": args.model.name, "alpha": model.config.entmax_alpha}
+    longest = max(args.longest or 0, *args.context)
     for context in sorted(args.context):
-        rows = evaluate(model, text, context, longest, console)
+        rows = evaluate(model, text, context, longest, args.rows, console)
         console.print(table(rows))
         document["rows"] += [about | row for row in rows]
         report(document, args, console)

@@ -126,7 +126,8 @@ def machine_line(rows: list[Row]) -> str:
         facts = row["machine"]
         processor = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
         rate = f", {facts['read_gb_per_s']:.0f} GB/s" if "read_gb_per_s" in facts else ""
-        lines[f"{processor}, torch {facts['torch']}, commit {facts['commit']}{rate}"] = None
+        commit = f", commit {facts['commit']}" if "commit" in facts else ""
+        lines[f"{processor}, torch {facts['torch']}{commit}{rate}"] = None
     return "; ".join(lines)
 
 

@@ -6,19 +6,29 @@ Under a budget, pages are ranked by the merit that their best head gives them; z
 is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` reads follows its quantile and margin.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from decoding import Context, Stepper, load
 from inputs import positive
-from quality import STEPS, answered, facts_of, held_out_text, probed, suites, tensor
-from report import check, machine, report
+from quality import (
+    STEPS,
+    answered,
+    check_contexts,
+    facts_of,
+    held_out_text,
+    parser_of,
+    probed,
+    suites,
+    tensor,
+)
+from report import machine, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,17 +38,15 @@ from transformers import PreTrainedModel
 import entmaxkv
 from entmaxkv import ops
 
-from corpus import SEPARATOR, default_source, files, held_out  # isort: skip
+from corpus import SEPARATOR, files, held_out  # isort: skip
 
 BUDGETS = (256, 1024)
 # As the model's text, so that training text and held-out text are equally long.
 TRAINING_BYTES = 1_200_000
 
 
-def mixture_threshold(mean: Tensor, std: Tensor, counts: Tensor, alpha: float) -> Tensor:
-    """tau [batch, heads] of sum_pages counts E[(z - tau)_+^2] = 1 for z ~ N(mean, std^2); alpha must be 1.5."""
-    if alpha != 1.5:
-        raise SystemExit(f"expected a model with alpha 1.5, got {alpha}")
+def mixture_threshold(mean: Tensor, std: Tensor, counts: Tensor) -> Tensor:
+    """tau [batch, heads] of sum_pages counts E[(z - tau)_+^2] = 1 for z ~ N(mean, std^2), where alpha is 1.5."""
     low, high = mean.amax(-1) - 1, (mean + 9 * std).amax(-1)
     for _ in range(60):
         tau = (low + high) / 2
@@ -58,7 +66,7 @@ def expected_weight(mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Merit:
-    """Best pages under a budget by one of the merits in `MERITS`."""
+    """Best pages under a budget by one of the merits in `MERITS`, of rows that are equally long."""
 
     name: str
     budget: int
@@ -82,8 +90,7 @@ class Merit:
         bound, least, mean, std = (gap * x[..., :used] for x in (bound, least, mean, std))
         counts = torch.full_like(mean, cache.page_size)
         counts[..., -1] = int(cache.seq_lens[0]) - (used - 1) * cache.page_size
-        tau = mixture_threshold(mean, std, counts, float(alpha))[..., None]
-        merit = MERITS[self.name](Pages(bound, least, mean, std, tau, counts))
+        merit = MERITS[self.name](Pages(bound, least, mean, std, counts))
         merit = merit.unflatten(1, (cache.kv_heads, -1)).amax(2)
         merit[..., -1] = math.inf
         kept = min(used, max(1, self.budget // cache.page_size))
@@ -91,15 +98,19 @@ class Merit:
         return chosen, torch.full(chosen.shape[:2], kept, dtype=torch.int32, device=q.device)
 
 
-class Pages(NamedTuple):
-    """What is known of the scores z of each page's tokens: [batch, heads, pages] but for tau, [batch, heads, 1]."""
+@dataclass(frozen=True)
+class Pages:
+    """What is known of the scores z of each page's tokens, [batch, heads, pages] float64; tau is [batch, heads, 1]."""
 
     most: Tensor
     least: Tensor
     mean: Tensor
     std: Tensor
-    tau: Tensor
     counts: Tensor
+
+    @cached_property
+    def tau(self) -> Tensor:
+        return mixture_threshold(self.mean, self.std, self.counts)[..., None]
 
     def raised(self, c: float) -> Tensor:
         return self.mean + c * self.std
@@ -147,42 +158,54 @@ def training_text(source: Path) -> np.ndarray:
     return np.frombuffer(b"".join(texts[::stride]), np.uint8)
 
 
-def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, longest: int, console: Console) -> list[dict]:
+def evaluate(
+    model: PreTrainedModel,
+    methods: dict[str, Any],
+    text: np.ndarray,
+    context: int,
+    longest: int,
+    rows: int,
+    console: Console,
+) -> list[dict]:
     """One row per selector at this context."""
-    methods: dict[str, Any] = {f"{name}, {budget}": Merit(name, budget) for budget in BUDGETS for name in MERITS}
-    methods |= gaussians()
-    rows: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
-    for name, suite in suites(text, context, longest).items():
-        room = max(STEPS, suite.follows.shape[1])
-        read = Context(model, tensor(suite.read, model.device), room=room)
+    found: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
+    for name, suite in suites(text, context, longest, rows).items():
+        read = Context(model, tensor(suite.read, model.device), room=max(STEPS, suite.follows.shape[1]))
         if name == "text":
-            for method, found in probed(read, suite, methods).items():
-                rows[method] |= {name: x for name, x in facts_of(found).items() if name != "heads"}
+            for method, metrics in probed(read, suite, methods).items():
+                means = facts_of(metrics)
+                found[method] |= {what: x for what, x in means.items() if what not in ("heads", "layer_share")}
             continue
         follows = tensor(suite.follows, model.device)
-        for method in track(methods, f"{name} at {context}", console=console):
-            decoded = Stepper(read, methods[method], eager=True).read(follows)
-            rows[method][name] = answered(suite, decoded.likeliest)
-    return list(rows.values())
+        for method, select in track(methods.items(), f"{name} at {context}", console=console):
+            found[method][name] = answered(suite, Stepper(read, select, eager=True).read(follows).argmax)
+    return list(found.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("--context", type=positive, nargs="+", default=[4096], help="bytes read first (default 4096)")
-    parser.add_argument("--text", choices=["training", "held-out"], default="training", help="default training")
-    parser.add_argument("--source", type=Path, default=default_source(), help="folder of the standard library")
+    parser = parser_of(__doc__, 4096)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
+    parser.add_argument("--text", choices=["training", "held-out"], default="training", help="default training")
+    parser.add_argument("--select", nargs="+", help="of the table's selectors only these (default: all)")
     args = parser.parse_args()
-    check(parser, args)
-    console = Console()
     text = (training_text if args.text == "training" else held_out_text)(args.source)
+    check_contexts(parser, args, text, 2 * args.rows)
+    methods: dict[str, Any] = {f"{name}, {budget}": Merit(name, budget) for budget in BUDGETS for name in MERITS}
+    methods |= gaussians()
+    for name in args.select or []:
+        if name not in methods:
+            parser.error(f"--select: expected names such as {next(iter(methods))!r}, got {name!r}")
+    if args.select:
+        methods = {name: methods[name] for name in args.select}
+    console = Console()
     model = load(args.model, args.device)
+    if model.config.entmax_alpha != 1.5:
+        parser.error(f"expected a model with alpha 1.5, got {model.config.entmax_alpha}")
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
     about = {"kind": "tune", "model": args.model.name, "text": args.text}
     for context in args.context:
-        rows = evaluate(model, text, context, max(args.context), console)
+        rows = evaluate(model, methods, text, context, max(args.context), args.rows, console)
         shown = Table(title=f"{args.text} text, context {context}")
         shown.add_column("selector", no_wrap=True)
         titles = ("tokens", "delta", "support_recall", "error", "passkey", "recall")
@@ -192,7 +215,7 @@ def main() -> None:
             shown.add_row(row["select"], *(f"{row[title]:.4g}" for title in titles))
         console.print(shown)
         document["rows"] += [about | row for row in rows]
-    report(document, args, console)
+        report(document, args, console)
 
 
 if __name__ == "__main__":

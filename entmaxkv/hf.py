@@ -394,6 +394,9 @@ def _dense(
 def _whole(query: Tensor, key: Tensor, value: Tensor, *, alpha: float, scale: float) -> Tensor:
     """Causal attention of whole sequences [batch, heads, tokens, head_dim], differentiable."""
     if alpha == 1:
+        if query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes groups of fp32 heads
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         return nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )

@@ -14,10 +14,12 @@ BENCH = str(ROOT / "bench")
 sys.path += [entry for entry in (BENCH, str(ROOT / "examples" / "train")) if entry not in sys.path]
 import accuracy  # noqa: E402
 import corpus  # noqa: E402
+import end_to_end  # noqa: E402
 import quality  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
 import tune  # noqa: E402
+import windows  # noqa: E402
 from decoding import Context, Stepper, load  # noqa: E402
 
 import entmaxkv  # noqa: E402
@@ -27,11 +29,16 @@ MODEL = ROOT / "examples" / "stdlib-entmax"
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(quality, "ROWS", {"text": 2, "passkey": 2, "recall": 2})
-    monkeypatch.setattr(quality, "STEPS", 20)
-    monkeypatch.setattr(quality, "FACTS", 4)
-    monkeypatch.setattr(quality, "ASKED", 2)
-    monkeypatch.setattr(quality, "BUDGETS", (64,))
+    for name, value in {"STEPS": 20, "FACTS": 4, "ASKED": 2, "BUDGETS": (64,), "LEAST_CONTEXT": 256}.items():
+        monkeypatch.setattr(quality, name, value)
+
+
+def told(program, monkeypatch, capsys, *arguments):
+    """What a program says when it refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        program.main()
+    return capsys.readouterr().err
 
 
 def test_facts_come_back_where_the_answers_are():
@@ -48,22 +55,71 @@ def test_facts_come_back_where_the_answers_are():
         assert text[: start - len(question)].tobytes().count(question + value) == 1
 
 
+@pytest.mark.parametrize("context", [quality.LEAST_CONTEXT, 4096])
+def test_what_is_asked_for_is_in_the_context_once(context):
+    text = np.random.default_rng(0).integers(32, 127, 20000).astype(np.uint8)
+    for facts, asked in ((1, 1), (quality.FACTS, quality.ASKED)):
+        suite = quality.asking(text, 5, context, 4096, facts, asked)
+        for read, follows, answers in zip(*suite, strict=True):
+            lines = follows.tobytes().split(b"\n")[1:-1]
+            assert len(set(lines)) == asked and answers.sum() == asked * tasks.RECALL
+            for line in lines:
+                assert read.tobytes().count(b"\n" + line + b"\n") == 1
+        expected = torch.from_numpy(suite.follows[:, 1:].astype(np.int64))
+        assert quality.answered(suite, expected) == 1
+        expected[0, np.flatnonzero(suite.answers[0, 1:])[0]] += 1
+        assert quality.answered(suite, expected) == 1 - 1 / (5 * asked)
+
+
 def test_a_training_window_depends_on_its_number_alone():
     documents = [bytes([65 + i]) * 999 for i in range(20)]
-    one, other = (train.Windows(documents, 0.5, seed=3) for _ in range(2))
+    one, other = (windows.Windows(documents, 0.5, seed=3) for _ in range(2))
     first = one.batch(0, 4, 512)
-    assert first.shape == (4, 513)
+    assert first.shape == (4, 513) and one.digest() == other.digest()
     later = [one.batch(step, 4, 512) for step in range(30)]  # more than one pass over the text
     for step in (29, 7, 0):
         assert torch.equal(other.batch(step, 4, 512), later[step])
-    assert not torch.equal(train.Windows(documents, 0.5, seed=4).batch(0, 4, 512), first)
+    changed = windows.Windows(documents, 0.5, seed=4)
+    assert not torch.equal(changed.batch(0, 4, 512), first) and changed.digest() != one.digest()
+    with pytest.raises(ValueError, match="expected at least 40001 bytes of text, got 20000"):
+        one.row(0, 20000)
 
 
 def test_positions_skip_at_most_once_and_stay_below_the_most():
-    seen = [train.positions(step, train.CONTEXT, 131072, seed=0)[0] for step in range(40)]
-    skips = [int((places.diff() != 1).sum()) for places in seen]
-    assert set(skips) == {0, 1} and max(int(places[-1]) for places in seen) in range(train.CONTEXT, 131072)
-    assert torch.equal(train.positions(0, 4096, 131072, seed=0)[0], torch.arange(4096))
+    seen = [windows.positions(step, 100, 1000, seed=0)[0] for step in range(200)]
+    assert {int((places.diff() != 1).sum()) for places in seen} == {0, 1}
+    assert 900 < max(int(places[-1]) for places in seen) < 1000
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    """As if it had not stopped; with other settings it does not."""
+
+    def begin(**settings):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        return train.Run(tmp_path, {"seed": 0} | settings, model, [torch.optim.Adam(model.parameters())])
+
+    def take(run, steps):
+        for _ in range(steps):
+            loss = (run.model(torch.full((2, 4), run.step / 10)) - 1).square().mean()
+            loss.backward()
+            run.optimizers[0].step()
+            run.optimizers[0].zero_grad()
+            run.step += 1
+            run.losses.append(loss.detach())
+
+    straight, stopped = begin(), begin()
+    take(straight, 6)
+    take(stopped, 3)
+    stopped.seconds, stopped.log = 1.5, [{"step": 2}]
+    stopped.save()
+    resumed = begin()
+    assert (resumed.step, resumed.seconds, resumed.log) == (3, 1.5, [{"step": 2}])
+    take(resumed, 3)
+    assert torch.equal(torch.stack(resumed.losses), torch.stack(straight.losses))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True))
+    with pytest.raises(SystemExit, match=r"expected seed 0, as the run began, got 1; give another --out"):
+        begin(seed=1)
 
 
 def test_package_texts_are_text_and_come_once(tmp_path):
@@ -72,6 +128,13 @@ def test_package_texts_are_text_and_come_once(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert corpus.package_texts(tmp_path) == [b"one", b"two"]
+
+
+def test_near_copies_of_held_out_files_are_left_out():
+    lines = [b"%d " % i + b"a line that is long enough to be told apart" for i in range(40)]
+    original, short = b"\n".join(lines), b"import os\n"
+    few, many = b"\n".join(lines[:7]), b"\n".join([b"    " + line for line in lines[5:14]])
+    assert corpus.without_copies([few, many, original, short], [original, short]) == [few, short]
 
 
 @torch.no_grad()
@@ -85,54 +148,112 @@ def test_a_context_is_decoded_again_and_again():
     for select in (None, entmaxkv.TopPages(10**6), entmaxkv.KeySketch(), None):
         found = Stepper(context, select).read(text[:, 256:])
         torch.testing.assert_close(found.bits, want, rtol=1e-3, atol=1e-3)
-        assert torch.equal(found.likeliest, logits.argmax(-1))
+        assert torch.equal(found.argmax, logits.argmax(-1))
     stepper = Stepper(context, None)
     written = stepper.write(text[:, 256:257], 10)
-    assert torch.equal(stepper.read(torch.cat([text[:, 256:257], written], dim=1)).likeliest, written)
+    assert torch.equal(stepper.read(torch.cat([text[:, 256:257], written], dim=1)).argmax, written)
     with pytest.raises(ValueError, match="expected a context of whole pages of 16, got 250"):
         Context(model, text[:, :250], room=1)
 
 
-def test_quality_measures_every_selector(small, monkeypatch, tmp_path, capsys):
+def test_quality_measures_every_selector(small, monkeypatch, tmp_path):
     path = tmp_path / "quality.json"
-    monkeypatch.setattr(sys, "argv", ["quality.py", str(MODEL), "--context", "512", "--json", str(path)])
+    monkeypatch.setattr(sys, "argv", ["", str(MODEL), "--context", "512", "--rows", "2", "--json", str(path)])
     quality.main()
     rows = {row["select"]: row for row in json.loads(path.read_text())["rows"]}
     assert set(rows) == set(quality.selectors(1.5)) > set(quality.selectors(1.0))
     dense, sketch, pages = (rows[name] for name in ("dense", "KeySketch()", "TopPages(64)"))
-    assert dense["same"] == sketch["same"] == 20 and dense["delta"] == sketch["delta"] == 0
+    assert dense["common_prefix"] == sketch["common_prefix"] == 20 and dense["delta"] == sketch["delta"] == 0
+    assert dense["agreement"] == sketch["agreement"] == 1 and dense["bits_above"] == dense["bits_above_se"] == 0
     assert sketch["bits"] == pytest.approx(dense["bits"], abs=1e-4) and sketch["certified"] == 1
     for name in ("passkey", "recall"):
         assert sketch[name] == dense[name] and 0 <= dense[name] <= 1
     assert pages["delta"] > 0.01 and pages["tokens"] <= 64 and pages["share"] < sketch["share"] < dense["share"]
+    assert pages["bits_above"] == pytest.approx(pages["bits"] - dense["bits"], abs=1e-5)
     assert np.array(dense["heads"]["support"]).shape == (6, 4) and np.array(dense["heads"]["tokens"]).shape == (6, 2)
-    assert accuracy.TABLES["quality_shipped"]([row | {"machine": {}} for row in rows.values()]) == ""
+    assert np.mean(pages["heads"]["delta"]) == pytest.approx(pages["delta"], rel=0.01)
+    assert len(pages["layer_share"]) == 6
 
 
-def test_quality_says_what_it_expected(monkeypatch, capsys):
+def test_programs_say_what_they_expected(monkeypatch, capsys):
     for arguments, expected in (
-        ([str(ROOT)], "expected a folder with a config.json"),
-        ([str(MODEL), "--context", "2000000"], "expected contexts shorter than the"),
+        ([ROOT], "expected a folder with a config.json"),
+        ([MODEL, "--context", "2000000"], "--context: expected less than the"),
+        ([MODEL, "--context", "4100"], f"expected multiples of 16 of at least {quality.LEAST_CONTEXT}, got 4100"),
     ):
-        monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
-        with pytest.raises(SystemExit):
-            quality.main()
-        assert expected in capsys.readouterr().err
+        for program in (quality, tune):
+            assert expected in told(program, monkeypatch, capsys, *arguments)
+    assert "expected names such as 'bound - best, 256', got 'box'" in told(
+        tune, monkeypatch, capsys, MODEL, "--select", "box"
+    )
+    if not torch.cuda.is_available():
+        assert "expected a CUDA GPU, got none" in told(train, monkeypatch, capsys, "twin")
+        assert "expected a CUDA GPU, got none" in told(end_to_end, monkeypatch, capsys, MODEL)
+
+
+def recorded():
+    """Rows as the programs write them."""
+    rows = []
+    for model in (accuracy.ENTMAX, accuracy.SOFTMAX, accuracy.SHIPPED):
+        for context in (4096, 16384, 131072):
+            heads = {name: [[0.25, 2.0], [0.5, 30.0]] for name in ("delta", "support", "error", "tokens")}
+            for select in quality.selectors(1.0 if model == accuracy.SOFTMAX else 1.5):
+                measured = {"bits": 0.875, "bits_above_se": 0.002, "passkey": 0.75, "recall": 0.5, "delta": 0.25}
+                measured |= {"support_recall": 0.5, "error": 0.125, "tokens": 99.0, "share": 0.0625}
+                row = {"kind": "quality", "model": model, "context": context, "select": select, "common_prefix": 9.0}
+                rows.append(row | measured | {"heads": heads})
+        step = {"step": 10, "context": 16384, "train_bits": 1.0, "bits_16384": 1.5, "recalled_16384": 0.25}
+        end = {"steps": 20, "minutes": 2.0, "bits": 1.0, "distant_bits": 1.25, "recalled": 0.5}
+        rows += [{"kind": "training", "model": model, **row} for row in (step, end)]
+        parts = {f"{part}_us": 10.0 for part in ("graph", "attention", "append", "other", "eager")}
+        place = {"context": 131072, "batch": 8, "select": "dense", "tokens_per_s": 800.0}
+        rows.append({"kind": "end to end", "model": model, **place, **parts})
+    tuned = {"tokens": 64.0, "delta": 0.125, "passkey": 1.0, "recall": 0.5}
+    for text in ("training", "held-out"):
+        place = {"kind": "tune", "model": accuracy.ENTMAX, "text": text, "context": 4096, "select": "bound, 256"}
+        rows.append(place | tuned)
+    return rows
+
+
+def test_tables_and_figures_of_accuracy(tmp_path):
+    report = {"machine": {"gpu": "a GPU", "torch": "2", "commit": "abc"}, "rows": recorded()}
+    (tmp_path / "a.json").write_text(json.dumps(report))
+    report["rows"] = [row | {"bits": 0.5} for row in recorded()[:1]]
+    (tmp_path / "b.json").write_text(json.dumps(report))
+    rows = accuracy.load(tmp_path)
+    assert len(rows) == len(recorded())
+    tables = {name: made(rows) for name, made in accuracy.TABLES.items()}
+    assert all(text.endswith("a GPU, torch 2, commit abc") for text in tables.values())
+    assert (
+        "| `TopPages(64)` | 0.875 ± 0.002 | 75% | 50% | 9 | 0.25 | 0.500 | 0.12 | 99 | 6.2% |" in tables["quality_16K"]
+    )
+    assert "| entmax | dense | 0.500, 75%, 50% | 0.875, 75%, 50% | 0.875, 75%, 50% |" in tables["contexts"]
+    assert "| 4K | bound, 256 | 64 | 0.12 | 100% | 50% | 64 | 0.12 | 100% | 50% |" in tables["tuning"]
+    assert "| entmax | 8 rows of 128K | dense | 800 | 10 | 10 | 10 | 10 | 10 |" in tables["end_to_end"]
+    assert all(made(rows) for made in accuracy.FIGURES.values())
+    assert not any(made([]) for made in (*accuracy.TABLES.values(), *accuracy.FIGURES.values()))
 
 
 def test_merits_rank_as_the_library_does():
     cache = entmaxkv.PagedKVCache(1, 704, 2, 64)
     cache.append(*(torch.randn(1, 700, 2, 64) for _ in range(2)))
     q = torch.randn(1, 8, 64)
-    for name, select in (("bound - best", entmaxkv.TopPages(128)),):
-        got, want = tune.Merit(name, 128).pages(q, cache), select.pages(q, cache)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    got, want = (select.pages(q, cache) for select in (tune.Merit("bound - best", 128), entmaxkv.TopPages(128)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for name in tune.MERITS:
+        pages, counts = tune.Merit(name, 128).pages(q, cache)
+        assert (
+            pages.shape == (1, 2, 8)
+            and (counts == 8).all()
+            and (pages.diff() > 0).all()
+            and (pages[..., -1] == 43).all()
+        )
 
 
 def test_the_mixture_threshold_solves_its_equation():
     mean, std = torch.randn(2, 3, 40, dtype=torch.float64), torch.rand(2, 3, 40, dtype=torch.float64)
     counts = torch.full_like(mean, 16)
-    tau = tune.mixture_threshold(mean, std, counts, 1.5)
+    tau = tune.mixture_threshold(mean, std, counts)
     mass = (counts * tune.expected_weight(mean - tau[..., None], std)).sum(-1)
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-9, atol=1e-9)
     samples = mean[..., None] + std[..., None] * torch.randn(*mean.shape, 200_000, dtype=torch.float64)

@@ -2,12 +2,18 @@
 
 import hashlib
 import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 SEPARATOR = b"\x00"
+# Held-out files in these folders have near relatives among the training files.
+RELATED = ("encodings/", "test/")
 # What reads as text among the files of installed packages; larger ones are mostly tables that a program wrote.
 SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".cmake", ".rst", ".md", ".txt"}
 MOST_BYTES = 500_000
+# A file that holds this share of another's long lines, and at least so many, is a near copy of it.
+LONG_LINE, COPIED_SHARE, COPIED_LINES = 40, 0.2, 5
 
 
 def default_source() -> Path:
@@ -40,3 +46,24 @@ def package_texts(packages: Path) -> list[bytes]:
             if SEPARATOR not in text:
                 found.setdefault(hashlib.sha256(text).digest(), text)
     return list(found.values())
+
+
+def long_lines(text: bytes) -> set[bytes]:
+    return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= LONG_LINE}
+
+
+def without_copies(texts: Iterable[bytes], originals: Iterable[bytes]) -> list[bytes]:
+    """The texts that are no near copies of an original, such as a package's own copy of a held-out module."""
+    owners = defaultdict(list)
+    least = {}
+    for i, original in enumerate(originals):
+        lines = long_lines(original)
+        least[i] = max(COPIED_LINES, COPIED_SHARE * len(lines))
+        for line in lines:
+            owners[line].append(i)
+    kept = []
+    for text in texts:
+        copied = Counter(i for line in long_lines(text) for i in owners.get(line, ()))
+        if not any(count >= least[i] for i, count in copied.items()):
+            kept.append(text)
+    return kept
