@@ -281,6 +281,33 @@ def test_alpha_comes_from_the_config(alpha):
     close(model(input_ids=rows, use_cache=False).logits, dense_model(input_ids=rows, use_cache=False).logits)
 
 
+def test_softmax_trains_as_pytorch_does():
+    rows, _ = ids(TEXT[:60])
+    gradients = []
+    for implementation in (hf.NAME, "sdpa"):
+        model = load(implementation)
+        model.config.entmax_alpha = 1.0
+        model(input_ids=rows, use_cache=False).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_softmax_prefill_whole_and_in_chunks_of_a_padded_batch():
+    rows, mask = ids(TEXT[:60], TEXT[7:32])
+    model = load()
+    model.config.entmax_alpha = 1.0
+    whole, chunked = (hf.EntmaxCache(model.config, 64, batch=2) for _ in range(2))
+    want = model(input_ids=rows, attention_mask=mask, past_key_values=whole).logits
+    got = [
+        model(input_ids=part, attention_mask=mask[:, : 20 * (i + 1)], past_key_values=chunked).logits
+        for i, part in enumerate(rows.split(20, dim=1))
+    ]
+    real = mask.bool()
+    close(torch.cat(got, dim=1)[real], want[real])
+
+
 @torch.no_grad()
 def test_missing_alpha_is_one_and_a_half(model):
     rows, _ = ids(TEXT[:40])

@@ -35,3 +35,9 @@ def test_block_runs(block, monkeypatch):
 @pytest.mark.parametrize("path", paths())
 def test_path_exists(path):
     assert (ROOT / path).exists() or list(ROOT.glob(path)) or ("/" not in path and list(ROOT.glob(f"*/**/{path}")))
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_links_of_a_page(page):
+    links = re.findall(r"\]\((?!http|#)([^)\s]+)\)", page.read_text())
+    assert links and all((page.parent / link).exists() for link in links)
