@@ -54,6 +54,12 @@ def contexts(rows: list[Row]) -> list[int]:
     return sorted({row["context"] for row in rows})
 
 
+def by_context(rows: list[Row], cell: Callable[[Row], str], **wanted: Any) -> list[str]:
+    """A cell for each context of the rows, empty where those that are wanted have none."""
+    found = {row["context"]: row for row in of(rows, **wanted)}
+    return [cell(found[context]) if context in found else "" for context in contexts(rows)]
+
+
 def percent(share: float) -> str:
     return f"{share:.0%}"
 
@@ -91,13 +97,12 @@ def table_of_contexts(rows: list[Row]) -> str:
     def results(row: Row) -> str:
         return f"{row['bits']:.3f}, {percent(row['passkey'])}, {percent(row['recall'])}"
 
-    lines = []
-    for model in (ENTMAX, SOFTMAX):
-        for select in ALWAYS:
-            found = {row["context"]: row for row in of(here, model=model, select=select)}
-            if found:
-                cells = [results(found[context]) if context in found else "" for context in contexts(here)]
-                lines.append([model.removeprefix("twin-"), name(select), *cells])
+    lines = [
+        [model.removeprefix("twin-"), name(select), *by_context(here, results, model=model, select=select)]
+        for model in (ENTMAX, SOFTMAX)
+        for select in ALWAYS
+        if of(here, model=model, select=select)
+    ]
     return table(["attention", "selector", *(size(1, context) for context in contexts(here))], lines, here)
 
 
@@ -105,36 +110,32 @@ def table_of_twins(rows: list[Row]) -> str:
     """What top pages drop of entmax and of softmax at the same budgets."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
     here = [row for row in here if row["select"].startswith("TopPages")]
-    lines = []
-    for select in dict.fromkeys(row["select"] for row in here):
-        for model in (ENTMAX, SOFTMAX):
-            found = {row["context"]: row for row in of(here, model=model, select=select)}
-            cells = [
-                f"{digits(found[context]['delta'])} / {digits(found[context]['error'])}" if context in found else ""
-                for context in contexts(here)
-            ]
-            lines.append([name(select), model.removeprefix("twin-"), *cells])
+
+    def losses(row: Row) -> str:
+        return f"{digits(row['delta'])} / {digits(row['error'])}"
+
+    lines = [
+        [name(select), model.removeprefix("twin-"), *by_context(here, losses, model=model, select=select)]
+        for select in dict.fromkeys(row["select"] for row in here)
+        for model in (ENTMAX, SOFTMAX)
+    ]
     return table(["selector", "attention", *(size(1, context) for context in contexts(here))], lines, here)
 
 
 def table_of_gaussian(rows: list[Row]) -> str:
     """`Gaussian()` and passkeys as the paper has them."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
-    columns = contexts(here)
-
-    def cells(model: str, select: str, cell: Callable[[Row], str]) -> list[str]:
-        found = {row["context"]: row for row in of(here, model=model, select=select)}
-        return [cell(found[context]) if context in found else "" for context in columns]
 
     def losses(row: Row) -> str:
         return f"{digits(row['delta'])} / {row['support_recall']:.3f} / {digits(row['error'])}"
 
-    lines = [["`Gaussian()`: δ / support recall / error", *cells(ENTMAX, "Gaussian()", losses)]]
+    lines = [["`Gaussian()`: δ / support recall / error", *by_context(here, losses, model=ENTMAX, select="Gaussian()")]]
     for model in (ENTMAX, SOFTMAX):
         for select in ("TopPages(1024)", "TopPages(4096)"):
             title = f"passkeys, {model.removeprefix('twin-')}, {name(select)}"
-            lines.append([title, *cells(model, select, lambda row: percent(row["passkey"]))])
-    return table(["", *(size(1, context) for context in columns)], lines if here else [], here)
+            found = by_context(here, lambda row: percent(row["passkey"]), model=model, select=select)
+            lines.append([title, *found])
+    return table(["", *(size(1, context) for context in contexts(here))], lines if here else [], here)
 
 
 def table_of_end_to_end(rows: list[Row]) -> str:
@@ -259,7 +260,7 @@ def draw_contexts(rows: list[Row]) -> Figure | None:
     figure, axes = panels(3)
     for panel, what, title in zip(axes, ("bits", "delta", "recall"), ("bits per byte", "δ", "recall"), strict=True):
         for model, style in ((ENTMAX, "o-"), (SOFTMAX, "s--")):
-            for select in measured_selects(of(here, model=model)):
+            for select in dict.fromkeys(row["select"] for row in of(here, model=model)):
                 points = sorted(of(here, model=model, select=select), key=lambda row: row["context"])
                 label = f"{model.removeprefix('twin-')}, {select}"
                 color = "C4" if "max_tokens" in select else COLORS[family(select)]
@@ -271,10 +272,6 @@ def draw_contexts(rows: list[Row]) -> Figure | None:
         panel.grid(alpha=0.3)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return finish(figure, here)
-
-
-def measured_selects(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["select"] for row in rows))
 
 
 def draw_heads(rows: list[Row]) -> Figure | None:

@@ -18,31 +18,12 @@ from inputs import DTYPES, Case, Inputs
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from watch import Watch
 
 import entmaxkv
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
-
-
-class Probe:
-    """A selector that keeps every page, and the queries that it sees."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def pages(
-        self,
-        q: Tensor,
-        cache: entmaxkv.PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.PageSelector.pages`."""
-        self.seen.append(q)
-        return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
 
 
 def text(size: int) -> bytes:
@@ -111,12 +92,13 @@ class ModelText:
         # minutes for its launches.
         for chunk in ids[:, :-steps].split([1, window - steps - 1], dim=1):
             model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
-        cache.select = probe = Probe()
+        seen: list[Tensor] = []
+        cache.select = Watch(lambda q, cache, options: seen.append(q))
         for position in range(window - steps, window):
             model(input_ids=ids[:, position : position + 1], past_key_values=cache)
         layers = [layer.paged for layer in cache.layers]
         # [steps, layers, batch, KV heads, group, head_dim], the last step first
-        q = torch.stack(probe.seen).view(steps, len(layers), batch, layers[0].kv_heads, -1, self.head_dim).flip(0)
+        q = torch.stack(seen).view(steps, len(layers), batch, layers[0].kv_heads, -1, self.head_dim).flip(0)
         q = q.permute(2, 1, 3, 0, 4, 5).reshape(batch, self.heads, -1, self.head_dim)
 
         def tokens(pools: list[Tensor]) -> Tensor:

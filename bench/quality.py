@@ -14,6 +14,7 @@ At some steps of the text each layer's queries also go through `entmaxkv.metrics
 
 import argparse
 import copy
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
+from watch import Watch
 
 import entmaxkv
 from entmaxkv.metrics import Metrics, measure
@@ -104,42 +106,6 @@ def suites(text: np.ndarray, context: int, longest: int, rows: int) -> dict[str,
     }
 
 
-class Probe:
-    """A selector that keeps every page, and measures what others would have done with the same queries.
-
-    Attributes:
-        active: whether to measure.
-        found: [selector][layer] metrics of each measured step, of the first PROBED_ROWS.
-    """
-
-    def __init__(self, methods: dict[str, Any], layers: int):
-        self.active, self.calls = False, 0
-        self.methods = methods
-        self.found: dict[str, list[list[Metrics]]] = {name: [[] for _ in range(layers)] for name in methods}
-        self.layers = layers
-
-    def pages(
-        self,
-        q: Tensor,
-        cache: entmaxkv.PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.PageSelector.pages`."""
-        options = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
-        if self.active:
-            rows = copy.copy(cache)
-            rows.batch = min(PROBED_ROWS, cache.batch)
-            rows.page_table, rows.seq_lens = cache.page_table[: rows.batch], cache.seq_lens[: rows.batch]
-            for name, select in self.methods.items():
-                metrics = measure(q[: rows.batch], rows, select=select, **options)
-                self.found[name][self.calls % self.layers].append(metrics)
-        self.calls += 1
-        return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, **options)
-
-
 def tensor(x: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(x.astype(np.int64)).to(device)
 
@@ -152,16 +118,27 @@ def answered(suite: Suite, argmax: Tensor) -> float:
 
 
 def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str, list[list[Metrics]]]:
-    """What `measure` says of each method at some steps of the text, [layer][step]."""
-    probe = Probe(methods, len(context.layers))
-    stepper = Stepper(context, probe, eager=True)
-    follows = tensor(suite.follows, context.model.device)
+    """What `measure` says of each method at some steps of the text, [layer][step], of the first PROBED_ROWS."""
+    found: dict[str, list[list[Metrics]]] = {name: [[] for _ in context.layers] for name in methods}
+    layers = itertools.cycle(range(len(context.layers)))
     at = {(2 * i + 1) * STEPS // (2 * PROBED_STEPS) for i in range(PROBED_STEPS)}
-    for i in range(max(at) + 1):
-        probe.active = i in at
-        stepper.ids.copy_(follows[:, i : i + 1])
+
+    def see(q: Tensor, cache: entmaxkv.PagedKVCache, options: dict[str, Any]) -> None:
+        layer = next(layers)
+        if step not in at:
+            return
+        rows = copy.copy(cache)
+        rows.batch = min(PROBED_ROWS, cache.batch)
+        rows.page_table, rows.seq_lens = cache.page_table[: rows.batch], cache.seq_lens[: rows.batch]
+        for name, select in methods.items():
+            found[name][layer].append(measure(q[: rows.batch], rows, select=select, **options))
+
+    stepper = Stepper(context, Watch(see), eager=True)
+    follows = tensor(suite.follows, context.model.device)
+    for step in range(max(at) + 1):
+        stepper.ids.copy_(follows[:, step : step + 1])
         stepper.step()
-    return probe.found
+    return found
 
 
 def by_head(found: list[list[Metrics]], name: str) -> Tensor:
@@ -212,7 +189,7 @@ def evaluate(
                 decoded = stepper.read(follows)
                 if name == "text":
                     mine = stepper.write(follows[:, :1], STEPS)
-                    if dense is None or written is None:
+                    if dense is None:
                         dense, written = decoded, mine
                     above = (decoded.bits - dense.bits).double().mean(1)
                     found[method] |= {
