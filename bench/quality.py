@@ -15,6 +15,8 @@ At some steps of the text each layer's queries also go through `entmaxkv.metrics
 import argparse
 import copy
 import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,10 +53,10 @@ def selectors(alpha: float) -> dict[str, Selector | None]:
     if alpha > 1:
         found["KeySketch()"] = entmaxkv.KeySketch(dense_below=0)
         found["KeySketch(certainty=1-1e-9)"] = entmaxkv.KeySketch(certainty=1 - 1e-9, dense_below=0)
-        for bits, option in ((4, ""), (2, "bits=2, ")):
-            for budget in BUDGETS:
-                select = entmaxkv.KeySketch(bits=bits, max_tokens=budget, dense_below=0)
-                found[f"KeySketch({option}max_tokens={budget})"] = select
+    for bits, option in ((4, ""), (2, "bits=2, ")):
+        for budget in BUDGETS:
+            select = entmaxkv.KeySketch(bits=bits, max_tokens=budget, dense_below=0)
+            found[f"KeySketch({option}max_tokens={budget})"] = select
     for budget in BUDGETS:
         found[f"TopPages({budget})"] = entmaxkv.TopPages(budget, dense_below=0)
     if alpha > 1:
@@ -117,6 +119,22 @@ def answered(suite: Suite, argmax: Tensor) -> float:
     return float((expected == got).all(axis=1).mean())
 
 
+def answering(
+    model: PreTrainedModel, suite: Suite, methods: dict[str, Any], at_a_time: int, advance: Callable[[], object]
+) -> dict[str, float]:
+    """What `answered` says of each method, after so many contexts at a time."""
+    found = dict.fromkeys(methods, 0.0)
+    for start in range(0, len(suite.read), at_a_time):
+        part = Suite(*(x[start : start + at_a_time] for x in suite))
+        read = Context(model, tensor(part.read, model.device), room=part.follows.shape[1])
+        follows = tensor(part.follows, model.device)
+        for method, select in methods.items():
+            argmax = Stepper(read, select).read(follows).argmax
+            found[method] += answered(part, argmax) * len(part.read) / len(suite.read)
+            advance()
+    return found
+
+
 def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str, list[list[Metrics]]]:
     """What `measure` says of each method at some steps of the text, [layer][step], of the first PROBED_ROWS."""
     found: dict[str, list[list[Metrics]]] = {name: [[] for _ in context.layers] for name in methods}
@@ -172,42 +190,51 @@ def facts_of(found: list[list[Metrics]]) -> dict[str, Any]:
     }
 
 
+def decoding(
+    model: PreTrainedModel, suite: Suite, methods: dict[str, Any], advance: Callable[[], object]
+) -> dict[str, dict[str, Any]]:
+    """What each method makes of the text, beside the first one, which is dense; and what `probed` finds."""
+    found: dict[str, dict[str, Any]] = {}
+    read = Context(model, tensor(suite.read, model.device), room=STEPS)
+    follows = tensor(suite.follows, model.device)
+    rows = len(follows)
+    dense = written = None
+    for method, select in methods.items():
+        stepper = Stepper(read, select)
+        decoded, mine = stepper.read(follows), stepper.write(follows[:, :1], STEPS)
+        if dense is None:
+            dense, written = decoded, mine
+        above = (decoded.bits - dense.bits).double().mean(1)
+        found[method] = {
+            "rows": rows,
+            "bits": decoded.bits.double().mean().item(),
+            "bits_above": above.mean().item(),
+            "bits_above_se": (above.std() / rows**0.5).item() if rows > 1 else 0.0,
+            "agreement": (decoded.argmax == dense.argmax).double().mean().item(),
+            "common_prefix": (mine == written).cumprod(dim=1).sum(dim=1).double().mean().item(),
+        }
+        advance()
+    for method, metrics in probed(read, suite, methods).items():
+        found[method] |= facts_of(metrics)
+    advance()
+    return found
+
+
 def evaluate(
     model: PreTrainedModel, text: np.ndarray, context: int, longest: int, rows: int, console: Console
 ) -> list[dict]:
     """One row per selector at this context."""
     methods = selectors(model.config.entmax_alpha)
-    found: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
+    drawn = suites(text, context, longest, rows)
     with Progress(console=console) as bar:
-        task = bar.add_task(f"context {context}", total=3 * len(methods) + 1)
-        for name, suite in suites(text, context, longest, rows).items():
-            read = Context(model, tensor(suite.read, model.device), room=max(STEPS, suite.follows.shape[1]))
-            follows = tensor(suite.follows, model.device)
-            dense = written = None
-            for method, select in methods.items():
-                stepper = Stepper(read, select)
-                decoded = stepper.read(follows)
-                if name == "text":
-                    mine = stepper.write(follows[:, :1], STEPS)
-                    if dense is None:
-                        dense, written = decoded, mine
-                    above = (decoded.bits - dense.bits).double().mean(1)
-                    found[method] |= {
-                        "rows": rows,
-                        "bits": decoded.bits.double().mean().item(),
-                        "bits_above": above.mean().item(),
-                        "bits_above_se": (above.std() / rows**0.5).item() if rows > 1 else 0.0,
-                        "agreement": (decoded.argmax == dense.argmax).double().mean().item(),
-                        "common_prefix": (mine == written).cumprod(dim=1).sum(dim=1).double().mean().item(),
-                    }
-                else:
-                    found[method][name] = answered(suite, decoded.argmax)
-                bar.advance(task)
-            if name == "text":
-                for method, metrics in probed(read, suite, methods).items():
-                    found[method] |= facts_of(metrics)
-                bar.advance(task)
-    return list(found.values())
+        # Of passkeys there are twice as many rows, half of them at a time.
+        task = bar.add_task(f"context {context}", total=4 * len(methods) + 1)
+        advance = partial(bar.advance, task)
+        found = decoding(model, drawn["text"], methods, advance)
+        for name in ("passkey", "recall"):
+            for method, share in answering(model, drawn[name], methods, rows, advance).items():
+                found[method][name] = share
+    return [{"select": method, "context": context} | facts for method, facts in found.items()]
 
 
 def table(rows: list[dict]) -> Table:

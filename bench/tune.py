@@ -9,17 +9,17 @@ is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` r
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from decoding import Context, Stepper, load
+from decoding import Context, load
 from inputs import positive
 from quality import (
     STEPS,
-    answered,
+    answering,
     check_contexts,
     facts_of,
     held_out_text,
@@ -30,7 +30,7 @@ from quality import (
 )
 from report import machine, report
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,6 +41,7 @@ from entmaxkv import ops
 from corpus import SEPARATOR, files, held_out  # isort: skip
 
 BUDGETS = (256, 1024)
+UNUSED = -1e9  # scores of pages that hold no token, too low to matter
 # As the model's text, so that training text and held-out text are equally long.
 TRAINING_BYTES = 1_200_000
 
@@ -66,7 +67,7 @@ def expected_weight(mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Merit:
-    """Best pages under a budget by one of the merits in `MERITS`, of rows that are equally long."""
+    """Best pages under a budget by one of the merits in `MERITS`, of rows that fill it."""
 
     name: str
     budget: int
@@ -85,15 +86,16 @@ class Merit:
         bound = ops.score_pages(q, cache.k_min, cache.k_max, *table).double()
         least = -ops.score_pages(-q, cache.k_min, cache.k_max, *table).double()
         mean, std = (x.double() for x in ops.score_gaussian(q, cache.k_mean, cache.k_std, *table))
-        used = -(-int(cache.seq_lens[0]) // cache.page_size)
+        first = cache.page_size * torch.arange(cache.page_table.shape[1], device=q.device)
+        left = cache.seq_lens[:, None, None] - first
         gap = float(alpha) - 1
-        bound, least, mean, std = (gap * x[..., :used] for x in (bound, least, mean, std))
-        counts = torch.full_like(mean, cache.page_size)
-        counts[..., -1] = int(cache.seq_lens[0]) - (used - 1) * cache.page_size
+        bound, least, mean = (torch.where(left > 0, gap * x, UNUSED) for x in (bound, least, mean))
+        std = torch.where(left > 0, gap * std, 0.0)
+        counts = left.clamp(0, cache.page_size).double()
         merit = MERITS[self.name](Pages(bound, least, mean, std, counts))
         merit = merit.unflatten(1, (cache.kv_heads, -1)).amax(2)
-        merit[..., -1] = math.inf
-        kept = min(used, max(1, self.budget // cache.page_size))
+        merit = merit.masked_fill(left <= 0, -math.inf).masked_fill((left > 0) & (left <= cache.page_size), math.inf)
+        kept = min(len(first), max(1, self.budget // cache.page_size))
         chosen = merit.topk(kept).indices.sort().values.int()
         return chosen, torch.full(chosen.shape[:2], kept, dtype=torch.int32, device=q.device)
 
@@ -168,18 +170,18 @@ def evaluate(
     console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
-    found: dict[str, dict[str, Any]] = {name: {"select": name, "context": context} for name in methods}
-    for name, suite in suites(text, context, longest, rows).items():
-        read = Context(model, tensor(suite.read, model.device), room=max(STEPS, suite.follows.shape[1]))
-        if name == "text":
-            for method, metrics in probed(read, suite, methods).items():
-                means = facts_of(metrics)
-                found[method] |= {what: x for what, x in means.items() if what not in ("heads", "layer_share")}
-            continue
-        follows = tensor(suite.follows, model.device)
-        for method, select in track(methods.items(), f"{name} at {context}", console=console):
-            found[method][name] = answered(suite, Stepper(read, select, eager=True).read(follows).argmax)
-    return list(found.values())
+    drawn = suites(text, context, longest, rows)
+    read = Context(model, tensor(drawn["text"].read, model.device), room=STEPS)
+    found: dict[str, dict[str, Any]] = {}
+    for method, metrics in probed(read, drawn["text"], methods).items():
+        found[method] = {what: x for what, x in facts_of(metrics).items() if what not in ("heads", "layer_share")}
+    del read
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"context {context}", total=3 * len(methods))
+        for name in ("passkey", "recall"):
+            for method, share in answering(model, drawn[name], methods, rows, partial(bar.advance, task)).items():
+                found[method][name] = share
+    return [{"select": method, "context": context} | facts for method, facts in found.items()]
 
 
 def main() -> None:

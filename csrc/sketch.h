@@ -198,6 +198,11 @@ struct QueryCode {
 /// The unit of a query's numbers: with it the largest coordinate is kMost.
 ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / QueryCode::kMost; }
 
+// Where alpha = 1, every token has weight and there is no floor, unless a row has more tokens than may be read: then a
+// floor is kBelow under the logsumexp of some tokens' scores, which is at most that of all.
+constexpr float kBelow = 24;
+constexpr float kSoftmaxGap = 0.125f;  // what a unit of score is there in units of z, so that merits reach beyond 0
+
 /// How far a bound is above the floor, in z, in kMerits steps of 1 / kMeritUnit, the last of which has no end.
 constexpr int kMerits = 255;
 constexpr float kMeritUnit = 64;
@@ -206,10 +211,20 @@ ENTMAXKV_HOST_DEVICE inline int merit_of(float above) {
   return place < kMerits - 1 ? static_cast<int>(std::fmax(place, 0.0f)) : kMerits - 1;  // NaN too
 }
 
-/// The weight that a token of that merit has at most.
+/// z of a score, but for a constant.
+ENTMAXKV_HOST_DEVICE inline float gap_of(const Entmax<double>& entmax) {
+  return entmax.is_softmax() ? kSoftmaxGap : static_cast<float>(entmax.gap);
+}
+
+/// The weight that a token has at most, so far above the floor.
+ENTMAXKV_HOST_DEVICE inline double most_weight(double above, const Entmax<double>& entmax) {
+  if (entmax.is_softmax()) return std::fmin(std::exp(above / kSoftmaxGap - kBelow), 1.0);
+  return above < 1 ? power(above, entmax.beta) : 1;
+}
+
+/// The same of a merit; never nothing.
 ENTMAXKV_HOST_DEVICE inline double most_weight(int merit, const Entmax<double>& entmax) {
-  if (entmax.is_softmax() || merit + 1 >= kMeritUnit) return 1;
-  return std::fmax(power((merit + 1) / double{kMeritUnit}, entmax.beta), 1e-37);  // never nothing
+  return std::fmax(most_weight((merit + 1) / double{kMeritUnit}, entmax), 1e-37);
 }
 
 /// A sum of such weights as a bound of what they are together: 0 only if it is.

@@ -267,14 +267,15 @@ def select_sketch(
         bits: 4, or 2 for the first plane alone.
         certainty: 1 proves; at less, bounds count on the random signs, and each holds with that probability.
         max_tokens: most tokens to select for each KV head, None for any number. Of more candidates those are kept
-            whose bounds are furthest above the threshold.
+            whose bounds are furthest above the threshold, or where alpha is 1 above 24 less than those tokens'
+            logsumexp.
 
     Returns:
         selected: [batch, kv_heads, min(max_pages * page_size, max_tokens)] int32, tokens in ascending order, padded
             with -1.
         counts: [batch, kv_heads] int32, tokens selected.
-        delta_bound: [batch, q_heads] float32, at least the weight of all candidates that were not selected; 0 where
-            all were.
+        delta_bound: [batch, q_heads] float32, at least the weight of all tokens that were not selected; 0 where none
+            of them has any.
     """
     return _ops.select_sketch(
         q,

@@ -148,7 +148,7 @@ class KeySketch:
             rotation makes it: fewer tokens, each bound holds with that probability, and nothing is proved.
         bits: 4 reads the second plane of the codes where the first leaves doubt; 2 reads the first alone.
         max_tokens: most tokens per KV head whose keys are read, those of the highest bounds; the rest of the bounds
-            goes into `DecodeInfo.delta_bound`. None: as many as it takes.
+            goes into `DecodeInfo.delta_bound`. None: as many as it takes, which are all where alpha is 1.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
             `select=None`. None: 65536 on a GPU, 0, so never, on the CPU.
     """

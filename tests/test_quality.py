@@ -235,7 +235,7 @@ def test_tables_and_figures_of_accuracy(tmp_path):
 
 
 def test_merits_rank_as_the_library_does():
-    cache = entmaxkv.PagedKVCache(1, 704, 2, 64)
+    cache = entmaxkv.PagedKVCache(1, 900, 2, 64)
     cache.append(*(torch.randn(1, 700, 2, 64) for _ in range(2)))
     q = torch.randn(1, 8, 64)
     got, want = (select.pages(q, cache) for select in (tune.Merit("bound - best", 128), entmaxkv.TopPages(128)))

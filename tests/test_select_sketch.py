@@ -245,6 +245,25 @@ def test_softmax_selects_all(device):
     assert all(mask.all() for mask in check(cache, q, alpha=1.0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_capped_softmax_reads_the_tokens_of_most_weight(device, kind, bits):
+    """Or almost as much weight in fewer, as whole steps of merit are read."""
+    room = 300
+    q = make_query(1, 8, 64, device=device)
+    k = hard_keys(kind, q)
+    q = 2 * q[:, ::4]  # one query head for each KV head
+    cache = make_cache([3000], k=[k], device=device)
+    keep = check(cache, q, alpha=1.0, bits=bits, max_tokens=room)[0]
+    assert (keep.sum(-1) <= room).all() and keep.any(-1).all()
+    assert (choose(cache, q, alpha=1.0, bits=bits, max_tokens=room)[2] > 0).all()
+    _, p, _ = reference.attention(q[0], cache.k[0], cache.v[0], alpha=1.0)
+    read, most = (p * keep).sum(-1), p.topk(room).values.sum(-1)
+    if bits == 4 and kind in ("normal", "clustered", "rising", "needle"):
+        few = most > 0.5  # heads that need not read everything
+        assert few.any() and (read > 0.8 * most)[few].all()
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2, 50, 299, 2999, 3000, 5000])
 @pytest.mark.parametrize("alpha", [None, 1.0, 1.5, 2.0])
 def test_what_does_not_fit_is_bounded(device, alpha, max_tokens):

@@ -264,7 +264,7 @@ class Selector {
     const int64_t row_head = row * op_.kv_heads + kv_head;
     const Entmax<double> entmax(op_.alpha.of(head));
     Query& query = queries_[head_index];
-    if (!query.known || entmax.is_softmax()) return;
+    if (!query.known || (entmax.is_softmax() && op_.seq_lens[row] <= op_.selection.max_selected)) return;
     std::vector<Bounded> highest;
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       const std::vector<Bounded>& its = highest_[span * group_ + head % group_];
@@ -293,27 +293,38 @@ class Selector {
     double most_squares = 0;
     for (int i = 0; i < count; ++i) {
       if (!(scores[i] > best - entmax.beta)) continue;
-      x.push_back(entmax.gap * (scores[i] - best));
+      x.push_back(scores[i] - best);
       double squares = 0;
       for (int d = 0; d < op_.head_dim; ++d) squares += double{to_float(keys[i][d])} * to_float(keys[i][d]);
       most_squares = std::max(most_squares, squares);
     }
-    double threshold = -1;
-    constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
-    for (int step = 0; step < kMostSteps; ++step) {
-      Excess<double> excess;
-      for (double value : x) {
-        if (value > threshold) excess.add(value - threshold, entmax.beta);
-      }
-      const double move = entmax.step(excess);
-      if (!(move > 1e-12)) break;
-      threshold += move;
-    }
-    const double exact = threshold / entmax.gap + best;
+    const double exact = best + (entmax.is_softmax() ? logsumexp(x) - sketch::kBelow : threshold(x, entmax));
     const double most_bias = std::fabs(double{op_.scoring.slope(head)}) * (op_.seq_lens[row] - 1);
     // Scores of fp32, here and in decoding, are off by half of that each.
     const double slack = 0x1p-15 * query.norm * std::sqrt(most_squares) + 0x1p-20 * (std::fabs(exact) + most_bias);
     query.floor = std::nextafter(static_cast<float>(exact - slack), kNothing);
+  }
+
+  static double logsumexp(const std::vector<double>& x) {
+    double sum = 0;
+    for (double value : x) sum += std::exp(value);
+    return std::log(sum);
+  }
+
+  /// That of scores of which the best is 0.
+  static double threshold(const std::vector<double>& x, const Entmax<double>& entmax) {
+    double t = -1;
+    constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
+    for (int step = 0; step < kMostSteps; ++step) {
+      Excess<double> excess;
+      for (double value : x) {
+        if (entmax.gap * value > t) excess.add(entmax.gap * value - t, entmax.beta);
+      }
+      const double move = entmax.step(excess);
+      if (!(move > 1e-12)) break;
+      t += move;
+    }
+    return t / entmax.gap;
   }
 
   void fine(int64_t index) {
@@ -322,7 +333,7 @@ class Selector {
     std::vector<float> gaps(group_), slopes(group_);
     std::vector<const float*> upper(group_);
     for (int h = 0; h < group_; ++h) {
-      gaps[h] = static_cast<float>(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)).gap);
+      gaps[h] = sketch::gap_of(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)));
       slopes[h] = slope(span, h);
       upper[h] = uppers(span, h);
     }
@@ -369,8 +380,10 @@ class Selector {
 
   void choose(int64_t row_head) {
     int64_t counts[sketch::kMerits] = {};
+    int64_t below = op_.seq_lens[row_head / op_.kv_heads];  // the floors of all heads
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
+      below -= static_cast<int64_t>(candidates_[span].size());
     }
     int64_t left = op_.selection.max_selected;  // room behind the whole merits
     int least = sketch::kMerits;                // the lowest merit that is taken whole
@@ -396,7 +409,7 @@ class Selector {
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
-      double lost = 0;
+      double lost = entmax.is_softmax() ? static_cast<double>(below) * sketch::most_weight(0.0, entmax) : 0;
       for (int merit = 0; merit < least; ++merit) {
         lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
       }

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   const int head = blockIdx.x, kv_head = head / op.group, thread = threadIdx.x;
   const int seq_len = length_of(op, row);
   const Entmax<double> entmax(op.alpha.of(head));
-  if (entmax.is_softmax() || seq_len == 0) {
+  if (seq_len == 0 || (entmax.is_softmax() && seq_len <= op.selection.max_selected)) {
     if (thread == 0) scratch.floors[at] = kNothing;
     return;
   }
@@ -263,7 +263,8 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
   best = largest<kThreads>(best);
   float floor = kNothing;
   if (best > kNothing && best < -kNothing) {
-    const float origin = best - static_cast<float>(entmax.beta) * (1 + 0x1p-20f);
+    const float depth = entmax.is_softmax() ? sketch::kBelow : static_cast<float>(entmax.beta);
+    const float origin = entmax.is_softmax() ? kNothing : best - depth * (1 + 0x1p-20f);
     float most_square = 0;  // of those that the threshold depends on
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -271,15 +272,19 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
       if (thread % kLanes == 0) s_scores[i * (kThreads / kLanes) + thread / kLanes] = scores[i];
     }
     most_square = largest<kThreads>(most_square);  // the barrier in it: all scores are there
-    const int near = pack(
-        sketch::kExact, [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; },
-        [&](int to, const Entry& entry) { s_scores[to] = entry.value; });
-    Team team = Team::block();
-    const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
-    const double found = weights.origin + weights.threshold * entmax.beta;
-    const double rounding =
-        0x1p-15 * q_norm * sqrtf(most_square) +
-        0x1p-18 * (fabs(found) + fabsf(best) + entmax.beta + fabsf(slope) * static_cast<float>(seq_len));
+    double found;
+    if (entmax.is_softmax()) {
+      found = best + logf(sum<kThreads>(thread < sketch::kExact ? expf(s_scores[thread] - best) : 0)) - depth;
+    } else {
+      const int near = pack(
+          sketch::kExact, [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; },
+          [&](int to, const Entry& entry) { s_scores[to] = entry.value; });
+      Team team = Team::block();
+      const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
+      found = weights.origin + weights.threshold * entmax.beta;
+    }
+    const double rounding = 0x1p-15 * q_norm * sqrtf(most_square) +
+                            0x1p-18 * (fabs(found) + fabsf(best) + depth + fabsf(slope) * static_cast<float>(seq_len));
     floor = nextafterf(static_cast<float>(found - rounding), kNothing);
     if (floor != floor) floor = kNothing;
   }
@@ -295,7 +300,7 @@ struct RefinedHead {
     if (h >= heads.count) return {-kNothing, 0, 1};
     const int head = heads.first + h;
     return {scratch.floors[heads.row * op.q_heads + head], sketch::upward(op.scoring.slope(head)),
-            static_cast<float>(Entmax<double>(op.alpha.of(head)).gap)};
+            sketch::gap_of(Entmax<double>(op.alpha.of(head)))};
   }
 };
 
@@ -518,7 +523,8 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
       const Entmax<double> entmax(op.alpha.of(head));
       const double most = sketch::most_weight(merit, entmax);
       const double bound = sum<kThreads>(left_out > 0 ? left_out * most : 0.0);
-      if (thread == 0) op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(bound);
+      const double below = entmax.is_softmax() ? (length_of(op, row) - total) * sketch::most_weight(0.0, entmax) : 0;
+      if (thread == 0) op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(bound + below);
     }
   }
   if (total <= room) return;
