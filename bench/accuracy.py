@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072
 KINDS = ("quality", "tune", "end to end", "training")
 COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
+RANKED = ", 1024"  # ends the names of tune.py's merits with that budget
 ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)", "Gaussian()")
 
 
@@ -181,23 +183,20 @@ def table_of_training(rows: list[Row]) -> str:
     return table(titles, lines, here)
 
 
-def table_of_tuning(rows: list[Row]) -> str:
-    """What selectors drop on training text, where one would be chosen, and on held-out text."""
-    here = of(rows, kind="tune", model=ENTMAX)
+def table_of_merits(rows: list[Row]) -> str:
+    """What top pages drop by other ranks, on training text, where one would be chosen, and on held-out text."""
+    here = [row for row in of(rows, kind="tune", model=ENTMAX) if row["select"].endswith(RANKED)]
+    places = [(context, text) for context in contexts(here) for text in ("training", "held-out")]
     lines = []
-    for context in contexts(here):
-        for select in dict.fromkeys(row["select"] for row in of(here, context=context)):
-            found = {row["text"]: row for row in of(here, context=context, select=select)}
-            cells = []
-            for text in ("training", "held-out"):
-                row = found.get(text)
-                cells += [f"{row['tokens']:.0f}", digits(row["delta"])] if row else ["", ""]
-                cells += [percent(row["passkey"]), percent(row["recall"])] if row else ["", ""]
-            lines.append([size(1, context), select, *cells])
-    titles = [
-        f"{what}, {text}" for text in ("training", "held out") for what in ("keys read", "δ", "passkey", "recall")
-    ]
-    return table(["context", "rank of a page and budget, or `Gaussian`", *titles], lines, here)
+    for select in dict.fromkeys(row["select"] for row in here):
+        cells = []
+        for context, text in places:
+            found = of(here, select=select, context=context, text=text)
+            cells += [
+                f"{digits(row['delta'])}, {percent(row['passkey'])}, {percent(row['recall'])}" for row in found
+            ] or [""]
+        lines.append([select.removesuffix(RANKED), *cells])
+    return table(["pages' merit", *(f"{size(1, context)}, {text}" for context, text in places)], lines, here)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -210,7 +209,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "beside": table_of_gaussian,
     "end_to_end": table_of_end_to_end,
     "training": table_of_training,
-    "tuning": table_of_tuning,
+    "merits": table_of_merits,
 }
 
 
@@ -323,9 +322,41 @@ def draw_training(rows: list[Row]) -> Figure | None:
     return finish(figure, here)
 
 
+def draw_tuning(rows: list[Row]) -> Figure | None:
+    """`Gaussian`'s quantiles and margins, and top pages by some merits, against the keys that they read."""
+    here = of(rows, kind="tune", model=ENTMAX, text="held-out")
+    here = of(here, context=max(contexts(here), default=0))
+    if not here:
+        return None
+    figure, axes = panels(3)
+    lines: dict[str, list[Row]] = {}
+    for row in here:
+        quantile = re.match(r"Gaussian\(quantile=(.*), margin=", row["select"])
+        merit = re.match(r"(bound - best|box at 0.6 - best|mean \+ 3 std - best), ", row["select"])
+        if quantile or merit:
+            name = f"Gaussian, quantile {float(quantile[1]):.4g}" if quantile else f"pages by {merit[1]}"
+            lines.setdefault(name, []).append(row)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, sum(name.startswith("Gaussian") for name in lines)))
+    for panel, what in zip(axes, ("delta", "passkey", "recall"), strict=True):
+        of_quantile = iter(colors)
+        for name, points in lines.items():
+            points.sort(key=lambda row: row["tokens"])
+            color = next(of_quantile) if name.startswith("Gaussian") else None
+            style = "o-" if name.startswith("Gaussian") else "s--"
+            x, y = ([row[axis] for row in points] for axis in ("tokens", what))
+            panel.plot(x, y, style, color=color, label=name, ms=4)
+        panel.set_xscale("log")
+        panel.set_xlabel(f"keys read, of {here[0]['context']}")
+        panel.set_title({"delta": "δ, mass dropped"}.get(what, what))
+        panel.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return finish(figure, here)
+
+
 FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "quality.png": draw_quality,
     "contexts.png": draw_contexts,
     "heads.png": draw_heads,
     "training.png": draw_training,
+    "tuning.png": draw_tuning,
 }

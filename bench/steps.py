@@ -29,7 +29,7 @@ def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) 
         )
         return {"select_sketch": choose, "sparse_decode": read}
     if isinstance(select, TopPages):
-        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size)
+        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size, lower=select.LOWER)
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
     else:
         score = partial(ops.score_gaussian, q, cache.k_mean, cache.k_std, *lengths, cache.page_size)

@@ -212,7 +212,7 @@ def main() -> None:
         shown.add_column("selector", no_wrap=True)
         titles = ("tokens", "delta", "support_recall", "error", "passkey", "recall")
         for title in titles:
-            shown.add_column(title.replace("_", " "), justify="right")
+            shown.add_column(title.replace("_", " "), justify="right", no_wrap=True)
         for row in rows:
             shown.add_row(row["select"], *(f"{row[title]:.4g}" for title in titles))
         console.print(shown)

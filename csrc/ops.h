@@ -108,8 +108,13 @@ struct PageStats : Sizes {
   const int32_t* seq_lens;  // [batch]
 };
 
-/// scores[b, h, page] = scale sum_d max(q_d k_min_d, q_d k_max_d) + best ALiBi bias of the page: an upper
-/// bound of every s_i of the page. Pages behind the last token get -inf.
+/// What the lower bound of a page's scores counts beside the upper one where pages are ranked: a box is wide for some
+/// key or other in each dimension, and a rank by the bound alone prefers wide boxes.
+constexpr float kRankLower = 0.25f;
+
+/// scores[b, h, page] = (U + lower L) / (1 + lower), where U = scale sum_d max(q_d k_min_d, q_d k_max_d) + best ALiBi
+/// bias of the page is an upper bound of every s_i of the page, and L the lower one. Pages behind the last token get
+/// -inf.
 struct ScorePages : Sizes {
   Dtype dtype;
   Rows q;             // [batch, q_heads, head_dim]
@@ -117,6 +122,7 @@ struct ScorePages : Sizes {
   PageTable page_table;
   const int32_t* seq_lens;  // [batch]
   Scoring scoring;
+  float lower = kRankLower;
   float* scores;  // [batch, q_heads, max_pages]
 };
 

@@ -3,7 +3,7 @@
 namespace entmaxkv {
 
 Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int64_t page_size,
-                   std::optional<double> scale, Optional alibi_slopes) {
+                   std::optional<double> scale, Optional alibi_slopes, double lower) {
   Arguments args("score_pages");
   args.know("page_size", page_size);
   ScorePages op;
@@ -15,6 +15,8 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
   op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
+  args.expect(lower >= 0 && lower <= 1, "lower", "0 ... 1", lower);
+  op.lower = static_cast<float>(lower);
   check_cache(args, op.page_table, op.seq_lens);
   Tensor scores = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
   op.scores = static_cast<float*>(scores.data_ptr());
@@ -24,6 +26,6 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
 
 ENTMAXKV_OP(score_pages,
             "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int page_size, "
-            "float? scale=None, Tensor? alibi_slopes=None) -> Tensor")
+            "float? scale=None, Tensor? alibi_slopes=None, float lower=0.0) -> Tensor")
 
 }  // namespace entmaxkv

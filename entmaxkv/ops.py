@@ -127,10 +127,12 @@ def score_pages(
     page_size: int,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    lower: float = 0.0,
 ) -> Tensor:
-    """Upper bounds of the scores of every page.
+    """Upper bounds of the scores of every page, or with `lower` what pages are ranked by.
 
-    score(page) = scale sum_d max(q_d k_min_d, q_d k_max_d) + the best ALiBi bias in the page >= every s_i in it.
+    U = scale sum_d max(q_d k_min_d, q_d k_max_d) + the best ALiBi bias in the page is at least every s_i in it, L, of
+    the minima and the worst bias, at most. The score of a page is (U + lower L) / (1 + lower).
 
     Args:
         q: [batch, q_heads, head_dim].
@@ -140,11 +142,12 @@ def score_pages(
         page_size: tokens per page.
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32 or None.
+        lower: what the lower bound counts, 0 ... 1. On a GPU q times it is rounded to q's dtype.
 
     Returns:
         [batch, q_heads, max_pages] float32, in units of s; -inf for pages behind the last token.
     """
-    return _ops.score_pages(q, k_min, k_max, page_table, seq_lens, page_size, scale, alibi_slopes)
+    return _ops.score_pages(q, k_min, k_max, page_table, seq_lens, page_size, scale, alibi_slopes, lower)
 
 
 def score_gaussian(
@@ -379,7 +382,7 @@ def decode(
     alibi_slopes: Tensor | None = None,
     head_alpha: Tensor | None = None,
 ) -> Tensor:
-    """`score_pages`, `select_pages` and `sparse_decode` in one call.
+    """`score_pages` as `TopPages` calls it, `select_pages` and `sparse_decode` in one call.
 
     Args:
         q: [batch, q_heads, head_dim].
@@ -453,7 +456,7 @@ def _(k_pages, page_table, seq_lens, k_min, k_max, k_mean, k_std):
 
 
 @torch.library.register_fake("entmaxkv::score_pages")
-def _(q, k_min, k_max, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
+def _(q, k_min, k_max, page_table, seq_lens, page_size, scale=None, alibi_slopes=None, lower=0.0):
     _one_device("score_pages", locals())
     return q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
 

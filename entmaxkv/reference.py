@@ -232,9 +232,12 @@ def score_pages(
     *,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    lower: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Upper bound of each page's scores: sum_d max(c q_d k_min,d, c q_d k_max,d) + the best bias in the page.
+    """Upper bound U of each page's scores: sum_d max(c q_d k_min,d, c q_d k_max,d) + the best bias in the page.
+
+    Or, with the lower bound L beside it, (U + lower L) / (1 + lower).
 
     Args:
         q: [q_heads, head_dim].
@@ -244,6 +247,7 @@ def score_pages(
         page_size: tokens per page.
         scale: c, default 1/sqrt(head_dim).
         alibi_slopes: [q_heads].
+        lower: what the lower bound counts.
         dtype: type of the arithmetic.
 
     Returns:
@@ -253,13 +257,14 @@ def score_pages(
     scale = head_dim**-0.5 if scale is None else scale
     q = scale * q.to(dtype).view(kv_heads, -1, 1, head_dim)
     k_min, k_max = (k.to(dtype).transpose(0, 1)[:, None] for k in (k_min, k_max))
-    bound = torch.maximum(q * k_min, q * k_max).sum(-1).flatten(0, 1)
+    upper, below = (f(q * k_min, q * k_max).sum(-1).flatten(0, 1) for f in (torch.maximum, torch.minimum))
     if alibi_slopes is not None:
         first = torch.arange(pages, device=q.device) * page_size
         last = (first + page_size).clamp(max=seq_len) - 1
         slope = alibi_slopes.to(dtype)[:, None]
-        bound = bound + torch.maximum(slope * (first - seq_len + 1), slope * (last - seq_len + 1))
-    return bound
+        ends = slope * (first - seq_len + 1), slope * (last - seq_len + 1)
+        upper, below = upper + torch.maximum(*ends), below + torch.minimum(*ends)
+    return (upper + lower * below) / (1 + lower)
 
 
 def score_gaussian(

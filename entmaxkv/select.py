@@ -209,7 +209,10 @@ class KeySketch:
 
 @dataclass(frozen=True)
 class TopPages:
-    """The pages whose upper bounds come closest to the best, under a budget (arXiv 2605.21649, top-budget).
+    """The pages whose boxes promise most, under a budget (arXiv 2605.21649, top-budget).
+
+    A page's score is its upper bound with a fifth of the way to its lower bound taken off, as docs/accuracy.md
+    compares; each head's scores count relative to its best, and a page as much as for the head that wants it most.
 
     Attributes:
         budget: tokens per KV head whose keys are read, unless the cache is so small that it is decoded densely.
@@ -221,6 +224,7 @@ class TopPages:
     dense_below: int | None = None
 
     DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 4096}  # by device; bench/NOTES.md
+    LOWER: ClassVar[float] = 0.25  # of `score_pages`
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
@@ -250,6 +254,7 @@ class TopPages:
             cache.page_size,
             scale,
             alibi_slopes,
+            self.LOWER,
         )
         return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
 

@@ -21,16 +21,21 @@ from entmaxkv import reference
 
 
 def score(
-    cache: Cache, q: torch.Tensor, scale: float | None = None, slopes: torch.Tensor | None = None
+    cache: Cache,
+    q: torch.Tensor,
+    scale: float | None = None,
+    slopes: torch.Tensor | None = None,
+    lower: float = 0.0,
 ) -> torch.Tensor:
     table = cache.page_table, cache.seq_lens, cache.page_size
-    return torch.ops.entmaxkv.score_pages(q, cache.k_min, cache.k_max, *table, scale, slopes)
+    return torch.ops.entmaxkv.score_pages(q, cache.k_min, cache.k_max, *table, scale, slopes, lower)
 
 
+@pytest.mark.parametrize("lower", [0.0, 0.25, 1.0])
 @cases
-def test_agrees_with_the_oracle(case, device):
+def test_agrees_with_the_oracle(case, device, lower):
     cache, q, slopes = case.cache(device), case.query(device), case.slopes(device)
-    got = score(cache, q, case.scale, slopes)
+    got = score(cache, q, case.scale, slopes, lower)
     assert got.shape == (len(cache.k), case.q_heads, cache.page_table.shape[1]) and got.dtype == torch.float32
     rule = Rule(torch.float32)
     for row, n in enumerate(cache.lengths):
@@ -38,6 +43,7 @@ def test_agrees_with_the_oracle(case, device):
         assert (got[row, :, len(used) :] == -torch.inf).all()
         inputs = q[row], cache.k_min[used], cache.k_max[used]
         options = {"seq_len": n, "page_size": case.page_size, "scale": case.scale, "alibi_slopes": slopes}
+        options["lower"] = lower
         plain = [
             reference.score_pages(*(x[..., order] for x in inputs), **options, dtype=torch.float32)
             for order in orders(case.head_dim)

@@ -18,7 +18,7 @@ SCHEMAS = {
     "page_stats": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!)? k_min, Tensor(b!)? "
     "k_max, Tensor(c!)? k_mean, Tensor(d!)? k_std) -> ()",
     "score_pages": "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int "
-    "page_size, float? scale=None, Tensor? alibi_slopes=None) -> Tensor",
+    "page_size, float? scale=None, Tensor? alibi_slopes=None, float lower=0.) -> Tensor",
     "score_gaussian": "(Tensor q, Tensor k_mean, Tensor k_std, Tensor page_table, Tensor seq_lens, int "
     "page_size, float? scale=None, Tensor? alibi_slopes=None) -> (Tensor mean, Tensor std)",
     "select_pages": "(Tensor scores, Tensor seq_lens, int kv_heads, int page_size, int budget) -> (Tensor "
@@ -81,7 +81,7 @@ def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
         "append_kv": [(k, v, None, *cache.tensors), (k, v, lengths, *pool, *none, *table, *sketch)],
         "key_sketch": [(pool[0], *table, *sketch)],
         "page_stats": [(pool[0], *table, *cache.statistics), (pool[0], *table, *bounds, None, None)],
-        "score_pages": [(q, *bounds, *table, page), (q, *bounds, *table, page, 0.3, slopes)],
+        "score_pages": [(q, *bounds, *table, page), (q, *bounds, *table, page, 0.3, slopes, 0.25)],
         "score_gaussian": [(q, *moments, *table, page), (q, *moments, *table, page, 0.3, slopes)],
         "select_pages": [(scores, cache.seq_lens, 2, page, 1), (scores, cache.seq_lens, 2, page, 10**6)],
         "select_gaussian": [

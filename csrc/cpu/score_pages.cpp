@@ -1,5 +1,6 @@
 // score_pages on the CPU. sum_d max(q_d k_min_d, q_d k_max_d) = q+ . k_max + q- . k_min with q+ = max(q, 0) and
-// q- = min(q, 0): two dot products with page statistics as rows and the group's heads as queries.
+// q- = min(q, 0), and the sum of minima the other way round: two dot products with page statistics as rows and the
+// group's heads, positive or negative coordinates times `lower`, as queries.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -16,13 +17,13 @@ void score_tile(const ScorePages& op, const PageTile& tile) {
   constexpr int kPages = PageTile::kPages;
   const int seq_len = op.seq_lens[tile.row];
 
-  std::vector<float> above(op.group * op.head_dim), below(above.size());  // q+ and q-
+  std::vector<float> above(op.group * op.head_dim), below(above.size());  // of k_max and k_min
   for (int h = 0; h < op.group; ++h) {
     const T* q = op.q.at<T>(tile.row, tile.kv_head * op.group + h);
     for (int d = 0; d < op.head_dim; ++d) {
       const float value = op.scoring.scale < 0 ? -to_float(q[d]) : to_float(q[d]);
-      above[h * op.head_dim + d] = value < 0 ? 0 : value;
-      below[h * op.head_dim + d] = value < 0 ? value : 0;
+      above[h * op.head_dim + d] = value < 0 ? op.lower * value : value;
+      below[h * op.head_dim + d] = value < 0 ? value : op.lower * value;
     }
   }
   const T* highs[kPages];
@@ -34,6 +35,7 @@ void score_tile(const ScorePages& op, const PageTile& tile) {
   dot(highs, tile.used, above.data(), op.group, op.head_dim, upper.data(), kPages);
   dot(lows, tile.used, below.data(), op.group, op.head_dim, lower.data(), kPages);
 
+  const float share = 1 / (1 + op.lower), scale = std::fabs(op.scoring.scale) * share;
   for (int h = 0; h < op.group; ++h) {
     const int head = tile.kv_head * op.group + h;
     const float slope = op.scoring.slope(head);
@@ -41,8 +43,9 @@ void score_tile(const ScorePages& op, const PageTile& tile) {
     for (int i = 0; i < tile.used; ++i) {
       const int oldest = (tile.first + i) * op.page_size - (seq_len - 1);
       const int newest = std::min(oldest + op.page_size - 1, 0);
-      const float bias = slope * static_cast<float>(slope > 0 ? newest : oldest);
-      scores[i] = std::fabs(op.scoring.scale) * (upper[h * kPages + i] + lower[h * kPages + i]) + bias;
+      const auto best = static_cast<float>(slope > 0 ? newest : oldest);
+      const auto worst = static_cast<float>(slope > 0 ? oldest : newest);
+      scores[i] = scale * (upper[h * kPages + i] + lower[h * kPages + i]) + slope * share * (best + op.lower * worst);
     }
     std::fill(scores + tile.used, scores + tile.width, -std::numeric_limits<float>::infinity());
   }

@@ -1,5 +1,6 @@
 // score_pages on the GPU.
 //   sum_d max(q_d k_min_d, q_d k_max_d) = q+ . k_max + q- . k_min with q+ = max(q, 0) and q- = min(q, 0)
+// and the sum of minima, times `lower`, the other way round. Powers of two leave a query exact in its type.
 // Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
 // so that the statistics are read once per KV head. Reads k_min and k_max of the pages in use, writes a score for every
 // page.
@@ -13,18 +14,19 @@ namespace {
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScorePages op) {
   take_turn();
-  __shared__ Queries<T, Layout> s_q[2];  // q+ and q-
+  __shared__ Queries<T, Layout> s_q[2];  // of k_max and k_min
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
-  const float scale = fabsf(op.scoring.scale), sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
+  const float lower = op.lower, share = 1 / (1 + lower);
+  const float scale = fabsf(op.scoring.scale) * share, sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
   const LaneSlopes slopes(op.scoring, tiles);
   Products products;
   auto stream = tiles.stream<T, Layout>(op.k_max, op.k_min, op.head_dim);
   stream.run(
       [&] {
         queries.store([&](int h, int d, float q) {
-          s_q[0].set(h, d, sign * q < 0 ? 0 : sign * q);
-          s_q[1].set(h, d, sign * q < 0 ? sign * q : 0);
+          s_q[0].set(h, d, sign * q < 0 ? lower * sign * q : sign * q);
+          s_q[1].set(h, d, sign * q < 0 ? sign * q : lower * sign * q);
         });
         __syncthreads();
       },
@@ -36,7 +38,9 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
         if (n % 2 == 0) return;
         tiles.write(op, op.scores, n / 2, kNothing, [&](int i, int j) {
           const int oldest = tiles.oldest(n / 2, i, op.page_size), newest = min(oldest + op.page_size - 1, 0);
-          return scale * products.of[i][j] + slopes.of[j] * static_cast<float>(slopes.of[j] > 0 ? newest : oldest);
+          const auto best = static_cast<float>(slopes.of[j] > 0 ? newest : oldest);
+          const auto worst = static_cast<float>(slopes.of[j] > 0 ? oldest : newest);
+          return scale * products.of[i][j] + slopes.of[j] * share * (best + lower * worst);
         });
       });
   tiles.write_unused(op, op.scores, kNothing);
