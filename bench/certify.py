@@ -6,7 +6,8 @@ keys. `adversarial` keys mix near ties along the query, single coordinates, and 
 queries are keys. Strengths of drawn queries range from wide supports to narrow ones.
 
 At equal bytes: KeySketch(max_tokens=...), and the smallest TopPages budget and Gaussian margin that read at least as
-much, values and what the selectors look at included. That is measured on the first set of the first kind of keys.
+much, values and what the selectors look at included. That is measured on the first set of the first kind of keys, unless
+--max-tokens names no number.
 """
 
 import argparse
@@ -241,10 +242,12 @@ def show(rows: list[dict], console: Console) -> None:
         shares = (f"{row[name]:.2%}" for name in ("candidates_share", "survivors_share", "bytes_share", "certified"))
         exact.add_row(row["keys"], *counts, *offs, *shares, f"{row['delta']:.2g}")
     console.print(exact)
+    delta = [row for row in rows if row["kind"] == "delta"]
+    if not delta:
+        return
     equal = Table(title="δ at equal bytes, and how many times that of KeySketch", title_justify="left")
     for title in ("max_tokens", "bytes", "KeySketch", "TopPages", "times", "Gaussian", "times"):
         equal.add_column(title)
-    delta = [row for row in rows if row["kind"] == "delta"]
     for sketch, pages, gaussian in zip(*(iter(delta),) * 3, strict=True):
         cells = [str(sketch["max_tokens"]), f"{sketch['bytes_share']:.2%}", f"{sketch['delta']:.2g}"]
         for row in (pages, gaussian):
@@ -302,9 +305,10 @@ def main() -> None:
                 evaluate(steps, EXACT, found, lambda cases, task=task, bar=bar: bar.advance(task, cases))
         for name, sums in found.items():
             rows.append({"kind": "exact", "keys": keys, "tokens": tokens, "select": name} | sums.row())
-    keys, tokens, steps = first
-    with Progress(console=console) as bar:
-        rows += [row | {"keys": keys, "tokens": tokens} for row in at_equal_bytes(steps, args.max_tokens, bar)]
+    if args.max_tokens:
+        keys, tokens, steps = first
+        with Progress(console=console) as bar:
+            rows += [row | {"keys": keys, "tokens": tokens} for row in at_equal_bytes(steps, args.max_tokens, bar)]
     show(rows, console)
     shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": OPTIONS["alpha"]}
     if args.activations:

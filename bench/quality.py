@@ -221,10 +221,15 @@ def decoding(
 
 
 def evaluate(
-    model: PreTrainedModel, text: np.ndarray, context: int, longest: int, rows: int, console: Console
+    model: PreTrainedModel,
+    methods: dict[str, Selector | None],
+    text: np.ndarray,
+    context: int,
+    longest: int,
+    rows: int,
+    console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
-    methods = selectors(model.config.entmax_alpha)
     drawn = suites(text, context, longest, rows)
     with Progress(console=console) as bar:
         # Of passkeys there are twice as many rows, half of them at a time.
@@ -283,6 +288,14 @@ def parser_of(description: str, context: int) -> argparse.ArgumentParser:
     return parser
 
 
+def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, methods: dict[str, Any]) -> dict[str, Any]:
+    """The methods that --select names, in their order, and the dense one."""
+    for name in args.select or []:
+        if name not in methods:
+            parser.error(f"--select: expected some of {', '.join(methods)}, got {name!r}")
+    return {name: method for name, method in methods.items() if not args.select or name in ("dense", *args.select)}
+
+
 def check_contexts(parser: argparse.ArgumentParser, args: argparse.Namespace, text: np.ndarray, rows: int) -> None:
     """Refuses, before a model is loaded, what could not be decoded."""
     check(parser, args)
@@ -300,16 +313,18 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
     parser.add_argument("--longest", type=positive, help="leave room for such contexts too (default: the longest)")
+    parser.add_argument("--select", nargs="+", help="of the table's selectors dense and these (default: all)")
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, 2 * args.rows)
     console = Console()
     model = load(args.model, args.device)
+    methods = chosen(parser, args, selectors(model.config.entmax_alpha))
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
     about = {"kind": "quality", "model": args.model.name, "alpha": model.config.entmax_alpha}
     longest = max(args.longest or 0, *args.context)
     for context in sorted(args.context):
-        rows = evaluate(model, text, context, longest, args.rows, console)
+        rows = evaluate(model, methods, text, context, longest, args.rows, console)
         console.print(table(rows))
         document["rows"] += [about | row for row in rows]
         report(document, args, console)

@@ -21,6 +21,7 @@ from quality import (
     STEPS,
     answering,
     check_contexts,
+    chosen,
     facts_of,
     held_out_text,
     parser_of,
@@ -130,14 +131,17 @@ def to_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
-MERITS: dict[str, Callable[[Pages], Tensor]] = {
-    "bound - best": lambda p: to_best(p.most),
-    "bound - tau": lambda p: p.most - p.tau,
+SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "bound": lambda p: p.most,
-    **{f"box at {c:g} - best": lambda p, c=c: to_best(p.within(c)) for c in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)},
-    **{f"mean to bound at {c:g} - best": lambda p, c=c: to_best(p.between(c)) for c in (0.2, 0.3, 0.4, 0.5, 0.6)},
-    **{f"mean + {c:g} std - best": lambda p, c=c: to_best(p.raised(c)) for c in (1, 2, 3, 4, 6, 8)},
-    **{f"mean + {c:g} std - tau": lambda p, c=c: p.raised(c) - p.tau for c in (2, 3)},
+    **{f"box at {c:g}": lambda p, c=c: p.within(c) for c in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)},
+    **{f"mean to bound at {c:g}": lambda p, c=c: p.between(c) for c in (0.2, 0.3, 0.4, 0.5, 0.6)},
+    **{f"mean + {c:g} std": lambda p, c=c: p.raised(c) for c in (1, 2, 3, 4, 6, 8)},
+}
+# A score by itself, above the head's best, or above its threshold.
+MERITS: dict[str, Callable[[Pages], Tensor]] = {
+    **SCORES,
+    **{f"{name} - best": lambda p, score=score: to_best(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),
 }
 
@@ -195,11 +199,7 @@ def main() -> None:
     check_contexts(parser, args, text, 2 * args.rows)
     methods: dict[str, Any] = {f"{name}, {budget}": Merit(name, budget) for budget in BUDGETS for name in MERITS}
     methods |= gaussians()
-    for name in args.select or []:
-        if name not in methods:
-            parser.error(f"--select: expected names such as {next(iter(methods))!r}, got {name!r}")
-    if args.select:
-        methods = {name: methods[name] for name in args.select}
+    methods = chosen(parser, args, methods)
     console = Console()
     model = load(args.model, args.device)
     if model.config.entmax_alpha != 1.5:

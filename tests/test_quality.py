@@ -183,9 +183,9 @@ def test_programs_say_what_they_expected(monkeypatch, capsys):
     ):
         for program in (quality, tune):
             assert expected in told(program, monkeypatch, capsys, *arguments)
-    assert "expected names such as 'bound - best, 256', got 'box'" in told(
-        tune, monkeypatch, capsys, MODEL, "--select", "box"
-    )
+    for program, first in ((quality, "dense, KeySketch(), "), (tune, "bound - best, 256, ")):
+        refused = told(program, monkeypatch, capsys, MODEL, "--select", "box")
+        assert f"--select: expected some of {first}" in refused and "got 'box'" in refused
     if not torch.cuda.is_available():
         assert "expected a CUDA GPU, got none" in told(train, monkeypatch, capsys, "twin")
         assert "expected a CUDA GPU, got none" in told(end_to_end, monkeypatch, capsys, MODEL)
