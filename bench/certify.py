@@ -6,8 +6,8 @@ keys. `adversarial` keys mix near ties along the query, single coordinates, and 
 queries are keys. Strengths of drawn queries range from wide supports to narrow ones.
 
 At equal bytes: KeySketch(max_tokens=...), and the smallest TopPages budget and Gaussian margin that read at least as
-much, values and what the selectors look at included. That is measured on the first set of the first kind of keys, unless
---max-tokens names no number.
+much, values and what the selectors look at included. That is measured on the first set of the first kind of keys, if
+--max-tokens names a number.
 """
 
 import argparse
