@@ -122,7 +122,7 @@ struct ScorePages : Sizes {
   PageTable page_table;
   const int32_t* seq_lens;  // [batch]
   Scoring scoring;
-  float lower = kRankLower;
+  float lower;
   float* scores;  // [batch, q_heads, max_pages]
 };
 
@@ -173,7 +173,9 @@ struct SelectGaussian : Sizes {
 
 /// The tokens that may have weight, by the bounds of the sketch: those with s_i <= upper_i, upper_i > floor for some
 /// head of the group, where floor is the threshold on the exact scores of some tokens, in s, and so at most that on
-/// all. Of more than the selection has room for, those furthest above the floor.
+/// all. Of more than the selection has room for, those to which their bounds leave most weight. Where alpha = 1 the
+/// floor is -inf, or, of a row with more tokens than there is room for, sketch::kBelow under the logsumexp of some
+/// scores.
 struct SelectSketch : Sizes {
   Dtype dtype;
   Rows q;        // [batch, q_heads, head_dim]
@@ -186,7 +188,7 @@ struct SelectSketch : Sizes {
   bool fine;      // both planes, or the first alone
   float certain;  // share of the proved error that bounds count: 1, or less where they only hold almost certainly
   Selection selection;
-  float* delta_bound;  // [batch, q_heads] upper bound of the weight of the tokens that did not fit; 0 where all do
+  float* delta_bound;  // [batch, q_heads] upper bound of the weight of the tokens that were left out
 };
 
 /// Exact alpha-entmax attention over the selected tokens, or those of the selected pages; over all when none are given.

@@ -80,6 +80,14 @@ ENTMAXKV_HOST_DEVICE inline float power_of_two(float x) {
 #endif
 }
 
+ENTMAXKV_HOST_DEVICE inline float logarithm(float x) {
+#if defined(__CUDA_ARCH__)
+  return __logf(x);
+#else
+  return std::log(x);
+#endif
+}
+
 /// s of a scale: 8 steps to every power of two.
 ENTMAXKV_HOST_DEVICE inline float step_of(float scale) { return power_of_two(0.125f * scale - 14); }
 
@@ -201,30 +209,54 @@ ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / Quer
 // Where alpha = 1, every token has weight and there is no floor, unless a row has more tokens than may be read: then a
 // floor is kBelow under the logsumexp of some tokens' scores, which is at most that of all.
 constexpr float kBelow = 24;
-constexpr float kSoftmaxGap = 0.125f;  // what a unit of score is there in units of z, so that merits reach beyond 0
 
-/// How far a bound is above the floor, in z, in kMerits steps of 1 / kMeritUnit, the last of which has no end.
+/// What a token is worth to a head: the logarithm of the weight that its bound leaves it, the same measure for every
+/// alpha, in kMerits steps: kFew to a unit from -kBelow on, kMany from -kSmall on. Bounds beyond weight 1, where they
+/// are loose, count logarithmically, too.
 constexpr int kMerits = 255;
-constexpr float kMeritUnit = 64;
-ENTMAXKV_HOST_DEVICE inline int merit_of(float above) {
-  const float place = above * kMeritUnit;
-  return place < kMerits - 1 ? static_cast<int>(std::fmax(place, 0.0f)) : kMerits - 1;  // NaN too
+constexpr float kSmall = 8, kFew = 2, kMany = 12;
+constexpr float kFine = kFew * (kBelow - kSmall);     // the first step of which there are many
+static_assert(kMerits - 1 > kFine + kMany * kSmall);  // the last step, which has no end, is of weight 1
+
+struct Worth {
+  float gap, power;  // alpha - 1 and beta; 1 and 0 where alpha = 1
+
+  Worth() = default;
+  ENTMAXKV_HOST_DEVICE explicit Worth(const Entmax<double>& entmax)
+      : gap(entmax.is_softmax() ? 1 : static_cast<float>(entmax.gap)),
+        power(entmax.is_softmax() ? 0 : static_cast<float>(entmax.beta)) {}
+
+  /// In steps, of a bound so far above the floor.
+  ENTMAXKV_HOST_DEVICE float of(float distance) const {
+    float exponent;
+    if (power == 0) {
+      exponent = distance - kBelow;
+      if (exponent > 0) exponent = kBeyond * logarithm(1 + exponent);
+    } else {
+      const float above = gap * distance;
+      exponent = logarithm(above < kLeast ? kLeast : above);
+      exponent *= exponent < 0 ? power : kBeyond;
+    }
+    return exponent < -kSmall ? kFew * (exponent + kBelow) : kFine + kMany * (exponent + kSmall);
+  }
+
+ private:
+  static constexpr float kLeast = 1e-30f, kBeyond = 2;
+};
+
+ENTMAXKV_HOST_DEVICE inline int merit_of(float worth) {
+  return worth < kMerits - 1 ? static_cast<int>(std::fmax(worth, 0.0f)) : kMerits - 1;  // NaN too
 }
 
-/// z of a score, but for a constant.
-ENTMAXKV_HOST_DEVICE inline float gap_of(const Entmax<double>& entmax) {
-  return entmax.is_softmax() ? kSoftmaxGap : static_cast<float>(entmax.gap);
+/// The weight that a token of that merit has at most, with room for what rounding does to its worth.
+ENTMAXKV_HOST_DEVICE inline double most_weight(int merit) {
+  const double end = merit + 1.001;
+  return std::fmin(std::exp(end < kFine ? end / kFew - kBelow : (end - kFine) / kMany - kSmall), 1.0);
 }
 
-/// The weight that a token has at most, so far above the floor.
-ENTMAXKV_HOST_DEVICE inline double most_weight(double above, const Entmax<double>& entmax) {
-  if (entmax.is_softmax()) return std::fmin(std::exp(above / kSoftmaxGap - kBelow), 1.0);
-  return above < 1 ? power(above, entmax.beta) : 1;
-}
-
-/// The same of a merit; never nothing.
-ENTMAXKV_HOST_DEVICE inline double most_weight(int merit, const Entmax<double>& entmax) {
-  return std::fmax(most_weight((merit + 1) / double{kMeritUnit}, entmax), 1e-37);
+/// The weight that a token below the floor has at most.
+ENTMAXKV_HOST_DEVICE inline double most_below(const Entmax<double>& entmax) {
+  return entmax.is_softmax() ? std::exp(-double{kBelow}) : 0;
 }
 
 /// A sum of such weights as a bound of what they are together: 0 only if it is.

@@ -255,7 +255,8 @@ def select_sketch(
 
     As rotations keep products, |q.k - q.value| <= ||q|| ||r - value||: an upper bound of every score s_i. The threshold
     on the exact scores of some tokens, those with the highest bounds in each stretch of the cache, is at most that on
-    all: a token is a candidate where its bound exceeds it, for some head of the group. Every token with weight is one.
+    all: a token is a candidate where its bound exceeds it, for some head of the group. Every token with weight is one,
+    unless alpha is 1.
 
     Args:
         q: [batch, q_heads, head_dim].
@@ -263,15 +264,15 @@ def select_sketch(
         codes, norms: the key sketch, as in `key_sketch`.
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32.
-        alpha: in [1, 2]; 1 makes every token a candidate.
+        alpha: in [1, 2]; with 1 every token is a candidate, of a row of more than max_tokens those whose bounds are
+            above 24 less than the logsumexp of the exact scores.
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32 or None.
         head_alpha: [q_heads] float32 or None.
         bits: 4, or 2 for the first plane alone.
         certainty: 1 proves; at less, bounds count on the random signs, and each holds with that probability.
-        max_tokens: most tokens to select for each KV head, None for any number. Of more candidates those are kept
-            whose bounds are furthest above the threshold, or where alpha is 1 above 24 less than those tokens'
-            logsumexp.
+        max_tokens: most tokens to select for each KV head, None for any number. Of more candidates those are kept to
+            which their bounds leave most weight, in steps of about a tenth that are kept or left out as a whole.
 
     Returns:
         selected: [batch, kv_heads, min(max_pages * page_size, max_tokens)] int32, tokens in ascending order, padded

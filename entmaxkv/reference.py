@@ -264,7 +264,7 @@ def score_pages(
         slope = alibi_slopes.to(dtype)[:, None]
         ends = slope * (first - seq_len + 1), slope * (last - seq_len + 1)
         upper, below = upper + torch.maximum(*ends), below + torch.minimum(*ends)
-    return (upper + lower * below) / (1 + lower)
+    return (upper + lower * below) / (1 + lower) if lower > 0 else upper
 
 
 def score_gaussian(

@@ -140,14 +140,14 @@ def check_dense_below(name: str, value: int | None) -> None:
 class KeySketch:
     """The tokens whose weight the sketch of their keys cannot rule out: the result is that of dense decoding.
 
-    Every token of the dense support is among them, which `DecodeInfo.certified` states for each head. How many there
-    are depends on the query: a head with a wide support reads more.
+    Without `max_tokens` every token of the dense support is among them, which `DecodeInfo.certified` states for each
+    head. How many there are depends on the query: a head with a wide support reads more.
 
     Attributes:
         certainty: 1 proves. Less, such as 1 - 1e-9, takes the error of a score for the sum of random signs that the
             rotation makes it: fewer tokens, each bound holds with that probability, and nothing is proved.
         bits: 4 reads the second plane of the codes where the first leaves doubt; 2 reads the first alone.
-        max_tokens: most tokens per KV head whose keys are read, those of the highest bounds; the rest of the bounds
+        max_tokens: most tokens per KV head whose keys are read, those to which their bounds leave most weight; the rest
             goes into `DecodeInfo.delta_bound`. None: as many as it takes, which are all where alpha is 1.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
             `select=None`. None: 65536 on a GPU, 0, so never, on the CPU.

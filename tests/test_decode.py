@@ -34,7 +34,9 @@ def stages(
     alphas: Tensor | None,
 ):
     table = cache.page_table, cache.seq_lens
-    scores = ops.score_pages(q, cache.k_min, cache.k_max, *table, cache.page_size, scale, slopes, 0.25)
+    scores = ops.score_pages(
+        q, cache.k_min, cache.k_max, *table, cache.page_size, scale, slopes, entmaxkv.TopPages.LOWER
+    )
     chosen = ops.select_pages(scores, cache.seq_lens, cache.k_pages.shape[1], cache.page_size, budget)
     return chosen, cache.sparse(q, *chosen, alpha, scale, alibi_slopes=slopes, head_alpha=alphas)
 

@@ -139,6 +139,7 @@ SHAPES = [
     ("score_pages", "alibi_slopes", floats(1, 2)),
     ("score_pages", "scale", lambda _: math.nan),
     ("score_pages", "lower", lambda _: -0.1),
+    ("score_pages", "lower", lambda _: 1.5),
     ("score_pages", "lower", lambda _: math.nan),
     ("score_gaussian", "scale", lambda _: 1e300),
     ("score_pages", "alibi_slopes", lambda _: torch.zeros(4, dtype=torch.float64)),

@@ -123,9 +123,10 @@ def test_page_scores_bound_and_describe_their_tokens(tokens, page_size, alibi, s
     q, k = draw(4, 16, seed=seed), draw(tokens, 2, 16, seed=seed + 1)
     options = {"scale": scale, "alibi_slopes": torch.tensor([0.5, 0.0, -0.25, 0.1]) if alibi else None}
     pages = reference.scores(q, k, **options).split(page_size, -1)
-    best = torch.stack([page.amax(-1) for page in pages], -1)
-    bound = reference.score_pages(q, *reference.page_bounds(k, page_size), tokens, page_size, **options)
-    assert (bound >= best - 1e-12).all()
+    best, worst = (torch.stack([end(page, -1) for page in pages], -1) for end in (torch.amax, torch.amin))
+    bounds = *reference.page_bounds(k, page_size), tokens, page_size
+    upper, middle = (reference.score_pages(q, *bounds, **options, lower=lower) for lower in (0, 1))
+    assert (upper >= best - 1e-12).all() and (2 * middle - upper <= worst + 1e-12).all()
     mean, _ = reference.score_gaussian(q, *reference.page_moments(k, page_size), tokens, page_size, **options)
     torch.testing.assert_close(mean, torch.stack([page.mean(-1) for page in pages], -1), atol=1e-6, rtol=0)
 

@@ -76,6 +76,18 @@ def test_bound_is_at_least_the_truth(device, dtype, tokens, page_size, scale, al
         assert (got[:, page] + error[:, page] >= part.amax(-1)).all()
 
 
+def test_lower_bounds_and_slopes_of_either_sign(device):
+    cache, q = make_cache([100], page_size=16, device=device), make_query(1, 4, 64, device=device)
+    slopes = torch.tensor([0.3, -0.2, 0.0, -1.5], device=device)
+    for scale in (0.2, -0.2):
+        for lower in (0.0, 0.5, 1.0):
+            used = cache.used(0)
+            options = {"scale": scale, "alibi_slopes": slopes, "lower": lower}
+            want = reference.score_pages(q[0], cache.k_min[used], cache.k_max[used], 100, 16, **options)
+            got = score(cache, q, scale, slopes, lower)[0, :, : len(used)]
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
 def test_one_token_pages_are_exact(device):
     cache, q = make_cache([17], page_size=16, device=device), make_query(1, 4, 64, device=device)
     got = score(cache, q)[0, :, 1]

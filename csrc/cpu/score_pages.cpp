@@ -22,8 +22,9 @@ void score_tile(const ScorePages& op, const PageTile& tile) {
     const T* q = op.q.at<T>(tile.row, tile.kv_head * op.group + h);
     for (int d = 0; d < op.head_dim; ++d) {
       const float value = op.scoring.scale < 0 ? -to_float(q[d]) : to_float(q[d]);
-      above[h * op.head_dim + d] = value < 0 ? op.lower * value : value;
-      below[h * op.head_dim + d] = value < 0 ? value : op.lower * value;
+      const float less = op.lower > 0 ? op.lower * value : 0;
+      above[h * op.head_dim + d] = value < 0 ? less : value;
+      below[h * op.head_dim + d] = value < 0 ? value : less;
     }
   }
   const T* highs[kPages];

@@ -2,7 +2,8 @@
 //   1. code:   per (row, query head) the query's numbers (sketch.h)
 //   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0, and the tokens with the highest
 //   ones
-//   3. floor:  per (row, query head) the exact scores of the highest of all, and their threshold, rounded down
+//   3. floor:  per (row, query head) the exact scores of the highest of all, and their threshold, rounded down; where
+//   alpha = 1 and there is not room for all, a floor from their logsumexp
 //   4. fine:   per (row, KV head, span) the candidates: tokens with all bounds above the floor, for some head
 //   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
 #include <algorithm>
@@ -330,10 +331,11 @@ class Selector {
   void fine(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
-    std::vector<float> gaps(group_), slopes(group_);
+    std::vector<sketch::Worth> worth(group_);
+    std::vector<float> slopes(group_);
     std::vector<const float*> upper(group_);
     for (int h = 0; h < group_; ++h) {
-      gaps[h] = sketch::gap_of(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)));
+      worth[h] = sketch::Worth(Entmax<double>(op_.alpha.of(span.kv_head * group_ + h)));
       slopes[h] = slope(span, h);
       upper[h] = uppers(span, h);
     }
@@ -371,7 +373,7 @@ class Selector {
             bound = query[h].code.fine_bound(product, steps[i], distances[i]) + bias(span, slopes[h], token);
             if (bound <= query[h].floor) continue;
           }
-          merit = std::max(merit, sketch::merit_of(gaps[h] * (bound - query[h].floor)));
+          merit = std::max(merit, sketch::merit_of(worth[h].of(bound - query[h].floor)));
         }
         if (merit >= 0) candidates_[index].push_back({token, merit});
       }
@@ -380,7 +382,7 @@ class Selector {
 
   void choose(int64_t row_head) {
     int64_t counts[sketch::kMerits] = {};
-    int64_t below = op_.seq_lens[row_head / op_.kv_heads];  // the floors of all heads
+    int64_t below = op_.seq_lens[row_head / op_.kv_heads];  // tokens below the floors of all heads
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
       below -= static_cast<int64_t>(candidates_[span].size());
@@ -406,14 +408,14 @@ class Selector {
     std::fill(selected + count, selected + op_.selection.max_selected, -1);
     op_.selection.counts[row_head] = count;
 
+    double lost = 0;
+    for (int merit = 0; merit < least; ++merit) {
+      lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit);
+    }
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
-      double lost = entmax.is_softmax() ? static_cast<double>(below) * sketch::most_weight(0.0, entmax) : 0;
-      for (int merit = 0; merit < least; ++merit) {
-        lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit, entmax);
-      }
-      op_.delta_bound[head_index] = sketch::rounded_up(lost);
+      op_.delta_bound[head_index] = sketch::rounded_up(lost + static_cast<double>(below) * sketch::most_below(entmax));
     }
   }
 

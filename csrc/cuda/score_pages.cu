@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   stream.run(
       [&] {
         queries.store([&](int h, int d, float q) {
-          s_q[0].set(h, d, sign * q < 0 ? lower * sign * q : sign * q);
-          s_q[1].set(h, d, sign * q < 0 ? sign * q : lower * sign * q);
+          const float value = sign * q, less = lower > 0 ? lower * value : 0;
+          s_q[0].set(h, d, value < 0 ? less : value);
+          s_q[1].set(h, d, value < 0 ? value : less);
         });
         __syncthreads();
       },

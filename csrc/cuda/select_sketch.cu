@@ -4,6 +4,7 @@
 //      the bounds in fp16, rounded up, and names the tokens with the highest ones: one of each class of four successive
 //      tokens in 32, so that neighbours, which often have weight together, are named together.
 //   2. find_floors: a block per query head scores the best of these exactly; their threshold is at most that of all.
+//      Where alpha = 1 and there is not room for all, their logsumexp takes its place.
 //   3. refine: a warp goes through a segment of the bounds. What is above the floor of its head is bounded more closely
 //      by plane 1; what still is gets a bit.
 //   4. list: the tokens of these bits.
@@ -293,14 +294,14 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
 
 /// What refining needs of a query head.
 struct RefinedHead {
-  float floor, slope, gap;
+  float floor, slope;
+  sketch::Worth worth;
 
   /// The h-th; where there is none, one that no bound is above the floor of.
   static __device__ RefinedHead of(const SelectSketch& op, const Scratch& scratch, const CodeHeads& heads, int h) {
-    if (h >= heads.count) return {-kNothing, 0, 1};
-    const int head = heads.first + h;
-    return {scratch.floors[heads.row * op.q_heads + head], sketch::upward(op.scoring.slope(head)),
-            sketch::gap_of(Entmax<double>(op.alpha.of(head)))};
+    const int head = heads.first + min(h, heads.count - 1);
+    return {h < heads.count ? scratch.floors[heads.row * op.q_heads + head] : -kNothing,
+            sketch::upward(op.scoring.slope(head)), sketch::Worth(Entmax<double>(op.alpha.of(head)))};
   }
 };
 
@@ -399,7 +400,7 @@ struct Segment {
 
 /// Marks the tokens of which the closest bound is above the floor of some of the heads. All lanes call, with a segment
 /// for the warp. It has tokens `begin` to `stop`: a segment, those of the block's other warps, a segment ...
-template <int kWords, bool kFine>
+template <int kWords, bool kFine, bool kCapped>
 __device__ void mark(const SelectSketch& op, const Scratch& scratch, const SketchPages<kWords>& pages,
                      const CodeHeads& heads, const Numbers& s_numbers, const RefinedHead (&s_heads)[kHeads], Segment& s,
                      int begin, int stop, int part) {
@@ -429,7 +430,7 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
       const auto distance = static_cast<float>(first + 4 * lane.own_row() - last);
       const float floors[2] = {own_heads[0].floor, own_heads[1].floor};
       uint32_t marks = 0;
-      float above[4];  // the floor, in z
+      float worth[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float bounds[2] = {tile.upper_of(tile.uppers[0], i), tile.upper_of(tile.uppers[1], i)};
@@ -446,18 +447,20 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
           }
         }
         marks |= static_cast<uint32_t>(!(bounds[0] <= floors[0]) || !(bounds[1] <= floors[1])) << i;
-        above[i] = larger(own_heads[0].gap * (bounds[0] - floors[0]), own_heads[1].gap * (bounds[1] - floors[1]));
+        if (kCapped) {
+          worth[i] = larger(own_heads[0].worth.of(bounds[0] - floors[0]), own_heads[1].worth.of(bounds[1] - floors[1]));
+        }
       }
       marks &= tile.wanted;
       marks |= __shfl_xor_sync(kAllLanes, marks, 1);
       const int row = lane.own_row() % 8;
       const bool speaks = lane.part() % 2 == 0;
-      if (scratch.merits) {
+      if (kCapped) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          above[i] = larger(above[i], __shfl_xor_sync(kAllLanes, above[i], 1));
+          worth[i] = larger(worth[i], __shfl_xor_sync(kAllLanes, worth[i], 1));
           if (speaks && marks >> i & 1) {
-            s.merits[first % kSegment + 4 * lane.own_row() + i] = static_cast<uint8_t>(sketch::merit_of(above[i]));
+            s.merits[first % kSegment + 4 * lane.own_row() + i] = static_cast<uint8_t>(sketch::merit_of(worth[i]));
           }
         }
       }
@@ -475,8 +478,8 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
   }
 }
 
-template <int kWords, bool kFine>
-__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(SelectSketch op, Scratch scratch) {
+template <int kWords, bool kFine, bool kCapped>
+__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords> - kCapped) refine(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
   __shared__ Segment s_segments[kScanWarps];
@@ -497,7 +500,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) refine(Selec
       s_numbers.set(op, heads);
       if (thread < kHeads) s_heads[thread] = RefinedHead::of(op, scratch, heads, thread);
       __syncthreads();
-      mark<kWords, kFine>(op, scratch, pages, heads, s_numbers, s_heads, s, begin, stop, part);
+      mark<kWords, kFine, kCapped>(op, scratch, pages, heads, s_numbers, s_heads, s, begin, stop, part);
     }
   });
 }
@@ -517,14 +520,11 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
   const auto least = static_cast<int>(-largest<kThreads>(stays ? static_cast<float>(-merit) : kNothing));
   if (blockIdx.x == 0) {
     const int left_out = merit < least ? count : merit == least ? max(0, upto - room) : 0;
-#pragma unroll 1
-    for (int h = 0; h < op.group; ++h) {
+    const double lost = sum<kThreads>(left_out > 0 ? left_out * sketch::most_weight(merit) : 0.0);
+    for (int h = thread; h < op.group; h += kThreads) {
       const int head = static_cast<int>(blockIdx.y) * op.group + h;
-      const Entmax<double> entmax(op.alpha.of(head));
-      const double most = sketch::most_weight(merit, entmax);
-      const double bound = sum<kThreads>(left_out > 0 ? left_out * most : 0.0);
-      const double below = entmax.is_softmax() ? (length_of(op, row) - total) * sketch::most_weight(0.0, entmax) : 0;
-      if (thread == 0) op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(bound + below);
+      const double below = (length_of(op, row) - total) * sketch::most_below(Entmax<double>(op.alpha.of(head)));
+      op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(lost + below);
     }
   }
   if (total <= room) return;
@@ -595,7 +595,10 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
       launch(name, find_floors<decltype(element)>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch,
              vectors);
     });
-    launch(name, op.fine ? refine<words, true> : refine<words, false>, grid, stream, op, scratch);
+    const auto refines = [&](auto capped) {
+      launch(name, op.fine ? refine<words, true, capped> : refine<words, false, capped>, grid, stream, op, scratch);
+    };
+    scratch.merits ? refines(std::true_type{}) : refines(std::false_type{});
   });
   const dim3 words(std::max(1, ceil_div(scratch.capacity / 32, kThreads)), op.kv_heads, op.batch);
   if (scratch.merits) launch(name, cap, {words, kThreads}, stream, op, scratch);

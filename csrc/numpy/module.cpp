@@ -88,6 +88,7 @@ class Cache {
       score.page_table = table();
       score.seq_lens = seq_lens_.data();
       score.scoring = scoring;
+      score.lower = kRankLower;
       score.scores = first.mutable_data();
       cpu::score_pages(score);
       SelectPages select;
