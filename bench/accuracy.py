@@ -188,7 +188,7 @@ def table_of_merits(rows: list[Row]) -> str:
     here = [row for row in of(rows, kind="tune", model=ENTMAX) if row["select"].endswith(RANKED)]
     places = [(context, text) for context in contexts(here) for text in ("training", "held-out")]
     lines = []
-    for select in dict.fromkeys(row["select"] for row in here):
+    for select in sorted({row["select"] for row in here}):
         cells = []
         for context, text in places:
             found = of(here, select=select, context=context, text=text)
@@ -203,7 +203,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality_16K": quality_at(ENTMAX, 16384),
     "quality_128K": quality_at(ENTMAX, LONGEST),
     "quality_softmax_128K": quality_at(SOFTMAX, LONGEST),
-    "quality_shipped": quality_at(SHIPPED, 4096),
+    "quality_shipped": quality_at(SHIPPED, 16384),
     "contexts": table_of_contexts,
     "twins": table_of_twins,
     "beside": table_of_gaussian,
