@@ -334,17 +334,17 @@ def draw_tuning(rows: list[Row]) -> Figure | None:
         quantile = re.match(r"Gaussian\(quantile=(.*), margin=", row["select"])
         merit = re.match(r"(bound - best|box at 0.6 - best|mean \+ 3 std - best), ", row["select"])
         if quantile or merit:
-            name = f"Gaussian, quantile {float(quantile[1]):.4g}" if quantile else f"pages by {merit[1]}"
-            lines.setdefault(name, []).append(row)
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, sum(name.startswith("Gaussian") for name in lines)))
+            label = f"Gaussian, quantile {float(quantile[1]):.6g}" if quantile else f"pages by {merit[1]}"
+            lines.setdefault(label, []).append(row)
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, sum(label.startswith("Gaussian") for label in lines)))
     for panel, what in zip(axes, ("delta", "passkey", "recall"), strict=True):
         of_quantile = iter(colors)
-        for name, points in lines.items():
+        for label, points in lines.items():
             points.sort(key=lambda row: row["tokens"])
-            color = next(of_quantile) if name.startswith("Gaussian") else None
-            style = "o-" if name.startswith("Gaussian") else "s--"
+            color = next(of_quantile) if label.startswith("Gaussian") else None
+            style = "o-" if label.startswith("Gaussian") else "s--"
             x, y = ([row[axis] for row in points] for axis in ("tokens", what))
-            panel.plot(x, y, style, color=color, label=name, ms=4)
+            panel.plot(x, y, style, color=color, label=label, ms=4)
         panel.set_xscale("log")
         panel.set_xlabel(f"keys read, of {here[0]['context']}")
         panel.set_title({"delta": "δ, mass dropped"}.get(what, what))

@@ -26,11 +26,14 @@ from entmaxkv.select import Selector
 SELECTORS: dict[str, Selector | None] = {
     "dense": None,
     "KeySketch()": entmaxkv.KeySketch(dense_below=0),
+    "KeySketch(max_tokens=64)": entmaxkv.KeySketch(max_tokens=64, dense_below=0),
     "KeySketch(max_tokens=4096)": entmaxkv.KeySketch(max_tokens=4096, dense_below=0),
     "TopPages(1024)": entmaxkv.TopPages(1024, dense_below=0),
     "TopPages(4096)": entmaxkv.TopPages(4096, dense_below=0),
     "Gaussian()": entmaxkv.Gaussian(dense_below=0),
+    "Gaussian(margin=1)": entmaxkv.Gaussian(margin=1, dense_below=0),
 }
+FOR_ZEROS = ("KeySketch()", "Gaussian()", "Gaussian(margin=1)")  # that read all of softmax
 ROOM, WARM, TIMED = 256, 8, 64
 
 
@@ -70,8 +73,8 @@ def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int)
     read, follows = haystacks(text, batch, context, context)
     state = Context(model, tensor(read, model.device), room=ROOM)
     rows: list[dict[str, Any]] = []
-    zeros = model.config.entmax_alpha > 1
-    for name in [name for name in SELECTORS if zeros or name not in ("KeySketch()", "Gaussian()")]:
+    softmax = model.config.entmax_alpha == 1
+    for name in [name for name in SELECTORS if not (softmax and name in FOR_ZEROS)]:
         row: dict[str, Any] = {"select": name, "context": context, "batch": batch}
         for how, eager in (("graph", False), ("eager", True)):
             stepper = Stepper(state, SELECTORS[name], eager=eager)
@@ -96,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = parser_of(__doc__, 131072)
-    parser.set_defaults(device="cuda")
+    parser.set_defaults(device="cuda", longest=None)
     parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="contexts decoded at once (default 1)")
     args = parser.parse_args()
     text = held_out_text(args.source)
@@ -110,7 +113,7 @@ def main() -> None:
             rows = [about | row for row in evaluate(model, text, context, batch)]
             console.print(table(rows))
             document["rows"] += rows
-    report(document, args, console)
+            report(document, args, console)
 
 
 if __name__ == "__main__":

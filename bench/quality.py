@@ -48,7 +48,7 @@ SEED = 2**33  # of the facts; training draws others
 
 
 def selectors(alpha: float) -> dict[str, Selector | None]:
-    """What is compared; a selector reads what it reads whatever the cache's size."""
+    """What is compared, none of it falling back to dense decoding."""
     found: dict[str, Selector | None] = {"dense": None}
     if alpha > 1:
         found["KeySketch()"] = entmaxkv.KeySketch(dense_below=0)
@@ -190,7 +190,7 @@ def facts_of(found: list[list[Metrics]]) -> dict[str, Any]:
     }
 
 
-def decoding(
+def decode_text(
     model: PreTrainedModel, suite: Suite, methods: dict[str, Any], advance: Callable[[], object]
 ) -> dict[str, dict[str, Any]]:
     """What each method makes of the text, beside the first one, which is dense; and what `probed` finds."""
@@ -235,7 +235,7 @@ def evaluate(
         # Of passkeys there are twice as many rows, half of them at a time.
         task = bar.add_task(f"context {context}", total=4 * len(methods) + 1)
         advance = partial(bar.advance, task)
-        found = decoding(model, drawn["text"], methods, advance)
+        found = decode_text(model, drawn["text"], methods, advance)
         for name in ("passkey", "recall"):
             for method, share in answering(model, drawn[name], methods, rows, advance).items():
                 found[method][name] = share
@@ -288,6 +288,18 @@ def parser_of(description: str, context: int) -> argparse.ArgumentParser:
     return parser
 
 
+def evaluating_parser(description: str) -> argparse.ArgumentParser:
+    """And what those have in common that compare selectors."""
+    parser = parser_of(description, 4096)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
+    parser.add_argument("--select", nargs="+", help="of the table's selectors only these, and dense decoding")
+    parser.add_argument(
+        "--longest", type=positive, help="leave room for such contexts, too, before what is decoded (default: none)"
+    )
+    return parser
+
+
 def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, methods: dict[str, Any]) -> dict[str, Any]:
     """The methods that --select names, in their order, and the dense one."""
     for name in args.select or []:
@@ -301,19 +313,18 @@ def check_contexts(parser: argparse.ArgumentParser, args: argparse.Namespace, te
     check(parser, args)
     if not (args.model / "config.json").is_file():
         parser.error(f"expected a folder with a config.json, got {args.model}")
+    if not len(text):
+        parser.error(f"--source: expected a standard library with held-out files, got {args.source}")
     for context in args.context:
         if context % 16 or context < LEAST_CONTEXT:
             parser.error(f"--context: expected multiples of 16 of at least {LEAST_CONTEXT}, got {context}")
-    if len(text) < max(args.context) + STEPS + rows:
-        parser.error(f"--context: expected less than the {len(text)} bytes of text, got {max(args.context)}")
+    longest = max(args.longest or 0, *args.context)  # what is decoded is the same after every context
+    if len(text) < longest + STEPS + rows:
+        parser.error(f"--context, --longest: expected less than the {len(text)} bytes of text, got {longest}")
 
 
 def main() -> None:
-    parser = parser_of(__doc__, 4096)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
-    parser.add_argument("--longest", type=positive, help="leave room for such contexts too (default: the longest)")
-    parser.add_argument("--select", nargs="+", help="of the table's selectors dense and these (default: all)")
+    parser = evaluating_parser(__doc__)
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, 2 * args.rows)

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from decoding import Context, load
-from inputs import positive
 from quality import (
     STEPS,
     answering,
     check_contexts,
     chosen,
+    evaluating_parser,
     facts_of,
     held_out_text,
-    parser_of,
     probed,
     suites,
     tensor,
@@ -43,8 +42,7 @@ from corpus import SEPARATOR, files, held_out  # isort: skip
 
 BUDGETS = (256, 1024)
 UNUSED = -1e9  # scores of pages that hold no token, too low to matter
-# As the model's text, so that training text and held-out text are equally long.
-TRAINING_BYTES = 1_200_000
+TRAINING_BYTES = 1_200_000  # about as many as the held-out text has
 
 
 def mixture_threshold(mean: Tensor, std: Tensor, counts: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def expected_weight(mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Merit:
-    """Best pages under a budget by one of the merits in `MERITS`, of rows that fill it."""
+    """Best pages under a budget by one of the merits in `MERITS`, of rows with more tokens than that; alpha is 1.5."""
 
     name: str
     budget: int
@@ -97,8 +95,8 @@ class Merit:
         merit = merit.unflatten(1, (cache.kv_heads, -1)).amax(2)
         merit = merit.masked_fill(left <= 0, -math.inf).masked_fill((left > 0) & (left <= cache.page_size), math.inf)
         kept = min(len(first), max(1, self.budget // cache.page_size))
-        chosen = merit.topk(kept).indices.sort().values.int()
-        return chosen, torch.full(chosen.shape[:2], kept, dtype=torch.int32, device=q.device)
+        selected = merit.topk(kept).indices.sort().values.int()
+        return selected, torch.full(selected.shape[:2], kept, dtype=torch.int32, device=q.device)
 
 
 @dataclass(frozen=True)
@@ -131,16 +129,21 @@ def to_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
+def to_own(x: Tensor) -> Tensor:
+    return x - mixture_threshold(x, torch.zeros_like(x), torch.ones_like(x))[..., None]
+
+
 SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "bound": lambda p: p.most,
-    **{f"box at {c:g}": lambda p, c=c: p.within(c) for c in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)},
-    **{f"mean to bound at {c:g}": lambda p, c=c: p.between(c) for c in (0.2, 0.3, 0.4, 0.5, 0.6)},
-    **{f"mean + {c:g} std": lambda p, c=c: p.raised(c) for c in (1, 2, 3, 4, 6, 8)},
+    **{f"box at {c:g}": lambda p, c=c: p.within(c) for c in (0.3, 0.4, 0.6, 0.8)},
+    **{f"mean to bound at {c:g}": lambda p, c=c: p.between(c) for c in (0.3, 0.4, 0.5)},
+    **{f"mean + {c:g} std": lambda p, c=c: p.raised(c) for c in (2, 3, 4, 6)},
 }
-# A score by itself, above the head's best, or above its threshold.
+# A score by itself, above the head's best, above the threshold that pages of one token each would have, or above tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
     **SCORES,
     **{f"{name} - best": lambda p, score=score: to_best(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - own tau": lambda p, score=score: to_own(score(p)) for name, score in SCORES.items()},
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),
 }
@@ -157,7 +160,7 @@ def gaussians() -> dict[str, Any]:
 
 
 def training_text(source: Path) -> np.ndarray:
-    """Training files of the standard library joined, evenly taken, as long as the held-out text."""
+    """Training files of the standard library joined, evenly taken."""
     names = {name: path for name, path in files(source).items() if not held_out(name)}
     texts = [names[name].read_bytes() + SEPARATOR for name in sorted(names)]
     stride = max(1, sum(map(len, texts)) // TRAINING_BYTES)
@@ -189,11 +192,8 @@ def evaluate(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, 4096)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
+    parser = evaluating_parser(__doc__)
     parser.add_argument("--text", choices=["training", "held-out"], default="training", help="default training")
-    parser.add_argument("--select", nargs="+", help="of the table's selectors only these (default: all)")
     args = parser.parse_args()
     text = (training_text if args.text == "training" else held_out_text)(args.source)
     check_contexts(parser, args, text, 2 * args.rows)
@@ -207,7 +207,7 @@ def main() -> None:
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
     about = {"kind": "tune", "model": args.model.name, "text": args.text}
     for context in args.context:
-        rows = evaluate(model, methods, text, context, max(args.context), args.rows, console)
+        rows = evaluate(model, methods, text, context, max(args.longest or 0, *args.context), args.rows, console)
         shown = Table(title=f"{args.text} text, context {context}")
         shown.add_column("selector", no_wrap=True)
         titles = ("tokens", "delta", "support_recall", "error", "passkey", "recall")
