@@ -479,7 +479,8 @@ __device__ void mark(const SelectSketch& op, const Scratch& scratch, const Sketc
 }
 
 template <int kWords, bool kFine, bool kCapped>
-__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords> - kCapped) refine(SelectSketch op, Scratch scratch) {
+__global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords> - (kCapped && kOccupancy<kWords> > 1))
+    refine(SelectSketch op, Scratch scratch) {
   take_turn();
   __shared__ Numbers s_numbers;
   __shared__ Segment s_segments[kScanWarps];
