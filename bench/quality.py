@@ -80,12 +80,12 @@ def haystacks(text: np.ndarray, rows: int, context: int, longest: int) -> tuple[
     return np.stack([text[end - context : end] for end in ends]), np.stack([text[end:][: STEPS + 1] for end in ends])
 
 
-def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, asked: int) -> Suite:
+def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, asked: int, seed: int = SEED) -> Suite:
     """Facts spread over each context, some asked for after it; of a single one, each row holds it elsewhere."""
     read = haystacks(text, rows, context, longest)[0].copy()
     follows, answers = [], []
     for row, window in enumerate(read):
-        rng = np.random.default_rng((SEED, facts, row))
+        rng = np.random.default_rng((seed, facts, row))
         drawn = [draw(rng) for _ in range(facts)]
         room = context // facts
         for i, (question, value) in enumerate(drawn):
@@ -98,13 +98,13 @@ def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, 
     return Suite(read, np.stack([np.frombuffer(line, np.uint8) for line in follows]), np.array(answers))
 
 
-def suites(text: np.ndarray, context: int, longest: int, rows: int) -> dict[str, Suite]:
+def suites(text: np.ndarray, context: int, longest: int, rows: int, seed: int = SEED) -> dict[str, Suite]:
     """What is decoded after a context, leaving room before it for the longest."""
     read, follows = haystacks(text, rows, context, longest)
     return {
         "text": Suite(read, follows, np.zeros(follows.shape, bool)),
-        "passkey": asking(text, 2 * rows, context, longest, 1, 1),
-        "recall": asking(text, rows, context, longest, FACTS, ASKED),
+        "passkey": asking(text, 2 * rows, context, longest, 1, 1, seed),
+        "recall": asking(text, rows, context, longest, FACTS, ASKED, seed),
     }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from decoding import Context, load
 from quality import (
+    SEED,
     STEPS,
     answering,
     check_contexts,
@@ -41,6 +42,7 @@ from entmaxkv import ops
 from corpus import SEPARATOR, files, held_out  # isort: skip
 
 BUDGETS = (256, 1024)
+SEEDS = {"training": SEED + 1, "held-out": SEED}
 UNUSED = -1e9  # scores of pages that hold no token, too low to matter
 TRAINING_BYTES = 1_200_000  # about as many as the held-out text has
 
@@ -174,10 +176,11 @@ def evaluate(
     context: int,
     longest: int,
     rows: int,
+    seed: int,
     console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
-    drawn = suites(text, context, longest, rows)
+    drawn = suites(text, context, longest, rows, seed)
     read = Context(model, tensor(drawn["text"].read, model.device), room=STEPS)
     found: dict[str, dict[str, Any]] = {}
     for method, metrics in probed(read, drawn["text"], methods).items():
@@ -193,7 +196,7 @@ def evaluate(
 
 def main() -> None:
     parser = evaluating_parser(__doc__)
-    parser.add_argument("--text", choices=["training", "held-out"], default="training", help="default training")
+    parser.add_argument("--text", choices=SEEDS, default="training", help="default training")
     args = parser.parse_args()
     text = (training_text if args.text == "training" else held_out_text)(args.source)
     check_contexts(parser, args, text, 2 * args.rows)
@@ -207,7 +210,8 @@ def main() -> None:
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}
     about = {"kind": "tune", "model": args.model.name, "text": args.text}
     for context in args.context:
-        rows = evaluate(model, methods, text, context, max(args.longest or 0, *args.context), args.rows, console)
+        longest = max(args.longest or 0, *args.context)
+        rows = evaluate(model, methods, text, context, longest, args.rows, SEEDS[args.text], console)
         shown = Table(title=f"{args.text} text, context {context}")
         shown.add_column("selector", no_wrap=True)
         titles = ("tokens", "delta", "support_recall", "error", "passkey", "recall")
