@@ -131,6 +131,10 @@ def to_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
+def to_all(x: Tensor) -> Tensor:
+    return x - (2 * x).logsumexp(-1, keepdim=True) / 2
+
+
 def to_own(x: Tensor) -> Tensor:
     return x - mixture_threshold(x, torch.zeros_like(x), torch.ones_like(x))[..., None]
 
@@ -141,10 +145,12 @@ SCORES: dict[str, Callable[[Pages], Tensor]] = {
     **{f"mean to bound at {c:g}": lambda p, c=c: p.between(c) for c in (0.3, 0.4, 0.5)},
     **{f"mean + {c:g} std": lambda p, c=c: p.raised(c) for c in (2, 3, 4, 6)},
 }
-# A score by itself, above the head's best, above the threshold that pages of one token each would have, or above tau.
+# A score by itself, above the head's best, above the logsumexp of all, above the threshold that pages of one token each
+# would have, or above tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
     **SCORES,
     **{f"{name} - best": lambda p, score=score: to_best(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - all": lambda p, score=score: to_all(score(p)) for name, score in SCORES.items()},
     **{f"{name} - own tau": lambda p, score=score: to_own(score(p)) for name, score in SCORES.items()},
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),

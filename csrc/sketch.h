@@ -211,11 +211,11 @@ ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / Quer
 constexpr float kBelow = 24;
 
 /// What a token is worth to a head: the logarithm of the weight that its bound leaves it, the same measure for every
-/// alpha, in kMerits steps: kFew to a unit from -kBelow on, kMany from -kSmall on. Bounds beyond weight 1, where they
+/// alpha, in kMerits steps: kFew to a unit from -kLowest on, kMany from -kSmall on. Bounds beyond weight 1, where they
 /// are loose, count logarithmically, too.
 constexpr int kMerits = 255;
-constexpr float kSmall = 8, kFew = 2, kMany = 12;
-constexpr float kFine = kFew * (kBelow - kSmall);     // the first step of which there are many
+constexpr float kLowest = 80, kSmall = 8, kFew = 0.5f, kMany = 12;
+constexpr float kFine = kFew * (kLowest - kSmall);    // the first step of which there are many
 static_assert(kMerits - 1 > kFine + kMany * kSmall);  // the last step, which has no end, is of weight 1
 
 struct Worth {
@@ -237,7 +237,7 @@ struct Worth {
       exponent = logarithm(above < kLeast ? kLeast : above);
       exponent *= exponent < 0 ? power : kBeyond;
     }
-    return exponent < -kSmall ? kFew * (exponent + kBelow) : kFine + kMany * (exponent + kSmall);
+    return exponent < -kSmall ? kFew * (exponent + kLowest) : kFine + kMany * (exponent + kSmall);
   }
 
  private:
@@ -251,7 +251,7 @@ ENTMAXKV_HOST_DEVICE inline int merit_of(float worth) {
 /// The weight that a token of that merit has at most, with room for what rounding does to its worth.
 ENTMAXKV_HOST_DEVICE inline double most_weight(int merit) {
   const double end = merit + 1.001;
-  return std::fmin(std::exp(end < kFine ? end / kFew - kBelow : (end - kFine) / kMany - kSmall), 1.0);
+  return std::fmin(std::exp(end < kFine ? end / kFew - kLowest : (end - kFine) / kMany - kSmall), 1.0);
 }
 
 /// The weight that a token below the floor has at most.
