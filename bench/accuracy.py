@@ -332,7 +332,7 @@ def draw_tuning(rows: list[Row]) -> Figure | None:
     lines: dict[str, list[Row]] = {}
     for row in here:
         quantile = re.match(r"Gaussian\(quantile=(.*), margin=", row["select"])
-        merit = re.match(r"(bound - best|box at 0.6 - best|mean \+ 3 std - best), ", row["select"])
+        merit = re.match(r"(bound - best|box at 0.6 - best|box at 0.6 - all), ", row["select"])
         if quantile or merit:
             label = f"Gaussian, quantile {float(quantile[1]):.6g}" if quantile else f"pages by {merit[1]}"
             lines.setdefault(label, []).append(row)

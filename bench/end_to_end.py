@@ -31,9 +31,8 @@ SELECTORS: dict[str, Selector | None] = {
     "TopPages(1024)": entmaxkv.TopPages(1024, dense_below=0),
     "TopPages(4096)": entmaxkv.TopPages(4096, dense_below=0),
     "Gaussian()": entmaxkv.Gaussian(dense_below=0),
-    "Gaussian(margin=1)": entmaxkv.Gaussian(margin=1, dense_below=0),
 }
-FOR_ZEROS = ("KeySketch()", "Gaussian()", "Gaussian(margin=1)")  # that read all of softmax
+FOR_ZEROS = ("KeySketch()", "Gaussian()")  # that read all of softmax
 ROOM, WARM, TIMED = 256, 8, 64
 
 

@@ -60,9 +60,9 @@ def selectors(alpha: float) -> dict[str, Selector | None]:
     for budget in BUDGETS:
         found[f"TopPages({budget})"] = entmaxkv.TopPages(budget, dense_below=0)
     if alpha > 1:
+        found["Gaussian(quantile=0.95)"] = entmaxkv.Gaussian(quantile=0.95, dense_below=0)  # the paper's
         found["Gaussian()"] = entmaxkv.Gaussian(dense_below=0)
-        for margin in (0.5, 1.0):
-            found[f"Gaussian(margin={margin:g})"] = entmaxkv.Gaussian(margin=margin, dense_below=0)
+        found["Gaussian(margin=0.5)"] = entmaxkv.Gaussian(margin=0.5, dense_below=0)
     return found
 
 

@@ -127,41 +127,35 @@ class Pages:
         return self.mean + c * (self.most - self.mean)
 
 
-def to_best(x: Tensor) -> Tensor:
+def above_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
-def to_all(x: Tensor) -> Tensor:
+def log_share(x: Tensor) -> Tensor:
     return x - (2 * x).logsumexp(-1, keepdim=True) / 2
-
-
-def to_own(x: Tensor) -> Tensor:
-    return x - mixture_threshold(x, torch.zeros_like(x), torch.ones_like(x))[..., None]
 
 
 SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "bound": lambda p: p.most,
-    **{f"box at {c:g}": lambda p, c=c: p.within(c) for c in (0.3, 0.4, 0.6, 0.8)},
-    **{f"mean to bound at {c:g}": lambda p, c=c: p.between(c) for c in (0.3, 0.4, 0.5)},
-    **{f"mean + {c:g} std": lambda p, c=c: p.raised(c) for c in (2, 3, 4, 6)},
+    **{f"box at {c:g}": lambda p, c=c: p.within(c) for c in (0.4, 0.6, 0.8)},
+    "mean to bound at 0.4": lambda p: p.between(0.4),
+    "mean + 4 std": lambda p: p.raised(4),
 }
-# A score by itself, above the head's best, above the logsumexp of all, above the threshold that pages of one token each
-# would have, or above tau.
+# A score by itself, above the head's best, as a share in the softmax of the head's, or above tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
     **SCORES,
-    **{f"{name} - best": lambda p, score=score: to_best(score(p)) for name, score in SCORES.items()},
-    **{f"{name} - all": lambda p, score=score: to_all(score(p)) for name, score in SCORES.items()},
-    **{f"{name} - own tau": lambda p, score=score: to_own(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - best": lambda p, score=score: above_best(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - all": lambda p, score=score: log_share(score(p)) for name, score in SCORES.items()},
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),
 }
 
 
 def gaussians() -> dict[str, Any]:
-    """Quantiles of a page's best token, those that count all pages of 4096 or 131072 tokens too, and margins."""
+    """Quantiles of a page's best token, the last as for all pages of 4096 tokens together, and margins."""
     found = {}
-    for quantile in (0.5, 0.8, 0.95, 0.99, 0.95 ** (1 / 256), 0.95 ** (1 / 8192)):
-        for margin in (-0.25, 0.0, 0.25, 0.5, 1.0):
+    for quantile in (0.8, 0.95, 0.99, 0.95 ** (1 / 256)):
+        for margin in (0.0, 0.25, 0.5):
             name = f"Gaussian(quantile={quantile:.6g}, margin={margin:g})"
             found[name] = entmaxkv.Gaussian(quantile=quantile, margin=margin, dense_below=0)
     return found

@@ -151,7 +151,7 @@ struct Selection {
   constexpr int32_t* row(int64_t batch_head) const { return selected + batch_head * max_selected; }
 };
 
-/// The last page, then the pages that come closest to some head's own best page, up to `budget` tokens.
+/// The last page, then the pages that have most share in the page scores of some head, up to `budget` tokens.
 struct SelectPages : Sizes {
   const float* scores;      // [batch, q_heads, max_pages]
   const int32_t* seq_lens;  // [batch]

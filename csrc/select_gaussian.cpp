@@ -42,6 +42,6 @@ std::tuple<Tensor, Tensor> select_gaussian(Tensor mean, Tensor deviation, Tensor
 
 ENTMAXKV_OP(select_gaussian,
             "(Tensor mean, Tensor std, Tensor seq_lens, int kv_heads, int page_size, float alpha=1.5, "
-            "float quantile=0.95, float margin=0.0, Tensor? head_alpha=None) -> (Tensor selected, Tensor counts)")
+            "float quantile=0.99, float margin=0.0, Tensor? head_alpha=None) -> (Tensor selected, Tensor counts)")
 
 }  // namespace entmaxkv

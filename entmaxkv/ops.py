@@ -183,8 +183,9 @@ def score_gaussian(
 def select_pages(scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int, budget: int) -> tuple[Tensor, Tensor]:
     """The best pages of every KV head under a budget of tokens.
 
-    The last page is always kept. The others are ranked by max over the group's heads of (score - the head's best
-    score): heads differ in scale, so each is measured against itself. Ties go to the lower page.
+    The last page is always kept. The others are ranked by their largest share in the softmax of a head's scores, over
+    the group's heads: one that cannot tell its pages apart does not crowd out those that can. Ties go to the lower
+    page. exp and log are linear between powers of two here, so that every backend finds the same bits.
 
     Args:
         scores: [batch, q_heads, max_pages] float32, from `score_pages`.
@@ -208,7 +209,7 @@ def select_gaussian(
     kv_heads: int,
     page_size: int,
     alpha: float = 1.5,
-    quantile: float = 0.95,
+    quantile: float = 0.99,
     margin: float = 0.0,
     head_alpha: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -478,7 +479,7 @@ def _(scores, seq_lens, kv_heads, page_size, budget):
 
 
 @torch.library.register_fake("entmaxkv::select_gaussian")
-def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.95, margin=0.0, head_alpha=None):
+def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.99, margin=0.0, head_alpha=None):
     _one_device("select_gaussian", locals())
     selected = mean.new_empty((mean.shape[0], kv_heads, mean.shape[2]), dtype=torch.int32)
     return selected, selected.new_empty(selected.shape[:2])

@@ -312,8 +312,8 @@ def score_gaussian(
 def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, budget: int) -> Tensor:
     """The last page, then the best pages while a whole page still fits the budget.
 
-    A page counts as much as the head of the group that wants it most, each head's scores relative to its best.
-    Ties go to the lower page. The comparison is made in the type of `scores`.
+    A page counts as much as for the head of the group that wants it most, by the logarithm of its share in the softmax
+    of that head's scores; see `page_log_share`. Ties go to the lower page.
 
     Args:
         scores: [q_heads, pages], of the pages in use.
@@ -326,12 +326,30 @@ def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, bu
         keep [kv_heads, pages], bool.
     """
     pages = scores.shape[1]
-    relative = scores - scores.amax(-1, keepdim=True)
-    want = relative.view(kv_heads, -1, pages).amax(1)
+    want = page_log_share(scores.view(kv_heads, -1, pages)).amax(1)
     want[:, -1] = math.inf
     room = max(0, budget - page_lengths(seq_len, page_size)[-1]) // page_size
     best = want.sort(dim=-1, descending=True, stable=True).indices[:, : 1 + room]
     return torch.zeros_like(want, dtype=torch.bool).scatter_(1, best, True)
+
+
+def page_log_share(scores: Tensor) -> Tensor:
+    """The logarithm of every page's share in the softmax of a head's scores, but for what is the same for a group.
+
+    exp and log are linear between powers of two, as the ops have them: whole numbers, which any device sums alike.
+
+    Args:
+        scores: [kv_heads, group, pages], float32, finite.
+
+    Returns:
+        [kv_heads, group, pages], float32; 0 for the best page of the head whose scores differ most.
+    """
+    distance = scores - scores.amax(-1, keepdim=True)
+    halvings = (distance * -(2**16 / math.log(2))).clamp(max=2**21 - 1).long()
+    weights = ((2**17 - halvings % 2**16) << 14) >> halvings // 2**16
+    logarithm = weights.sum(-1, keepdim=True).float().view(torch.int32)
+    excess = (logarithm - logarithm.amin(1, keepdim=True)).double() * (math.log(2) / 2**23)
+    return distance - excess.float()
 
 
 def mean_power(m: Tensor, t: Tensor, beta: float) -> Tensor:
@@ -401,7 +419,7 @@ def select_gaussian(
     page_size: int,
     *,
     alpha: float | Tensor = 1.5,
-    quantile: float = 0.95,
+    quantile: float = 0.99,
     margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The last page, and every page whose best token is likely to clear the threshold of the page mixture.

@@ -99,6 +99,28 @@ def test_hard_scores(device, kind):
         check(scores.contiguous().to(device), [pages * PAGE - 2], 2, PAGE, budget)
 
 
+def test_pages_rank_by_their_share_in_the_softmax_of_a_head(device):
+    """As far as exp and log are linear between powers of two, against float64."""
+    pages, allowed = 500, 0.12
+    scores = make_scores([pages * PAGE], 6, PAGE, device)[..., :pages].contiguous()
+    lens = torch.tensor([pages * PAGE], dtype=torch.int32, device=device)
+    share = scores[0].double().log_softmax(-1).view(2, 3, pages).amax(1)
+    for kept in (2, 11, 101, 401):
+        selected = select_pages(scores, lens, 2, PAGE, kept * PAGE)[0][0, :, :-1].long()
+        worst = share.gather(1, selected).amin(1)
+        rest = share[:, :-1].scatter(1, selected, -torch.inf).amax(1)
+        assert (worst > rest - allowed).all()
+
+
+def test_a_head_that_cannot_tell_its_pages_apart_does_not_crowd_out_one_that_can(device):
+    pages = 300
+    alike, certain = draw(pages) * 0.1, draw(pages, seed=1)
+    certain[[7, 150]] = torch.tensor([9.0, 8.0])
+    scores = torch.stack([alike, certain])[None].to(device)
+    selected, _ = select_pages(scores, torch.tensor([pages * PAGE], dtype=torch.int32, device=device), 1, PAGE, 48)
+    assert selected[0, 0].tolist() == [7, 150, pages - 1]
+
+
 @given(
     st.lists(st.integers(0, 700), min_size=1, max_size=4),
     st.sampled_from([(1, 1), (2, 2), (1, 5)]),

@@ -24,7 +24,7 @@ SCHEMAS = {
     "select_pages": "(Tensor scores, Tensor seq_lens, int kv_heads, int page_size, int budget) -> (Tensor "
     "selected, Tensor counts)",
     "select_gaussian": "(Tensor mean, Tensor std, Tensor seq_lens, int kv_heads, int page_size, float "
-    "alpha=1.5, float quantile=0.95, float margin=0., Tensor? head_alpha=None) -> (Tensor "
+    "alpha=1.5, float quantile=0.99, float margin=0., Tensor? head_alpha=None) -> (Tensor "
     "selected, Tensor counts)",
     "select_sketch": "(Tensor q, Tensor k_pages, Tensor codes, Tensor norms, Tensor page_table, Tensor seq_lens, "
     "float alpha=1.5, float? scale=None, Tensor? alibi_slopes=None, Tensor? head_alpha=None, int bits=4, float "

@@ -1,10 +1,11 @@
 // select_pages on the CPU: one task per (row, KV head).
-//   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h)
+//   1. merit of a page: the logarithm of its share in some head's page scores, max_h (score_h - best_h - excess_h)
 //   2. the last page is taken; of the others the best, ties to the lower page, while their tokens fit the budget
 //   3. ascending order
 #include <limits>
 #include <vector>
 
+#include "../page_share.h"
 #include "kernels.h"
 #include "pages.h"
 
@@ -21,14 +22,21 @@ void select_pages(const SelectPages& op) {
     op.selection.counts[task] = 0;
     if (used == 0) return;
 
-    std::vector<float> merit(used, kWorst);
+    std::vector<float> best(op.group, kWorst), merit(used, kWorst);
+    std::vector<int32_t> logarithm(op.group);
+    const auto scores = [&](int h) { return op.scores + (task * op.group + h) * op.max_pages; };
     for (int h = 0; h < op.group; ++h) {
-      const float* scores = op.scores + (task * op.group + h) * op.max_pages;
-      float best = kWorst;
-      for (int page = 0; page < used; ++page) best = scores[page] > best ? scores[page] : best;
+      for (int page = 0; page < used; ++page) best[h] = scores(h)[page] > best[h] ? scores(h)[page] : best[h];
+      uint64_t sum = 0;
+      for (int page = 0; page < used; ++page) sum += page_share::weight(page_share::distance(scores(h)[page], best[h]));
+      logarithm[h] = page_share::logarithm(sum);
+    }
+    const int32_t least = *std::min_element(logarithm.begin(), logarithm.end());
+    for (int h = 0; h < op.group; ++h) {
+      const float excess = page_share::excess(logarithm[h], least);
       for (int page = 0; page < used; ++page) {
-        const float distance = scores[page] == best ? 0 : scores[page] - best;
-        merit[page] = distance > merit[page] ? distance : merit[page];  // a head of NaN has no say
+        const float share = page_share::distance(scores(h)[page], best[h]) - excess;
+        merit[page] = share > merit[page] ? share : merit[page];  // a head of NaN has no say
       }
     }
 

@@ -95,6 +95,13 @@ class Mailbox {
                  : "memory");
   }
 
+  __device__ void add(int rank, unsigned long long& to, unsigned long long value) {
+    asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [%0], %1, [%2];" ::"r"(
+                     at(rank, &to)),
+                 "l"(value), "r"(at(rank, &barrier_))
+                 : "memory");
+  }
+
   /// How many bytes this block sends that of that rank in this round. One thread of the block calls.
   __device__ void announce(int rank, int bytes) {
     asm volatile(
@@ -131,6 +138,7 @@ class Mailbox {
     to = value;
   }
   __device__ void raise(int, uint32_t&, uint32_t) {}
+  __device__ void add(int, unsigned long long&, unsigned long long) {}
   __device__ void announce(int, int) {}
   __device__ void wait(int) { __syncthreads(); }
 #endif

@@ -1,14 +1,15 @@
 // select_pages on the GPU.
 //   scores [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_selected] ascending, counts [batch, kv_heads]
 // Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
-//   1. merit of a page: how close it comes to some head's own best page, max_h (score_h - best_h); the last page's is
-//      infinite. Scores are read once, if the shared memory holds a slice's.
+//   1. merit of a page: the logarithm of its share in some head's page scores, max_h (score_h - best_h - excess_h); the
+//      last page's is infinite. Scores are read once, if the shared memory holds a slice's.
 //   2. survivors: of a slice, the pages no worse than the wanted-th of the threads' own best pages. No other page of
 //      it is wanted. All blocks tell each other theirs.
 //   3. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page, of the
 //      survivors. Each block counts them by equal steps, then by the next bits, until few are left to compare. Where
 //      there are too many survivors (a large budget, many ties) the blocks together first count all pages like that.
 //   4. collect: the pages up to the threshold in ascending order
+#include "../page_share.h"
 #include "kernels.h"
 #include "page_ranks.cuh"
 
@@ -103,7 +104,7 @@ struct List {
 /// A block's shared memory.
 struct Shared {
   Histogram histogram;
-  cluster::Mailbox extremes_box, list_box;
+  cluster::Mailbox extremes_box, sums_box, list_box;
   int listed[kMostBlocks];
   int selected;
 };
@@ -113,14 +114,18 @@ struct Rating {
   float best, range;
 };
 
+using Weight = unsigned long long;  // a sum of page_share::weight
+
 /// A list of pages, as a block of the cluster sees it.
 struct Scores {
   const float* data;  // [group][max_pages]
   int group, max_pages;
   int tile_pages;     // whose scores there is room for
   float* s_scores;    // [group][tile_pages]
-  float* s_extremes;  // [2][2 group], of this block, then of all: of each head the best score, and the negated worst of
-                      // the threads' own best ones that are finite. At first as ordered() has them.
+  Weight* s_sums;     // [2][group], of this block, then of all: of each head the weights of its pages' shares
+  float* s_extremes;  // [2][2 group], likewise: the best score, and the negated worst of the threads' own best ones
+                      // that are finite. At first as ordered() has them.
+  float* s_excess;    // [group]
 
   __device__ uint32_t& s_ordered(int i) const { return reinterpret_cast<uint32_t*>(s_extremes)[i]; }
 
@@ -176,6 +181,34 @@ struct Scores {
     }
   }
 
+  __device__ void find_sums(const float* s_best, int pages) const {
+#pragma unroll 1
+    for (int h = 0; h < group; ++h) {
+      const float best = s_best[h];
+      Weight sum = 0;
+#pragma unroll 1
+      for (int i = 4 * static_cast<int>(threadIdx.x); i < pages; i += kStride) {
+        const Word word = Word::load(s_scores + h * tile_pages + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += page_share::weight(page_share::distance(word.of[j], best));
+      }
+      sum = sum_upto(sum);
+      if (threadIdx.x % 32 == 31) atomicAdd(&s_sums[h], sum);
+    }
+  }
+
+  /// From the sums of all.
+  __device__ void find_excess(const Weight* s_sum) const {
+#pragma unroll 1
+    for (int h = threadIdx.x; h < group; h += kThreads) {
+      const int32_t own = page_share::logarithm(s_sum[h]);
+      int32_t least = own;
+#pragma unroll 4
+      for (int other = 0; other < group; ++other) least = min(least, page_share::logarithm(s_sum[other]));
+      s_excess[h] = page_share::excess(own, least);
+    }
+  }
+
   /// Of pages begin ... end - 1; the last one's is infinite. Returns the best of the others.
   __device__ float find_merits(const float* s_best, int begin, int end, int last, float* merits) const {
     float best_merit = kNothing;
@@ -184,13 +217,10 @@ struct Scores {
       Word merit{kNothing, kNothing, kNothing, kNothing};
 #pragma unroll 4
       for (int h = 0; h < group; ++h) {
-        const float best = s_best[h];
+        const float best = s_best[h], excess = s_excess[h];
         const Word word = Word::load(s_scores + h * tile_pages + (page - begin));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          merit.of[i] = fmaxf(merit.of[i], word.of[i] - best);
-          if (fabsf(best) == -kNothing && word.of[i] == best) merit.of[i] = 0;  // infinity - infinity had no say
-        }
+        for (int i = 0; i < 4; ++i) merit.of[i] = fmaxf(merit.of[i], page_share::distance(word.of[i], best) - excess);
       }
       if (page + 4 > last) {
 #pragma unroll
@@ -208,12 +238,13 @@ struct Scores {
 
   /// Finds the merits, when the slice's first kEager pages are being read. All threads call.
   template <bool kAligned>
-  __device__ Rating rate(const Slice& slice, int last, cluster::Mailbox& s_box) const {
+  __device__ Rating rate(const Slice& slice, int last, Shared& s) const {
     Rating rating{kNothing, -kNothing};
-    const int size = cluster::size(), extremes = 2 * group, of_all = size == 1 ? 0 : extremes;
-    const float* s_best = s_extremes + of_all;
+    const int size = cluster::size(), extremes = 2 * group, of_all = size == 1 ? 0 : 1;
+    float* s_best = s_extremes + of_all * extremes;
+    Weight* s_sum = s_sums + of_all * group;
 #pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
+    for (int pass = 0; pass < 3; ++pass) {
 #pragma unroll 1
       for (int tile = slice.begin; tile < slice.end; tile += tile_pages) {
         const int end = min(tile + tile_pages, slice.end);
@@ -224,25 +255,37 @@ struct Scores {
         }
         if (pass == 0) {
           find_extremes(end - tile);
+        } else if (pass == 1) {
+          find_sums(s_best, end - tile);
         } else {
           rating.best = fmaxf(rating.best, find_merits(s_best, tile, end, last, slice.merits + (tile - slice.begin)));
         }
       }
-      if (pass > 0) break;
+      if (pass == 2) break;
       __syncthreads();
-      if (size > 1) {
-        tell_all(
-            extremes, [&](int to, int i) { s_box.raise(to, s_ordered(of_all + i), s_ordered(i)); },
-            [&](int to) { s_box.announce(to, extremes * static_cast<int>(sizeof(float))); });
-        s_box.wait(0);
+      if (pass == 0) {
+        if (size > 1) {
+          tell_all(
+              extremes, [&](int to, int i) { s.extremes_box.raise(to, s_ordered(extremes + i), s_ordered(i)); },
+              [&](int to) { s.extremes_box.announce(to, extremes * static_cast<int>(sizeof(float))); });
+          s.extremes_box.wait(0);
+        }
+        for (int i = threadIdx.x; i < extremes; i += kThreads)
+          s_best[i] = from_ordered(s_ordered(of_all * extremes + i));
+      } else {
+        if (size > 1) {
+          tell_all(
+              group, [&](int to, int h) { s.sums_box.add(to, s_sum[h], s_sums[h]); },
+              [&](int to) { s.sums_box.announce(to, group * static_cast<int>(sizeof(Weight))); });
+          s.sums_box.wait(0);
+        }
+        find_excess(s_sum);
       }
-      for (int i = of_all + threadIdx.x; i < of_all + extremes; i += kThreads)
-        s_extremes[i] = from_ordered(s_ordered(i));
       __syncthreads();
     }
 #pragma unroll 4
     for (int h = 0; h < group; ++h) {
-      const float range = s_best[h] + s_best[group + h];
+      const float range = s_best[h] + s_best[group + h] + s_excess[h];
       if (range >= 0) rating.range = fminf(rating.range, range);
     }
     return rating;
@@ -303,20 +346,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_turn();
   __shared__ Shared s;
   auto* s_orders = reinterpret_cast<Order*>(dynamic_shared());
-  auto* s_scores = reinterpret_cast<float*>(s_orders + kListed);
+  auto* s_sums = reinterpret_cast<Weight*>(s_orders + kListed);
+  auto* s_scores = reinterpret_cast<float*>(s_sums + 2 * op.group);
   float* s_extremes = s_scores + tile_pages * op.group;
   const int thread = threadIdx.x, rank = cluster::rank(), size = cluster::size();
   if (thread == 0) {
     s.extremes_box.open();
+    s.sums_box.open();
     s.list_box.open();
   }
 #pragma unroll 1
-  for (int i = thread; i < 4 * op.group; i += kThreads) s_extremes[i] = 0;  // below all that ordered() gives
+  for (int i = thread; i < 4 * op.group; i += kThreads) {
+    s_extremes[i] = 0;  // below all that ordered() gives
+    if (i < 2 * op.group) s_sums[i] = 0;
+  }
   s.histogram.clear();
   if (size > 1) cluster::arrive();
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
   const float* data = op.scores + list * op.group * op.max_pages;
-  const Scores scores{data, op.group, op.max_pages, tile_pages, s_scores, s_extremes};
+  const Scores scores{data,     op.group, op.max_pages, tile_pages,
+                      s_scores, s_sums,   s_extremes,   s_extremes + 4 * op.group};
   const int room = op.max_pages - rank * slice_pages;
   scores.read<kAligned>(rank * slice_pages, 0, min(min(kEager, tile_pages), room));
   const int seq_len = length_of(op, row), page_bits = log2_of(op.page_size);
@@ -336,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   if (choice) {
-    const Rating rating = scores.rate<kAligned>(slice, last, s.extremes_box);
+    const Rating rating = scores.rate<kAligned>(slice, last, s);
     const Threshold threshold = find_threshold(slice, s_orders, s, count, rating);
     const float worst = merit_of(threshold.order);
     const int worst_page = static_cast<int>(threshold.order);
@@ -361,12 +410,13 @@ int blocks_of(const SelectPages& op) {
 
 int slice_pages(const SelectPages& op) { return ceil_div(ceil_div(op.max_pages, 4), blocks_of(op)) * 4; }
 
+constexpr int kOfHead = 2 * sizeof(Weight) + 5 * sizeof(float);  // bytes of a head, beside its scores
+
 /// How many pages' scores a block keeps.
 int tile_pages(const SelectPages& op) {
   constexpr int kOthers = sizeof(Shared) + 2048 + kListed * sizeof(Order);
-  const int room =
-      (device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOthers) / static_cast<int>(sizeof(float));
-  const int fitting = std::min(kMostScores, room - 4 * op.group) / op.group / 4 * 4;
+  const int room = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOthers - kOfHead * op.group;
+  const int fitting = std::min(kMostScores, room / static_cast<int>(sizeof(float))) / op.group / 4 * 4;
   return std::min(slice_pages(op), std::max(fitting, 4));  // a launch with more heads than fit fails
 }
 
@@ -381,7 +431,7 @@ void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   const int blocks = blocks_of(op), pages = tile_pages(op);
   const int shared =
-      kListed * static_cast<int>(sizeof(Order)) + (pages + 4) * op.group * static_cast<int>(sizeof(float));
+      kListed * static_cast<int>(sizeof(Order)) + (kOfHead + pages * static_cast<int>(sizeof(float))) * op.group;
   const bool aligned = op.max_pages % 4 == 0 && reinterpret_cast<uintptr_t>(op.scores) % 16 == 0;
   launch("select_pages", aligned ? select<true> : select<false>,
          {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages(op), pages,
