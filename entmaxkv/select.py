@@ -271,14 +271,14 @@ class Gaussian:
             (docs/accuracy.md).
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 16384 on a GPU, 0, so never, on the CPU.
+            `select=None`. None: 32768 on a GPU, 0, so never, on the CPU.
     """
 
     quantile: float = 0.99
     margin: float = 0.0
     dense_below: int | None = None
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 16384}  # by device; bench/NOTES.md
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 32768}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:
