@@ -73,7 +73,14 @@ class Merit:
     name: str
     budget: int
 
-    def pages(
+    def pages(self, q: Tensor, cache: entmaxkv.PagedKVCache, **options: Any) -> tuple[Tensor, Tensor]:
+        """See `entmaxkv.select.PageSelector.pages`."""
+        merits = self.merits(q, cache, **options)
+        kept = min(merits.shape[2], max(1, self.budget // cache.page_size))
+        selected = merits.topk(kept).indices.sort().values.int()
+        return selected, torch.full(selected.shape[:2], kept, dtype=torch.int32, device=q.device)
+
+    def merits(
         self,
         q: Tensor,
         cache: entmaxkv.PagedKVCache,
@@ -81,8 +88,8 @@ class Merit:
         alpha: float | Tensor = 1.5,
         scale: float | None = None,
         alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.PageSelector.pages`."""
+    ) -> Tensor:
+        """By KV head, [batch, kv_heads, max_pages] float64: inf for the last page, -inf behind it."""
         table = cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
         bound = ops.score_pages(q, cache.k_min, cache.k_max, *table).double()
         least = -ops.score_pages(-q, cache.k_min, cache.k_max, *table).double()
@@ -95,10 +102,7 @@ class Merit:
         counts = left.clamp(0, cache.page_size).double()
         merit = MERITS[self.name](Pages(bound, least, mean, std, counts))
         merit = merit.unflatten(1, (cache.kv_heads, -1)).amax(2)
-        merit = merit.masked_fill(left <= 0, -math.inf).masked_fill((left > 0) & (left <= cache.page_size), math.inf)
-        kept = min(len(first), max(1, self.budget // cache.page_size))
-        selected = merit.topk(kept).indices.sort().values.int()
-        return selected, torch.full(selected.shape[:2], kept, dtype=torch.int32, device=q.device)
+        return merit.masked_fill(left <= 0, -math.inf).masked_fill((left > 0) & (left <= cache.page_size), math.inf)
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def above_best(x: Tensor) -> Tensor:
 
 
 def log_share(x: Tensor) -> Tensor:
+    """Half the logarithm of a page's share, as x is z = s / 2."""
     return x - (2 * x).logsumexp(-1, keepdim=True) / 2
 
 

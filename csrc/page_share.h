@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "entmax.h"
 
@@ -24,7 +25,7 @@ ENTMAXKV_HOST_DEVICE inline uint32_t weight(float distance) {
   return (131072 - (halvings & 65535)) << 14 >> (halvings >> 16);
 }
 
-/// The logarithm of a sum of weights, in units of ln 2 / 2^23; a head without any has the largest.
+/// The logarithm of a sum of weights but for a constant, in units of ln 2 / 2^23; a head without any has the largest.
 ENTMAXKV_HOST_DEVICE inline int32_t logarithm(uint64_t sum) {
   const float value = sum > 0 ? static_cast<float>(sum) : std::numeric_limits<float>::infinity();
   int32_t bits;

@@ -316,7 +316,7 @@ def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, bu
     of that head's scores; see `page_log_share`. Ties go to the lower page.
 
     Args:
-        scores: [q_heads, pages], of the pages in use.
+        scores: [q_heads, pages] float32, finite, of the pages in use.
         seq_len: tokens in the row.
         kv_heads: heads of the cache.
         page_size: tokens per page.
@@ -342,7 +342,7 @@ def page_log_share(scores: Tensor) -> Tensor:
         scores: [kv_heads, group, pages], float32, finite.
 
     Returns:
-        [kv_heads, group, pages], float32; 0 for the best page of the head whose scores differ most.
+        [kv_heads, group, pages], float32; 0 for the best page of the head whose best page has the largest share.
     """
     distance = scores - scores.amax(-1, keepdim=True)
     halvings = (distance * -(2**16 / math.log(2))).clamp(max=2**21 - 1).long()

@@ -209,10 +209,10 @@ class KeySketch:
 
 @dataclass(frozen=True)
 class TopPages:
-    """The pages whose boxes promise most, under a budget (arXiv 2605.21649, top-budget).
+    """The pages whose boxes promise most, under a budget: after arXiv 2605.21649, top-budget, with another rank.
 
-    A page's score is its upper bound with a fifth of the way to its lower bound taken off; it counts by its share in
-    the softmax of a head's scores, as much as for the head that wants it most. docs/accuracy.md compares others.
+    A page's score is its upper bound with a fifth of the way to its lower bound taken off; its rank is its largest
+    share, over the heads of the group, in the softmax of a head's page scores. docs/accuracy.md compares others.
 
     Attributes:
         budget: tokens per KV head whose keys are read, unless the cache is so small that it is decoded densely.
@@ -267,18 +267,18 @@ class Gaussian:
 
     Attributes:
         quantile: between 0 and 1; a page counts as reaching the threshold when its best token does so at this
-            quantile of its distribution. Higher keeps more. The paper's is 0.95, which loses single lines
-            (docs/accuracy.md).
+            quantile of its distribution. Higher keeps more. The paper's is 0.95, which loses more of
+            what stands in single lines (docs/accuracy.md).
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 32768 on a GPU, 0, so never, on the CPU.
+            `select=None`. None: 16384 on a GPU, 0, so never, on the CPU.
     """
 
     quantile: float = 0.99
     margin: float = 0.0
     dense_below: int | None = None
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 32768}  # by device; bench/NOTES.md
+    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 16384}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:

@@ -328,12 +328,15 @@ def hard_selections(pages: int, group: int = 4) -> list[tuple[Tensor, Tensor, in
     scores[:, 3] = torch.nan
     scores[:, 5] = -torch.inf
     scores[:, 6] = scores[:, 6].abs() * 1e-42
+    special = draw(2, 2 * group, pages) * torch.logspace(-1, 1, 2 * group)[:, None]
+    special[0, 0, ::7], special[0, 1, ::5], special[1, 2, 3:4] = torch.inf, torch.nan, torch.inf
     eighths = -(torch.arange(pages) % 8).float().expand(8, 2 * group, -1).contiguous()  # 256 or 257 of 2049 are equal
     lengths = [min(n, pages * 16) for n in (0, 1, 16, 17, pages * 2 - 1, pages * 2 + 1, pages * 16 - 5, pages * 16)]
+    full = [pages * 16, pages * 16 - 5]
     budgets = (1, 16, 33, pages * 8, pages * 16 - 1, pages * 16, 10**9)
     return [
         (x, torch.tensor(seq_lens, dtype=torch.int32), 2, 16, budget)
-        for x, seq_lens in ((scores, [pages * 16, pages * 16 - 5]), (eighths, lengths))
+        for x, seq_lens in ((scores, full), (special, full), (eighths, lengths))
         for budget in budgets
     ]
 

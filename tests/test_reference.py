@@ -184,6 +184,22 @@ def test_select_pages_by_hand():
     assert [row.nonzero().flatten().tolist() for row in keep] == [[0, 4], [1, 4]]
 
 
+def test_select_pages_goes_by_shares():
+    """Not by the distance to a head's best: then 1 and 2 were as good as 0."""
+    scores = torch.tensor([[3.0, 9.0, 8.9, 8.9, 8.9], [9.0, 1.0, 0.0, 8.0, -5.0]])
+    for budget, want in {10: [4], 11: [0, 4], 19: [0, 3, 4], 27: [0, 1, 3, 4]}.items():
+        keep = reference.select_pages(scores, 35, 1, 8, budget)
+        assert keep[0].nonzero().flatten().tolist() == want, budget
+
+
+def test_page_log_share_is_about_the_logarithm_of_a_share():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 4, 700, generator=generator) * torch.logspace(-1, 1.5, 12).view(3, 4, 1)
+    off = reference.page_log_share(scores) - scores.double().log_softmax(-1)
+    assert ((off.amax((1, 2)) - off.amin((1, 2))) < 0.12).all()
+    assert (reference.page_log_share(scores).amax((1, 2)) == 0).all()
+
+
 def test_select_pages_gives_ties_to_the_lower_page():
     keep = reference.select_pages(torch.zeros(2, 6), 48, 2, 8, 24)
     assert keep.tolist() == [[True, True, False, False, False, True]] * 2

@@ -1,5 +1,6 @@
 // select_pages on the CPU: one task per (row, KV head).
-//   1. merit of a page: the logarithm of its share in some head's page scores, max_h (score_h - best_h - excess_h)
+//   1. merit of a page: the logarithm of its share in some head's page scores, but for what is the same for the group,
+//      max_h (score_h - best_h - excess_h)
 //   2. the last page is taken; of the others the best, ties to the lower page, while their tokens fit the budget
 //   3. ascending order
 #include <limits>

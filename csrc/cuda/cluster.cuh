@@ -95,6 +95,7 @@ class Mailbox {
                  : "memory");
   }
 
+  /// Adds the value to one.
   __device__ void add(int rank, unsigned long long& to, unsigned long long value) {
     asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [%0], %1, [%2];" ::"r"(
                      at(rank, &to)),

@@ -1,8 +1,9 @@
 // select_pages on the GPU.
 //   scores [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_selected] ascending, counts [batch, kv_heads]
 // Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
-//   1. merit of a page: the logarithm of its share in some head's page scores, max_h (score_h - best_h - excess_h); the
-//      last page's is infinite. Scores are read once, if the shared memory holds a slice's.
+//   1. merit of a page: the logarithm of its share in some head's page scores, but for what is the same for the group,
+//      max_h (score_h - best_h - excess_h); the last page's is infinite. Scores are read once, if the shared memory
+//      holds a slice's.
 //   2. survivors: of a slice, the pages no worse than the wanted-th of the threads' own best pages. No other page of
 //      it is wanted. All blocks tell each other theirs.
 //   3. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page, of the
@@ -114,7 +115,7 @@ struct Rating {
   float best, range;
 };
 
-using Weight = unsigned long long;  // a sum of page_share::weight
+using Sum = unsigned long long;  // of page_share::weight
 
 /// A list of pages, as a block of the cluster sees it.
 struct Scores {
@@ -122,7 +123,7 @@ struct Scores {
   int group, max_pages;
   int tile_pages;     // whose scores there is room for
   float* s_scores;    // [group][tile_pages]
-  Weight* s_sums;     // [2][group], of this block, then of all: of each head the weights of its pages' shares
+  Sum* s_sums;        // [2][group], of this block, then of all: of each head the sum of its pages' weights
   float* s_extremes;  // [2][2 group], likewise: the best score, and the negated worst of the threads' own best ones
                       // that are finite. At first as ordered() has them.
   float* s_excess;    // [group]
@@ -185,7 +186,7 @@ struct Scores {
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
       const float best = s_best[h];
-      Weight sum = 0;
+      Sum sum = 0;
 #pragma unroll 1
       for (int i = 4 * static_cast<int>(threadIdx.x); i < pages; i += kStride) {
         const Word word = Word::load(s_scores + h * tile_pages + i);
@@ -198,7 +199,7 @@ struct Scores {
   }
 
   /// From the sums of all.
-  __device__ void find_excess(const Weight* s_sum) const {
+  __device__ void find_excess(const Sum* s_sum) const {
 #pragma unroll 1
     for (int h = threadIdx.x; h < group; h += kThreads) {
       const int32_t own = page_share::logarithm(s_sum[h]);
@@ -242,7 +243,7 @@ struct Scores {
     Rating rating{kNothing, -kNothing};
     const int size = cluster::size(), extremes = 2 * group, of_all = size == 1 ? 0 : 1;
     float* s_best = s_extremes + of_all * extremes;
-    Weight* s_sum = s_sums + of_all * group;
+    Sum* s_sum = s_sums + of_all * group;
 #pragma unroll 1
     for (int pass = 0; pass < 3; ++pass) {
 #pragma unroll 1
@@ -276,7 +277,7 @@ struct Scores {
         if (size > 1) {
           tell_all(
               group, [&](int to, int h) { s.sums_box.add(to, s_sum[h], s_sums[h]); },
-              [&](int to) { s.sums_box.announce(to, group * static_cast<int>(sizeof(Weight))); });
+              [&](int to) { s.sums_box.announce(to, group * static_cast<int>(sizeof(Sum))); });
           s.sums_box.wait(0);
         }
         find_excess(s_sum);
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_turn();
   __shared__ Shared s;
   auto* s_orders = reinterpret_cast<Order*>(dynamic_shared());
-  auto* s_sums = reinterpret_cast<Weight*>(s_orders + kListed);
+  auto* s_sums = reinterpret_cast<Sum*>(s_orders + kListed);
   auto* s_scores = reinterpret_cast<float*>(s_sums + 2 * op.group);
   float* s_extremes = s_scores + tile_pages * op.group;
   const int thread = threadIdx.x, rank = cluster::rank(), size = cluster::size();
@@ -410,7 +411,7 @@ int blocks_of(const SelectPages& op) {
 
 int slice_pages(const SelectPages& op) { return ceil_div(ceil_div(op.max_pages, 4), blocks_of(op)) * 4; }
 
-constexpr int kOfHead = 2 * sizeof(Weight) + 5 * sizeof(float);  // bytes of a head, beside its scores
+constexpr int kOfHead = 2 * sizeof(Sum) + 5 * sizeof(float);  // bytes of a head, beside its scores
 
 /// How many pages' scores a block keeps.
 int tile_pages(const SelectPages& op) {
