@@ -6,12 +6,11 @@ cache as its KV heads, and are decoded step by step, with one token appended bef
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from inputs import DTYPES, positive
-from report import check, machine, report
+from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -94,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     check(parser, args)
     activations = load(args.activations)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     rows = [row for dtype in args.dtype for row in measure(activations, dtype, args.budget, args.device, console)]
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:

@@ -12,7 +12,6 @@ much, values and what the selectors look at included. That is measured on the fi
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 from activations import load
 from inputs import DTYPES, Case, drawn, head_dim, positive
 from model_text import ModelText
-from report import check, machine, report
+from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -276,7 +275,7 @@ def main() -> None:
     check(parser, args)
     if not args.activations and not args.keys:
         parser.error("expected an activations file or --keys, got neither")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     sets = -(-args.cases // (STEPS * GROUP * KV_HEADS))
 
     def sources() -> Iterator[tuple[str, int, Iterator[Steps]]]:

@@ -13,7 +13,6 @@ On a GPU a method is captured in a CUDA graph, and each replay starts with a col
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -24,7 +23,7 @@ from inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, posit
 from model_text import ModelText
 from peers import peers
 from reference import authors
-from report import check, machine, report
+from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -195,7 +194,7 @@ def main() -> None:
     if args.reference and not (args.reference / "entmaxkv" / "attention_topk.py").is_file():
         parser.error(f"--reference: expected a checkout of github.com/deep-spin/entmaxkv, got {args.reference}")
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     chosen = cases(args)
     of_model = [case for case in chosen if case.keys == "model"]
     text = ModelText(of_model, args.device, console) if of_model else None

@@ -14,8 +14,7 @@ import torch
 from decoding import Context, Stepper, load
 from inputs import positive
 from quality import check_contexts, haystacks, held_out_text, parser_of, tensor
-from report import machine, report
-from rich.console import Console
+from report import machine, report, wide_console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -103,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, max(args.batch))
-    console = Console()
+    console = wide_console()
     model = load(args.model, args.device)
     about = {"kind": "end to end", "model": args.model.name, "alpha": model.config.entmax_alpha}
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}

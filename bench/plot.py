@@ -240,6 +240,9 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="whose tables to write")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
     args = parser.parse_args()
+    for page in args.pages:
+        if not page.is_file():
+            parser.error(f"--pages: expected files, got {page}")
     rows, lost = load(args.results), accuracy.load(args.results)
     if not rows:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")

@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from inputs import add_case_arguments, cases, drawn, filled, positive, rows
 from model_text import ModelText
-from report import check
-from rich.console import Console
+from report import check, wide_console
 from steps import stages
 
 from entmaxkv import Gaussian, KeySketch, TopPages
@@ -57,7 +56,7 @@ def main() -> None:
         parser.error(f"expected one case, got {len(chosen)}: {'; '.join(map(str, chosen))}")
 
     (case,) = chosen
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     inputs = ModelText(chosen, args.device, console).inputs(case) if case.keys == "model" else drawn(case, args.device)
     cache = filled(case, inputs)
     selectors = {"dense": None, "KeySketch": KeySketch(), "TopPages": TopPages(args.budget), "Gaussian": Gaussian()}

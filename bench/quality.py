@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from decoding import Context, Stepper, load
 from inputs import positive
-from report import check, machine, report
+from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -293,7 +293,7 @@ def evaluating_parser(description: str) -> argparse.ArgumentParser:
     parser = parser_of(description, 4096)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--rows", type=positive, default=8, help="texts; twice as many passkeys (default 8)")
-    parser.add_argument("--select", nargs="+", help="of the table's selectors only these, and dense decoding")
+    parser.add_argument("--select", nargs="+", help="of the table's rows only those of these names (default all)")
     parser.add_argument(
         "--longest", type=positive, help="leave room for such contexts, too, before what is decoded (default: none)"
     )
@@ -301,10 +301,10 @@ def evaluating_parser(description: str) -> argparse.ArgumentParser:
 
 
 def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, methods: dict[str, Any]) -> dict[str, Any]:
-    """The methods that --select names, in their order, and the dense one."""
+    """The methods that --select names, in their order, and the dense one where there is one."""
     for name in args.select or []:
         if name not in methods:
-            parser.error(f"--select: expected some of {', '.join(methods)}, got {name!r}")
+            parser.error(f"--select: expected some of {', '.join(map(repr, methods))}, got {name!r}")
     return {name: method for name, method in methods.items() if not args.select or name in ("dense", *args.select)}
 
 
@@ -328,7 +328,7 @@ def main() -> None:
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, 2 * args.rows)
-    console = Console()
+    console = wide_console()
     model = load(args.model, args.device)
     methods = chosen(parser, args, selectors(model.config.entmax_alpha))
     document: dict[str, Any] = {"machine": machine(args.device), "rows": []}

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -47,6 +48,11 @@ def report(document: dict, args: argparse.Namespace, console: Console) -> None:
         head = json.dumps({name: part for name, part in document.items() if name != "rows"}, indent=1)
         rows = ",\n  ".join(json.dumps(rounded(row)) for row in document["rows"])
         args.json.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def wide_console() -> Console:
+    """As wide as the terminal; without one, as the tables."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def rounded(facts: dict) -> dict:

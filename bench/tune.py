@@ -29,7 +29,7 @@ from quality import (
     suites,
     tensor,
 )
-from report import machine, report
+from report import machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -208,7 +208,7 @@ def main() -> None:
     methods: dict[str, Any] = {f"{name}, {budget}": Merit(name, budget) for budget in BUDGETS for name in MERITS}
     methods |= gaussians()
     methods = chosen(parser, args, methods)
-    console = Console()
+    console = wide_console()
     model = load(args.model, args.device)
     if model.config.entmax_alpha != 1.5:
         parser.error(f"expected a model with alpha 1.5, got {model.config.entmax_alpha}")

@@ -80,9 +80,9 @@ def key_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Ten
 
     A key is rotated, r = H S k, with random signs S and orthonormal Hadamard blocks H, and each coordinate of r gets a
     code c of 4 bits in steps of s / 4: fine value (c - 7.5) s / 4, and from its high 2 bits, plane 0, the coarse value
-    (floor(c / 4) - 1.5) s. `norms` holds the scale of s, 2^((scale - 112) / 8), and bounds of how far either value is
-    from r: coarse s sqrt(dims) / 256 and fine s sqrt(dims) / 1024, dims = 64 ceil(head_dim / 64). A scale of 255 marks
-    keys that are not finite or larger than a sketch can be: they count as possible candidates always.
+    15/16 (floor(c / 4) - 1.5) s. `norms` holds the scale of s, 2^((scale - 112) / 8), and bounds of how far either
+    value is from r: coarse s sqrt(dims) / 256 and fine s sqrt(dims) / 1024, dims = 64 ceil(head_dim / 64). A scale of
+    255 marks keys that are not finite or larger than a sketch can be: they count as possible candidates always.
 
     Args:
         k_pages: [pages, kv_heads, page_size, head_dim].
@@ -185,7 +185,8 @@ def select_pages(scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int
 
     The last page is always kept. The others are ranked by their largest share in the softmax of a head's scores, over
     the group's heads: one that cannot tell its pages apart does not crowd out those that can. Ties go to the lower
-    page. exp and log are linear between powers of two here, so that every backend finds the same bits.
+    page. exp and log are linear between powers of two here, so that every backend finds the same bits: the logarithms
+    of shares of different heads may be off by 0.12. A head whose scores are NaN has no say.
 
     Args:
         scores: [batch, q_heads, max_pages] float32, from `score_pages`.

@@ -1,5 +1,6 @@
 """Selectors: what of the cache a query reads, by page or by token."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -131,8 +132,17 @@ def dense_below(select: Selector, device: str) -> int:
     return getattr(select, "DENSE_BELOW", {}).get(device, 0) if own is None else own
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> bool:
+    """Whether the ops take it for a number of things."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def check_dense_below(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if value is not None and not is_count(value):
         raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
 
 
@@ -161,12 +171,12 @@ class KeySketch:
     DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 65536}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
-        if not 0 < self.certainty <= 1:
-            raise ValueError(f"KeySketch: certainty: expected a number above 0, at most 1, got {self.certainty}")
-        if self.bits not in (2, 4):
-            raise ValueError(f"KeySketch: bits: expected 2 or 4, got {self.bits}")
+        if not (is_number(self.certainty) and 0 < self.certainty <= 1):
+            raise ValueError(f"KeySketch: certainty: expected a number above 0, at most 1, got {self.certainty!r}")
+        if not (is_count(self.bits) and self.bits in (2, 4)):
+            raise ValueError(f"KeySketch: bits: expected 2 or 4, got {self.bits!r}")
         most = self.max_tokens
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most < 2**63):
+        if most is not None and not (is_count(most) and most > 0):
             raise ValueError(f"KeySketch: max_tokens: expected a whole number of at least 1, or None, got {most!r}")
         check_dense_below("KeySketch", self.dense_below)
 
@@ -227,8 +237,8 @@ class TopPages:
     LOWER: ClassVar[float] = 0.25  # of `score_pages`
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int) or not 1 <= self.budget < 2**63:
-            raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget}")
+        if not (is_count(self.budget) and self.budget > 0):
+            raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget!r}")
         check_dense_below("TopPages", self.dense_below)
 
     def pages(
@@ -281,10 +291,10 @@ class Gaussian:
     DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 16384}  # by device; bench/NOTES.md
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"Gaussian: quantile: expected a number between 0 and 1, got {self.quantile}")
-        if self.margin != self.margin:
-            raise ValueError(f"Gaussian: margin: expected a number, got {self.margin}")
+        if not (is_number(self.quantile) and 0 < self.quantile < 1):
+            raise ValueError(f"Gaussian: quantile: expected a number between 0 and 1, got {self.quantile!r}")
+        if not is_number(self.margin) or math.isnan(self.margin):
+            raise ValueError(f"Gaussian: margin: expected a number, got {self.margin!r}")
         check_dense_below("Gaussian", self.dense_below)
 
     def pages(

@@ -378,6 +378,18 @@ PYTHON = [
         {},
         lambda c: entmaxkv.decode(QUERY, c, select=entmaxkv.Gaussian(quantile=-0.1)),
     ),
+    *(
+        (f"{select.__name__}: {argument} {value!r}", argument, {}, lambda _, s=select, a=argument, v=value: s(**{a: v}))
+        for select, argument, values in (
+            (entmaxkv.TopPages, "budget", (True, 2.0, "2", None, 2**63)),
+            (entmaxkv.Gaussian, "quantile", (True, "a", None)),
+            (entmaxkv.Gaussian, "margin", (True, "a", None, math.nan)),
+            (entmaxkv.KeySketch, "certainty", (True, "a", None)),
+            (entmaxkv.KeySketch, "bits", (4.0, "4", None)),
+            (entmaxkv.KeySketch, "max_tokens", (True, 2.0, "2", 0)),
+        )
+        for value in values
+    ),
     ("page_size not a power of two", "page_size", {}, lambda _: cache_of(page_size=24)),
     ("page_size too small", "page_size", {}, lambda _: cache_of(page_size=4)),
     ("dtype of integers", "dtype", {}, lambda _: cache_of(dtype=torch.int8)),

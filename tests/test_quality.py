@@ -186,7 +186,7 @@ def test_programs_say_what_they_expected(monkeypatch, capsys):
     ):
         for program in (quality, tune):
             assert expected in told(program, monkeypatch, capsys, *arguments)
-    for program, first in ((quality, "dense, KeySketch(), "), (tune, "bound, 256, ")):
+    for program, first in ((quality, "'dense', 'KeySketch()', "), (tune, "'bound, 256', ")):
         refused = told(program, monkeypatch, capsys, MODEL, "--select", "box")
         assert f"--select: expected some of {first}" in refused and "got 'box'" in refused
     if not torch.cuda.is_available():
