@@ -131,7 +131,7 @@ class Pages:
         return self.mean + c * (self.most - self.mean)
 
 
-def above_best(x: Tensor) -> Tensor:
+def less_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
@@ -146,10 +146,10 @@ SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "mean to bound at 0.4": lambda p: p.between(0.4),
     "mean + 4 std": lambda p: p.raised(4),
 }
-# A score by itself, above the head's best, as a share in the softmax of the head's, or above tau.
+# A score by itself, less the head's best, as a share in the softmax of the head's, or less tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
     **SCORES,
-    **{f"{name} - best": lambda p, score=score: above_best(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - best": lambda p, score=score: less_best(score(p)) for name, score in SCORES.items()},
     **{f"{name} - all": lambda p, score=score: log_share(score(p)) for name, score in SCORES.items()},
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),

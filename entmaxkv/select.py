@@ -277,8 +277,8 @@ class Gaussian:
 
     Attributes:
         quantile: between 0 and 1; a page counts as reaching the threshold when its best token does so at this
-            quantile of its distribution. Higher keeps more. The paper's is 0.95, which loses more of
-            what stands in single lines (docs/accuracy.md).
+            quantile of its distribution. Higher keeps more. The paper's is 0.95, which loses more of what stands in
+            single lines (docs/accuracy.md).
         margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
         dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
             `select=None`. None: 16384 on a GPU, 0, so never, on the CPU.
