@@ -31,7 +31,10 @@ def _load() -> None:
         if library.exists():
             torch.ops.load_library(str(library))
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
-        raise ImportError(f"entmaxkv is not built: no _C library in {here}; run `pip install .` in its source tree")
+        raise ImportError(
+            f"entmaxkv is not built: no _C library in {here}; run `pip install --no-build-isolation --editable .` in "
+            "its source tree, or, where it is installed without --editable, start Python elsewhere"
+        )
 
 
 _load()
