@@ -1,0 +1,31 @@
+"""Entmax attention and its paged cache for Hugging Face transformers (v5), without patching it.
+
+Importing this module registers the attention implementation `entmaxkv` and its mask:
+
+    import entmaxkv.hf
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="entmaxkv")
+    cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=16384, select=entmaxkv.KeySketch())
+    model.generate(**inputs, past_key_values=cache)
+
+alpha is `config.entmax_alpha` or `EntmaxCache(alpha=...)`; where neither states it, the call raises. A config.json that
+says `"attn_implementation": "entmaxkv"` makes plain `from_pretrained(path)` load the model right, or fail where this
+module was not imported.
+
+Decode steps (one query) use `select`; prefill is exact. To train, or to read a whole prompt at once, AdaSplash takes
+alpha = 1.5 on a GPU, and PyTorch alpha = 1. Where alpha is 1, layers with windows, chunks or masks of their own run in
+PyTorch's attention and keep transformers' own cache. What neither can do raises, with its name.
+"""
+
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from entmaxkv.hf.attend import attention
+from entmaxkv.hf.cache import EntmaxCache, EntmaxLayer
+from entmaxkv.hf.masking import mask
+from entmaxkv.hf.models import NAME, refuse_at_construction
+
+__all__ = ["NAME", "EntmaxCache", "EntmaxLayer", "attention", "mask"]
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
+register_module_module_registration_hook(refuse_at_construction)

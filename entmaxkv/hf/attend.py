@@ -1,0 +1,194 @@
+"""The attention function of the attention implementation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import entmaxkv
+from entmaxkv.hf.cache import announced, needs
+from entmaxkv.hf.models import alpha_of, refuse_keywords
+from entmaxkv.hf.whole import lacks, whole
+
+# Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
+# page table, repeated for each row, stays small.
+PREFILL_ROWS = 1024
+# And few enough that the kernel's workspace stays below a gigabyte: on a GPU about 9 bytes for each query head and slot
+# of a row's page table.
+PREFILL_SLOTS = 100_000_000
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Causal entmax attention as a transformers attention function.
+
+    Args:
+        module: The attention layer; `module.config.entmax_alpha` is alpha, unless `EntmaxCache` states it.
+        query: [batch, q_heads, tokens, head_dim], the last `tokens` positions.
+        key: [batch, kv_heads, tokens, head_dim], announced by `EntmaxCache`; or the keys of all positions.
+        value: Like key; its head_dim may be another.
+        attention_mask: What `mask` returned: None, the padding mask [batch, 1, 1, keys] bool or, where alpha is 1,
+            any pattern [batch, 1, tokens, keys] bool.
+        scaling: Factor of the scores; 1/sqrt(head_dim) where None.
+        dropout: Must be 0.
+        is_causal: Must not be False, nor `module.is_causal`.
+        sliding_window: Tokens that a query sees; no key may be older than that, unless attention_mask is a pattern.
+        keywords: Those that may change scores must be None or False.
+
+    Returns:
+        The output [batch, tokens, q_heads, head_dim of value], and None in place of the weights.
+
+    Raises:
+        ValueError: something is asked for that entmaxkv does not do; the message names it.
+        RuntimeError: gradients are recorded where nothing computes them, or keys of `EntmaxCache` were changed.
+    """
+    step = announced(key, value)
+    if step is not None:
+        key, value = step.key, step.value
+    layer = None if step is None else step.layer
+    alpha = alpha_of(module.config, None if layer is None else layer.alpha)
+    refuse_keywords(dropout=dropout or None, **keywords)
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError(
+            "entmaxkv attention: expected causal attention, got is_causal=False, as in encoders and cross attention"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens, width = query.shape[2], value.shape[3]
+    keys = key.shape[2] if layer is None or step is None else layer.seen + (0 if step.appended else tokens)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+
+    if attention_mask is not None and not _is_mask(attention_mask, len(query), tokens, keys):
+        raise ValueError(
+            f"entmaxkv attention: expected a bool attention_mask [{len(query)}, 1, 1 or {tokens}, {keys}] for the "
+            f"{keys} tokens of EntmaxCache or a dynamic cache, got {attention_mask.dtype} of shape "
+            f"{tuple(attention_mask.shape)}"
+        )
+    pattern = attention_mask if attention_mask is not None and attention_mask.shape[2] > 1 else None
+    if pattern is not None or (sliding_window is not None and keys > sliding_window):
+        if alpha != 1 or layer is not None or pattern is None:
+            where = f"where alpha is {alpha:g}" if layer is None else "where the keys are in EntmaxCache"
+            raise ValueError(
+                f"entmaxkv attention: expected queries that see every key up to their own {where}, got "
+                f"{_described(module, sliding_window)}"
+            )
+        return whole(query, key, value, alpha=alpha, scale=scale, pattern=pattern).transpose(1, 2), None
+
+    if width != key.shape[3]:  # pages hold keys and values of one head_dim: zeros fill up the shorter ones
+        query, key, value = (pad(x, (0, max(width, key.shape[3]) - x.shape[3])) for x in (query, key, value))
+    order = lengths = key_lengths = None
+    real = None if attention_mask is None else attention_mask[:, 0, 0]
+    if real is not None:
+        order, lengths = _real_first(real[:, -tokens:])
+        key_order, key_lengths = _real_first(real[:, -key.shape[2] :])
+        query, key, value = _gather(query, order), _gather(key, key_order), _gather(value, key_order)
+
+    lacking = lacks(query, alpha)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        if layer is not None or keys != tokens:
+            raise ValueError(
+                "entmaxkv attention: expected no cache where gradients are recorded, got one; to decode, wrap the call "
+                "in torch.no_grad(), to train, pass use_cache=False"
+            )
+        if lacking:
+            raise RuntimeError(f"entmaxkv attention: to train, expected {lacking}")
+        out = whole(query, key, value, alpha=alpha, scale=scale)
+    else:
+        if layer is not None and step is not None:
+            layer.append(step, key, value, real)
+        if keys == tokens > 1 and not lacking:
+            out = whole(query, key, value, alpha=alpha, scale=scale)
+        else:
+            cache = _paged(key, value, key_lengths) if layer is None else layer.paged
+            if tokens > 1:
+                out = _dense(query, cache, lengths, alpha=alpha, scale=scale)
+            else:
+                row = query[:, :, 0].to(cache.k_pages.dtype)
+                select = None if layer is None else layer.select
+                out = entmaxkv.decode(row, cache, alpha=alpha, scale=scale, select=select)[:, :, None]
+    out = out.to(value.dtype)[..., :width]
+    if order is not None and lengths is not None:
+        out = _scatter(out, order, lengths)
+    return out.transpose(1, 2), None
+
+
+def _is_mask(x: Tensor, batch: int, tokens: int, keys: int) -> bool:
+    return x.dtype == torch.bool and x.shape in {(batch, 1, 1, keys), (batch, 1, tokens, keys)}
+
+
+def _described(module: nn.Module, sliding_window: int | None) -> str:
+    """Why a layer has a mask of its own."""
+    chunk = getattr(module.config, "attention_chunk_size", None)
+    if sliding_window is not None:
+        return f"a sliding window of {sliding_window} tokens and older keys"
+    if chunk is not None:
+        return f"attention in chunks of {chunk} tokens"
+    return "a mask of its own, as packed position_ids without an attention_mask and 4D masks make one"
+
+
+def _real_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of a mask [batch, tokens], those of real tokens first, and the count of these [batch]."""
+    return mask.logical_not().byte().argsort(dim=1, stable=True), mask.sum(dim=1, dtype=torch.int32)
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of x [batch, heads, tokens, head_dim] in the given order [batch, tokens]."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _scatter(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
+    """Undoes `_gather`; tokens from `lengths` [batch] on become zero."""
+    padding = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+    x = x.masked_fill(padding[:, None, :, None], 0)
+    return torch.zeros_like(x).scatter(2, order[:, None, :, None].expand_as(x), x)
+
+
+def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
+    """A cache that holds just these keys and values [batch, kv_heads, tokens, head_dim]."""
+    batch, kv_heads, tokens, head_dim = key.shape
+    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **needs(None))
+    cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
+    return cache
+
+
+def _dense(
+    query: Tensor, cache: entmaxkv.PagedKVCache, lengths: Tensor | None, *, alpha: float, scale: float
+) -> Tensor:
+    """Attention of the cache's newest positions: each query becomes a row that sees the cache up to itself.
+
+    Args:
+        query: [batch, q_heads, tokens, head_dim], real tokens first.
+        cache: Holds the keys and values of these tokens already.
+        lengths: Real tokens of each row [batch] int32; all where None.
+        alpha: The entmax parameter.
+        scale: Factor of the scores.
+
+    Returns:
+        [batch, q_heads, tokens, head_dim]; zeros for padding.
+    """
+    batch, q_heads, tokens, head_dim = query.shape
+    positions = torch.arange(tokens, device=query.device, dtype=torch.int32).expand(batch, tokens)
+    lengths = cache.seq_lens.new_full((batch,), tokens) if lengths is None else lengths
+    visible = (cache.seq_lens - lengths)[:, None] + positions + 1
+    visible = visible.masked_fill(positions >= lengths[:, None], 0).flatten()
+    rows = query.transpose(1, 2).reshape(batch * tokens, q_heads, head_dim).to(cache.k_pages.dtype)
+    owners = torch.arange(batch, device=query.device).repeat_interleave(tokens)
+    size = max(1, min(PREFILL_ROWS, PREFILL_SLOTS // (q_heads * cache.max_tokens)))
+    outs = [
+        entmaxkv.ops.dense_decode(
+            row, cache.k_pages, cache.v_pages, cache.page_table[owner], seq_lens, alpha=alpha, scale=scale
+        )[0]
+        for row, owner, seq_lens in zip(rows.split(size), owners.split(size), visible.split(size), strict=True)
+    ]
+    return torch.cat(outs).view(batch, tokens, q_heads, head_dim).transpose(1, 2)

@@ -1,0 +1,84 @@
+"""The mask function of the attention implementation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from entmaxkv.hf.models import refuse_foreign_owners
+
+
+def mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    cache_position: Tensor | None = None,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that `attention` takes, as a transformers mask function.
+
+    Models ask for masks of every kind that some layer might have, also for kinds that none has. So a kind that
+    `attention` cannot compute is not refused here.
+
+    Early versions 5 pass the queries' positions in place of their number and offset.
+
+    Returns:
+        None where every query sees every key up to its own; [batch, 1, 1, keys] bool, which keys are no padding, where
+        it sees those of them; [batch, 1, queries, keys] bool for any other pattern, such as a window that some key has
+        left.
+
+    Raises:
+        ValueError: a model that computes attention by itself, a static cache, or a mask of fewer tokens than there are.
+    """
+    if config is not None:
+        refuse_foreign_owners(config)
+    if cache_position is not None:
+        positions: dict[str, Any] = {"cache_position": cache_position}
+        q_length, q_offset = len(cache_position), cache_position[0]
+    else:
+        positions = {"q_length": q_length, "q_offset": q_offset}
+    if mask_function is not causal_mask_function:
+        kwargs["allow_is_bidirectional_skip"] = False  # None is causal here
+        pattern = sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **positions,
+            **kwargs,
+        )
+        if pattern is None:
+            return None
+        newest = pattern[:, :, -1:]  # the keys that the newest query sees
+        seen = torch.arange(kv_length, device=pattern.device) + kv_offset
+        causal = seen <= torch.arange(q_length, device=pattern.device)[:, None] + q_offset
+        if not torch.equal(pattern, newest & causal):
+            return pattern
+        return None if newest.all() else newest
+
+    tokens = int(q_offset) + q_length
+    if attention_mask is not None and attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"entmaxkv attention: expected an attention_mask of all {tokens} tokens, got {attention_mask.shape[1]}"
+        )
+    # Without a cache the keys are taken to be as many as the mask has columns, which may be more than there are.
+    if kv_offset + kv_length != tokens and (attention_mask is None or attention_mask.shape[1] != kv_length):
+        raise ValueError(
+            f"entmaxkv attention: expected EntmaxCache or a dynamic cache, whose keys are the {tokens} tokens seen so "
+            f"far, got a static one of {kv_length} slots"
+        )
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset:tokens].bool()
+    # Of a longer mask it is `attention` that finds out whether there are more keys than columns, in a static cache.
+    return None if padding.all() and kv_offset + kv_length == tokens else padding[:, None, None]

@@ -1,0 +1,125 @@
+"""Which models, layers and keywords the attention implementation takes, and which alpha they have."""
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    from transformers import PreTrainedConfig, PreTrainedModel
+except ImportError as error:
+    raise ImportError("entmaxkv.hf: expected transformers >= 5 (pip install 'transformers>=5')") from error
+
+NAME = "entmaxkv"
+
+# Keywords that reach attention functions and change no score. Any other one may, and is refused where it is set.
+HARMLESS = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+MEANINGS = {
+    "cu_seq_lens_q": "cu_seq_lens_q (packed sequences)",
+    "indices": "indices (keys that the model has chosen)",
+    "output_attentions": "output_attentions (the weights are not kept)",
+    "s_aux": "s_aux (attention sinks)",
+    "sinks": "sinks (attention sinks)",
+    "softcap": "softcap (a soft cap of the scores)",
+}
+
+# A model that looks up a class of its own for each implementation that it knows.
+OWN_CLASSES = re.compile(r"_CLASSES\[[\w.]*config\._attn_implementation\]")
+
+
+def alpha_of(config: Any, stated: float | None = None) -> float:
+    """The stated alpha, or else that of a config.
+
+    Raises:
+        ValueError: neither states one, or it is not in [1, 2].
+    """
+    where = "config.entmax_alpha" if stated is None else "alpha"
+    alpha = getattr(config, "entmax_alpha", None) if stated is None else stated
+    if alpha is None:
+        raise ValueError(
+            f"entmaxkv: expected a stated alpha, got a {type(config).__name__} without entmax_alpha; set "
+            "model.config.get_text_config().entmax_alpha, or pass EntmaxCache(..., alpha=...): 1 is softmax, 1.5 the "
+            "usual entmax"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 <= alpha <= 2:
+        raise ValueError(f"entmaxkv: expected {where} in [1, 2], got {alpha!r}")
+    return float(alpha)
+
+
+def refuse_keywords(**keywords: Any) -> None:
+    """Raises a ValueError that names the first keyword that may change scores and is set."""
+    for name, value in keywords.items():
+        if name in HARMLESS or value is None or value is False:
+            continue
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"entmaxkv attention: expected no {MEANINGS.get(name, name)}, got {got}")
+
+
+def refuse_foreign(model: type[PreTrainedModel]) -> None:
+    """Raises a ValueError for a model class that computes attention by itself, whatever the implementation is."""
+    if not _uses_interface(model):
+        raise ValueError(
+            f"entmaxkv: expected a model whose attention goes through transformers' AttentionInterface, got "
+            f"{model.__name__}, which computes its own softmax"
+        )
+
+
+def refuse_at_construction(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Calls `refuse_foreign` while a model with this implementation is built (a hook of torch, for every module).
+
+    The attention of a model that is made of others is that of these, which are built in the same way.
+    """
+    if isinstance(module, PreTrainedModel):
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == NAME and config.get_text_config(decoder=True) is config:
+            refuse_foreign(type(module))
+
+
+def refuse_foreign_owners(config: PreTrainedConfig) -> None:
+    """Calls `refuse_foreign` for the model classes that have such a config."""
+    for model in _owners(type(config)):
+        refuse_foreign(model)
+
+
+@functools.cache
+def _owners(config: Any) -> tuple[type[PreTrainedModel], ...]:
+    def below(model: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+        for each in model.__subclasses__():
+            yield each
+            yield from below(each)
+
+    return tuple(model for model in below(PreTrainedModel) if model.config_class is config)
+
+
+@functools.cache
+def _uses_interface(model: Any) -> bool:
+    """What transformers knows of a class from its source; of one without source, that of the class it is made from."""
+    for base in model.__mro__:
+        if base is PreTrainedModel:
+            break
+        if not issubclass(base, PreTrainedModel):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[base.__module__])
+        except (KeyError, OSError, TypeError):
+            continue
+        return base._can_set_attn_implementation() and not OWN_CLASSES.search(source)
+    return False
