@@ -1,16 +1,27 @@
 """A paged KV cache for one attention layer."""
 
+import operator
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from entmaxkv import ops
 
+MOST_INT32 = 2**31 - 1
+INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+POOL = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms"  # tensors with one entry per page
+
 
 class PagedKVCache:
     """Keys and values of a batch of sequences in pages, with the page statistics and the sketch that selectors read.
 
-    The pool is allocated once; rows grow in place, each at its own pace. Row b owns the physical pages
-    b * max_pages ... (b + 1) * max_pages - 1.
+    The pool is allocated once; rows grow in place, each at its own pace, and shrink by `truncate`. Row b owns the
+    physical pages b * max_pages ... (b + 1) * max_pages - 1. `reorder` copies rows, for beams and repeated prompts.
+
+    A cache works in and out of `torch.no_grad()` and `torch.inference_mode()`, wherever it was made.
 
     Args:
         batch: rows.
@@ -73,8 +84,12 @@ class PagedKVCache:
         self.max_tokens = max_pages * page_size
         pages = batch * max_pages
 
-        self.k_pages = torch.empty((pages, kv_heads, page_size, head_dim), dtype=dtype, device=device)
-        self.v_pages = torch.empty_like(self.k_pages)
+        # Tensors that are made under inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.k_pages = torch.empty((pages, kv_heads, page_size, head_dim), dtype=dtype, device=device)
+            self.v_pages = torch.empty_like(self.k_pages)
+            self.page_table = torch.arange(pages, dtype=torch.int32, device=device).view(batch, max_pages)
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.k_min: Tensor | None = None
         self.k_max: Tensor | None = None
         self.k_mean: Tensor | None = None
@@ -82,8 +97,6 @@ class PagedKVCache:
         self.codes: Tensor | None = None
         self.norms: Tensor | None = None
         self._allocate(minmax=minmax, moments=moments, sketch=sketch)
-        self.page_table = torch.arange(pages, dtype=torch.int32, device=device).view(batch, max_pages)
-        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def _allocate(self, *, minmax: bool, moments: bool, sketch: bool) -> None:
         """Adds what is asked for and not there yet."""
@@ -92,14 +105,21 @@ class PagedKVCache:
         def statistic() -> Tensor:
             return self.k_pages.new_empty((pages, kv_heads, head_dim))
 
-        if minmax and self.k_min is None:
-            self.k_min, self.k_max = statistic(), statistic()
-        if moments and self.k_mean is None:
-            self.k_mean, self.k_std = statistic(), statistic()
-        if sketch and self.codes is None:
-            row_bytes = -(-head_dim // 64) * 16
-            self.codes = self.k_pages.new_empty((pages, kv_heads, 2, page_size, row_bytes), dtype=torch.uint8)
-            self.norms = self.k_pages.new_empty((pages, kv_heads, 3, page_size), dtype=torch.uint8)
+        with torch.inference_mode(False):
+            if minmax and self.k_min is None:
+                self.k_min, self.k_max = statistic(), statistic()
+            if moments and self.k_mean is None:
+                self.k_mean, self.k_std = statistic(), statistic()
+            if sketch and self.codes is None:
+                row_bytes = -(-head_dim // 64) * 16
+                self.codes = self.k_pages.new_empty((pages, kv_heads, 2, page_size, row_bytes), dtype=torch.uint8)
+                self.norms = self.k_pages.new_empty((pages, kv_heads, 3, page_size), dtype=torch.uint8)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes tensors that were copied or loaded under inference mode into ones that can be written anywhere."""
+        with torch.inference_mode(False):
+            for name, value in state.items():
+                setattr(self, name, value.clone() if isinstance(value, Tensor) and value.is_inference() else value)
 
     def keep(self, *, minmax: bool = False, moments: bool = False, sketch: bool = False) -> None:
         """Keeps more than before from now on, and makes it of the keys that are there; what is kept stays.
@@ -116,17 +136,22 @@ class PagedKVCache:
         if new_sketch and self.codes is not None and self.norms is not None:
             ops.key_sketch(self.k_pages, *table, self.codes, self.norms)
 
-    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends new tokens, a whole prompt or a single one, to every row in place.
 
         Args:
             k, v: [batch, tokens, kv_heads, head_dim], the cache's dtype.
-            lengths: [batch] int32. Row b appends its first lengths[b] tokens; None appends all.
+            lengths: [batch] integers of any width on any device. Row b appends its first lengths[b] tokens; None
+                appends all.
 
         Raises:
-            RuntimeError: the tokens do not fit, among others; the cache stays as it was. On a CUDA device a full
-                row cannot be seen without waiting: there the tokens that do not fit are dropped.
+            ValueError, RuntimeError: the tokens do not fit, among others; the cache stays as it was. On a CUDA device
+                a full row cannot be seen without waiting: there the tokens that do not fit are dropped.
         """
+        # The op itself looks at lengths of its own form, which costs nothing and holds for compiled steps, too.
+        taken = isinstance(lengths, Tensor) and (lengths.dtype, lengths.device) == (torch.int32, self.seq_lens.device)
+        if lengths is not None and not taken:
+            lengths = self._row_numbers("append: lengths", lengths, most=k.shape[1], count=self.batch)
         ops.append_kv(
             k,
             v,
@@ -143,6 +168,124 @@ class PagedKVCache:
             self.norms,
         )
 
+    def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
+        """Drops the newest tokens of every row in place; the cache is as if they had never been appended.
+
+        The work does not depend on how many tokens the cache holds, and nothing waits for the device.
+
+        Args:
+            lengths: one number for all rows, or [batch] integers of any width on any device. Row b keeps its first
+                min(lengths[b], seq_lens[b]) tokens.
+
+        Raises:
+            ValueError: a number is negative, among others; the cache stays as it was. Negative numbers on a CUDA
+                device cannot be seen without waiting: there they count as 0.
+        """
+        if isinstance(lengths, Integral) and not isinstance(lengths, bool):
+            if lengths < 0:
+                raise ValueError(f"PagedKVCache.truncate: lengths: expected at least 0, got {lengths}")
+            kept = torch.full_like(self.seq_lens, min(int(lengths), self.max_tokens))
+        else:
+            kept = self._row_numbers("truncate: lengths", lengths, most=None, count=self.batch)
+        # seq_lens moves first: bounds of more keys than a page holds are bounds, those of fewer are not.
+        self.seq_lens.copy_(torch.minimum(self.seq_lens, kept.clamp(min=0)))
+        if self.k_min is None and self.k_mean is None:
+            return
+        last = ((self.seq_lens - 1) // self.page_size).clamp(0, self.page_table.shape[1] - 1)
+        last_pages = self.page_table.gather(1, last[:, None].long())  # [batch, 1]
+        tokens = self.seq_lens - last * self.page_size
+        ops.page_stats(self.k_pages, last_pages, tokens, self.k_min, self.k_max, self.k_mean, self.k_std)
+
+    def reorder(self, rows: Tensor | Sequence[int], *, tokens: int | None = None) -> None:
+        """Row i becomes a copy of what row rows[i] was, with all that is kept of it.
+
+        Rows may repeat, and there may be fewer or more of them than before. With as many as before everything is
+        copied in place; otherwise `batch` and all tensors are new. Nothing waits for a CUDA device. A call that is
+        interrupted leaves rows that were to change empty, or nothing changed.
+
+        Args:
+            rows: [new batch] integers of any width on any device, ids of rows.
+            tokens: no row holds more tokens than that, so that no page behind them is copied. None: unknown. On the
+                CPU the cache looks for itself.
+
+        Raises:
+            ValueError: an id is not in 0 ... batch - 1, among others; the cache stays as it was. Ids on a CUDA device
+                are trusted.
+
+        Example:
+            >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=1, head_dim=64)
+            >>> cache.append(torch.randn(1, 9, 1, 64), torch.randn(1, 9, 1, 64))
+            >>> cache.reorder([0, 0, 0])  # three continuations of one prompt
+            >>> cache.seq_lens.tolist()
+            [9, 9, 9]
+        """
+        rows = self._row_numbers("reorder: rows", rows, most=self.batch - 1, count=None)
+        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0):
+            raise ValueError(f"PagedKVCache.reorder: tokens: expected at least 0 tokens, or None, got {tokens!r}")
+        batch, max_pages = len(rows), self.page_table.shape[1]
+        visible = self.seq_lens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible:
+            tokens = int(self.seq_lens.max())
+        held = self.max_tokens if tokens is None else min(tokens, self.max_tokens)
+        in_place = batch * max_pages == len(self.k_pages)
+        into = self if in_place else self._empty(batch)
+        own = torch.arange(batch * max_pages, dtype=torch.int32, device=self.page_table.device).view(batch, max_pages)
+
+        changed: slice | Tensor = slice(None)  # of the new rows
+        if in_place and visible:
+            stays = (rows == torch.arange(batch, device=rows.device)) & (self.page_table == own).all(dim=1)
+            changed = stays.logical_not().nonzero().flatten()
+        pages = slice(-(-held // self.page_size))
+        sources, targets = self.page_table[rows[changed], pages], own[changed, pages]
+        lengths = self.seq_lens[rows[changed]].clamp(max=held)
+        into.seq_lens[changed] = 0
+        for name in POOL:
+            source, target = getattr(self, name), getattr(into, name)
+            if source is not None:
+                target[targets] = source[sources]
+        into.page_table.copy_(own)
+        into.seq_lens[changed] = lengths
+        vars(self).update(vars(into))
+
+    def _empty(self, batch: int) -> "PagedKVCache":
+        """A cache without tokens that has another number of rows and is like this one otherwise."""
+        return PagedKVCache(
+            batch,
+            self.max_tokens,
+            self.kv_heads,
+            self.head_dim,
+            page_size=self.page_size,
+            dtype=self.k_pages.dtype,
+            device=self.k_pages.device,
+            minmax=self.k_min is not None,
+            moments=self.k_mean is not None,
+            sketch=self.codes is not None,
+        )
+
+    def _row_numbers(self, name: str, value: Any, *, most: int | None, count: int | None) -> Tensor:
+        """Whole numbers as a tensor [count] int32 on the cache's device, 0 ... most where they can be looked at."""
+        wanted = f"PagedKVCache.{name}: expected whole numbers [{'batch' if count is None else f'batch = {count}'}]"
+        visible = True
+        if isinstance(value, Tensor):
+            if value.dtype not in INTEGERS or value.dim() != 1:
+                raise ValueError(f"{wanted}, got {value.dtype} of shape {list(value.shape)}")
+            visible = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if isinstance(value, Tensor) and not visible:
+            numbers = value.long().clamp(-1, MOST_INT32).int()
+        else:
+            try:
+                listed = value.tolist() if isinstance(value, Tensor) else [_whole(number) for number in value]
+            except TypeError:
+                raise ValueError(f"{wanted}, got {value!r}") from None
+            for number in listed:
+                if number < 0 or (most is not None and number > most):
+                    range_ = "at least 0" if most is None else f"0 ... {most}"
+                    raise ValueError(f"PagedKVCache.{name}: expected {range_}, got {number}")
+            numbers = torch.tensor([min(number, MOST_INT32) for number in listed], dtype=torch.int32, device="cpu")
+        if len(numbers) == 0 or len(numbers) != (count or len(numbers)):
+            raise ValueError(f"{wanted}, got {len(numbers)}")
+        return numbers.to(self.seq_lens.device, non_blocking=True)
+
     def clear(self) -> None:
         """Empties every row; the pool stays."""
         self.seq_lens.zero_()
@@ -150,8 +293,7 @@ class PagedKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pool, of the page statistics and of the sketch."""
-        statistics = (self.k_min, self.k_max, self.k_mean, self.k_std, self.codes, self.norms)
-        return sum(tensor.nbytes for tensor in (self.k_pages, self.v_pages, *statistics) if tensor is not None)
+        return sum(tensor.nbytes for name in POOL if (tensor := getattr(self, name)) is not None)
 
     def __repr__(self) -> str:
         kept = {"minmax": self.k_min, "moments": self.k_mean, "sketch": self.codes}
@@ -161,3 +303,10 @@ class PagedKVCache:
             f"head_dim={self.head_dim}, page_size={self.page_size}, dtype={self.k_pages.dtype}, "
             f"{lacks}device={self.k_pages.device}, {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _whole(number: object) -> int:
+    """A whole number of any type, such as NumPy's; no bool."""
+    if isinstance(number, bool):
+        raise TypeError
+    return operator.index(number)  # type: ignore[arg-type]

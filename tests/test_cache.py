@@ -1,5 +1,6 @@
 """PagedKVCache: what it allocates, how it grows, what it keeps."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits, draw, make_query
@@ -143,3 +144,215 @@ def test_caches_are_independent(device):
         )
     for i, cache in enumerate(caches):
         assert (entmaxkv.decode(make_query(1, 1, 64, device=device), cache) == i).all()
+
+
+def prompt(lengths, dtype=torch.float32, device="cpu", seed=0):
+    """Keys and values of as many tokens as the longest row has, and the rows' lengths."""
+    k, v = (draw(len(lengths), max(lengths), 2, 64, dtype=dtype, device=device, seed=seed + i) for i in range(2))
+    return k, v, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def filled(k, v, lengths, max_tokens=150, page_size=16):
+    cache = PagedKVCache(len(k), max_tokens, 2, 64, page_size=page_size, dtype=k.dtype, device=k.device)
+    cache.append(k, v, lengths)
+    return cache
+
+
+def assert_same_cache(got, want):
+    """Lengths, keys, values, statistics and sketch to the bit, and what every selector makes of them."""
+    assert got.seq_lens.tolist() == want.seq_lens.tolist()
+    assert (got.batch, got.max_tokens, got.nbytes) == (want.batch, want.max_tokens, want.nbytes)
+    assert got.page_table.unique().numel() == got.page_table.numel() and int(got.page_table.max()) < len(got.k_pages)
+    for row, n in enumerate(want.seq_lens.tolist()):
+        a, b = (cache.page_table[row, : -(-n // cache.page_size)].long() for cache in (got, want))
+        for name in ("k_pages", "v_pages", *KEPT):
+            x, y = getattr(got, name)[a], getattr(want, name)[b]
+            if name in STATISTICS:
+                assert_same_bits([x], [y])
+            else:  # [pages, kv_heads, (planes,) page_size, ...] to tokens
+                axis = 3 if name in ("codes", "norms") else 2
+                assert_same_bits(*([t.movedim(axis, 1).flatten(0, 1)[:n]] for t in (x, y)))
+    q = make_query(want.batch, 4, 64, want.k_pages.dtype, want.k_pages.device.type)
+    selectors = (
+        None,
+        entmaxkv.KeySketch(dense_below=0),
+        entmaxkv.TopPages(32, dense_below=0),
+        entmaxkv.Gaussian(dense_below=0),
+    )
+    for select in selectors:
+        results = []
+        for cache in (got, want):
+            out, info = entmaxkv.decode(q, cache, select=select, return_info=True)
+            results.append((out, *info))
+        assert_same_bits(*results)
+
+
+LENGTHS = [0, 1, 37, 100]
+in_every_form = pytest.mark.parametrize(
+    ("dtype", "page_size"),
+    [(torch.float32, 8), (torch.float32, 16), (torch.bfloat16, 32), (torch.float16, 64), (torch.bfloat16, 128)],
+    ids=str,
+)
+
+
+@in_every_form
+@pytest.mark.parametrize("kept", [0, 1, 8, 9, 64, 1000, [0, 0, 36, 99], [3, 0, 0, 65]], ids=str)
+def test_truncate_is_as_if_the_tokens_had_never_come(device, dtype, page_size, kept):
+    k, v, lengths = prompt(LENGTHS, dtype, device)
+    cache = filled(k, v, lengths, page_size=page_size)
+    places = [x.data_ptr() for x in vars(cache).values() if isinstance(x, torch.Tensor)]
+    cache.truncate(kept)
+    left = torch.minimum(lengths, torch.tensor(kept, dtype=torch.int32, device=device))
+    fresh = filled(k, v, left, page_size=page_size)
+    assert_same_cache(cache, fresh)
+    for x in (cache, fresh):
+        x.append(*prompt([5, 0, 1, 20], dtype, device, seed=2))
+    assert_same_cache(cache, fresh)
+    assert places == [x.data_ptr() for x in vars(cache).values() if isinstance(x, torch.Tensor)]
+
+
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, list, tuple, np.array], ids=str)
+def test_numbers_of_rows_come_in_any_form(device, dtype):
+    """Also a large one, where it is a number of tokens to keep."""
+
+    def form(*numbers):
+        return torch.tensor(numbers, dtype=dtype, device=device) if isinstance(dtype, torch.dtype) else dtype(numbers)
+
+    k, v, lengths = prompt([40, 3], device=device)
+    want = filled(k, v, lengths)
+    cache = filled(k, v, form(40, 3))
+    assert_same_cache(cache, want)
+    cache.truncate(form(17, min(2**40, torch.iinfo(dtype).max if isinstance(dtype, torch.dtype) else 2**70)))
+    assert cache.seq_lens.tolist() == [17, 3]
+    cache.reorder(form(1, 0))
+    assert_same_cache(cache, filled(k.flip(0), v.flip(0), torch.tensor([3, 17], dtype=torch.int32, device=device)))
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+@pytest.mark.parametrize("minmax", [False, True])
+def test_truncate_and_reorder_without_some_statistics(device, minmax, sketch):
+    cache = PagedKVCache(2, 64, 2, 64, minmax=minmax, moments=False, sketch=sketch, device=device)
+    k, v, lengths = prompt([40, 3], device=device)
+    cache.append(k, v, lengths)
+    cache.truncate([20, 20])
+    for rows in ([1, 0], [0, 1, 1]):
+        cache.reorder(rows)
+    assert cache.seq_lens.tolist() == [3, 20, 20] and cache.k_mean is None
+    assert (cache.k_min is not None, cache.codes is not None) == (minmax, sketch)
+    used = cache.page_table[2, :2]
+    assert not minmax or torch.equal(cache.k_min[used], reference.page_bounds(k[0, :20], 16)[0])
+
+
+@in_every_form
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [
+        ([3, 2, 1, 0], None),
+        ([0, 1, 2, 3], None),
+        ([0, 0, 2, 3], 100),
+        ([0], None),
+        ([1, 3], 10**6),
+        ([2, 0, 3, 3, 1, 2], None),
+    ],
+    ids=str,
+)
+def test_reorder_copies_rows(device, dtype, page_size, rows, tokens):
+    k, v, lengths = prompt(LENGTHS, dtype, device)
+    cache = filled(k, v, lengths, page_size=page_size)
+    cache.reorder(torch.tensor(rows, device=device), tokens=tokens)
+    fresh = filled(k[rows], v[rows], lengths[rows], page_size=page_size)
+    assert_same_cache(cache, fresh)
+    more = prompt([20, 1, 0, 7, 8, 33][: len(rows)], dtype, device, seed=2)
+    for x in (cache, fresh):
+        x.append(*more)
+    assert_same_cache(cache, fresh)
+
+
+def test_reorder_in_place_leaves_every_tensor_where_it_is(device):
+    """A captured graph that reads the cache stays valid."""
+    cache = filled(*prompt(LENGTHS, device=device))
+    places = [x.data_ptr() for x in vars(cache).values() if isinstance(x, torch.Tensor)]
+    cache.reorder([1, 1, 3, 2])
+    assert places == [x.data_ptr() for x in vars(cache).values() if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [2, 1, 1, 0], [3, 3]], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_reorder_goes_through_the_page_table(device, rows, shared):
+    """Rows whose pages lie anywhere, or that read the same pages, own theirs afterwards."""
+    k, v, lengths = prompt([100, 100, 100, 100], device=device)
+    if shared:
+        k[1], v[1] = k[0], v[0]
+    cache = filled(k, v, lengths)
+    if shared:
+        cache.page_table[1] = cache.page_table[0]
+    else:
+        order = torch.randperm(len(cache.k_pages), generator=torch.Generator().manual_seed(0)).to(device)
+        for name in ("k_pages", "v_pages", *KEPT):
+            getattr(cache, name).copy_(getattr(cache, name)[order])
+        cache.page_table.copy_(order.argsort().int()[cache.page_table.long()])
+    cache.reorder(rows)
+    assert_same_cache(cache, filled(k[rows], v[rows], lengths[rows]))
+
+
+def test_reorder_copies_no_more_tokens_than_it_was_told_of(device):
+    """Where the lengths cannot be seen, a row never claims tokens that were not copied."""
+    cache = filled(*prompt([40, 40], device=device))
+    cache.reorder([1, 0], tokens=32)
+    assert cache.seq_lens.tolist() == ([40, 40] if device == "cpu" else [32, 32])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1]], ids=str)
+def test_truncate_and_reorder_do_not_wait_for_the_device(rows):
+    cache = filled(*prompt([40, 3], device="cuda"))
+    ids, lengths = torch.tensor(rows, device="cuda"), torch.tensor([20, 20], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kept in (30, lengths, [20, 2]):
+            cache.truncate(kept)
+        cache.reorder(ids, tokens=20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.seq_lens.tolist() == [[20, 2][row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda c: c.truncate(-1), "truncate: lengths: expected at least 0, got -1"),
+        (lambda c: c.truncate([3, -1]), "truncate: lengths: expected at least 0, got -1"),
+        (
+            lambda c: c.truncate(torch.tensor([3, -(2**40)])),
+            "truncate: lengths: expected at least 0, got -1099511627776",
+        ),
+        (lambda c: c.truncate([3]), r"truncate: lengths: expected whole numbers \[batch = 2\], got 1"),
+        (lambda c: c.truncate(torch.tensor(3)), r"truncate: lengths: expected .*, got torch.int64 of shape \[\]"),
+        (lambda c: c.truncate(torch.tensor([3.0, 4.0])), "truncate: lengths: expected .*, got torch.float32"),
+        (lambda c: c.truncate(torch.tensor([True, False])), "truncate: lengths: expected .*, got torch.bool"),
+        (lambda c: c.truncate([True, False]), r"truncate: lengths: expected .*, got \[True, False\]"),
+        (lambda c: c.truncate(2.0), "truncate: lengths: expected .*, got 2.0"),
+        (lambda c: c.truncate(True), "truncate: lengths: expected .*, got True"),
+        (lambda c: c.truncate("12"), "truncate: lengths: expected .*, got '12'"),
+        (lambda c: c.truncate(None), "truncate: lengths: expected .*, got None"),
+        (lambda c: c.reorder([0, 2]), r"reorder: rows: expected 0 \.\.\. 1, got 2"),
+        (lambda c: c.reorder([-1, 0]), r"reorder: rows: expected 0 \.\.\. 1, got -1"),
+        (lambda c: c.reorder(torch.tensor([0, 2**40])), r"reorder: rows: expected 0 \.\.\. 1, got 1099511627776"),
+        (lambda c: c.reorder([]), r"reorder: rows: expected whole numbers \[batch\], got 0"),
+        (lambda c: c.reorder(torch.tensor([[0, 1]])), r"reorder: rows: expected .*, got torch.int64 of shape \[1, 2\]"),
+        (lambda c: c.reorder(torch.tensor([True, False])), "reorder: rows: expected .*, got torch.bool"),
+        (lambda c: c.reorder(0), "reorder: rows: expected .*, got 0"),
+        (lambda c: c.reorder([1, 0], tokens=-1), "reorder: tokens: expected .*, got -1"),
+        (lambda c: c.reorder([1, 0], tokens="a"), "reorder: tokens: expected .*, got 'a'"),
+    ],
+)
+def test_truncate_and_reorder_refuse_and_leave_the_cache_as_it_was(wrong, text):
+    k, v, lengths = prompt([40, 3])
+    cache = filled(k, v, lengths)
+    with pytest.raises(ValueError, match=text):
+        wrong(cache)
+    assert_same_cache(cache, filled(k, v, lengths))
