@@ -6,47 +6,17 @@ import os
 import re
 import subprocess
 import sys
-import types
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import CUDA
-from torch import nn
 
 import entmaxkv
-from entmaxkv import reference
 
 pytest.importorskip("transformers")
 hf = importlib.import_module("entmaxkv.hf")
-from transformers import (  # noqa: E402
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
-
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "examples" / "stdlib-entmax"
-TEXT = (ROOT / "examples" / "train" / "corpus.py").read_bytes()
-
-
-def dense_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
-    """Causal attention by the oracle, all scores at once: what the cache must not change."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    s = scaling * query.double() @ key.double().transpose(2, 3)
-    future = torch.ones(s.shape[2:], dtype=torch.bool).triu(1 + s.shape[3] - s.shape[2])
-    p, _ = reference.entmax(s.masked_fill(future, -torch.inf), module.config.entmax_alpha)
-    return (p @ value.double()).transpose(1, 2).to(query.dtype), None
-
-
-AttentionInterface.register("entmaxkv_test_dense", dense_attention)
-AttentionMaskInterface.register("entmaxkv_test_dense", lambda *args, **kwargs: None)
-
-
-def load(implementation=hf.NAME):
-    return AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=implementation, dtype=torch.float32).eval()
+from entmax_lm import MODEL, ORACLE, ROOT, TEXT, close, ids, load  # noqa: E402
+from transformers import AutoTokenizer, DynamicCache  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def dense_model():
-    return load("entmaxkv_test_dense")
-
-
-def ids(*texts):
-    """Token ids and mask of a left-padded batch."""
-    width = max(map(len, texts))
-    rows = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts])
-    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-    return rows, mask
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
+    return load(ORACLE)
 
 
 def test_model_ships(model):
@@ -276,7 +234,7 @@ def test_keeps_what_its_selectors_look_at(model):
 @pytest.mark.parametrize("alpha", [1.0, 4 / 3, 2.0])
 def test_alpha_comes_from_the_config(alpha):
     rows, _ = ids(TEXT[:80])
-    model, dense_model = load(), load("sdpa" if alpha == 1 else "entmaxkv_test_dense")
+    model, dense_model = load(), load("sdpa" if alpha == 1 else ORACLE)
     model.config.entmax_alpha = dense_model.config.entmax_alpha = alpha
     close(model(input_ids=rows, use_cache=False).logits, dense_model(input_ids=rows, use_cache=False).logits)
 
@@ -309,14 +267,6 @@ def test_softmax_prefill_whole_and_in_chunks_of_a_padded_batch():
 
 
 @torch.no_grad()
-def test_missing_alpha_is_one_and_a_half(model):
-    rows, _ = ids(TEXT[:40])
-    other = load()
-    del other.config.entmax_alpha
-    assert torch.equal(model(input_ids=rows, use_cache=False).logits, other(input_ids=rows, use_cache=False).logits)
-
-
-@torch.no_grad()
 def test_reset_empties_the_cache(model):
     rows, _ = ids(TEXT[:40])
     cache = hf.EntmaxCache(model.config, 40)
@@ -324,155 +274,3 @@ def test_reset_empties_the_cache(model):
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(model(input_ids=rows, past_key_values=cache).logits, first)
-
-
-def with_dropout(model):
-    model.train().requires_grad_(False)
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-
-
-def not_causal(model):
-    model.requires_grad_(False)
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-
-
-def with_alpha_3(model):
-    model.requires_grad_(False).config.entmax_alpha = 3.0
-
-
-@pytest.mark.parametrize("spoil", [nn.Module.requires_grad_, with_dropout, not_causal, with_alpha_3])
-def test_retry_after_a_failed_call(model, spoil):
-    rows, cache = ids(TEXT[:40])[0], hf.EntmaxCache(model.config, 40)
-    first, rest = rows.split((30, 10), dim=1)
-    spoilt = load()
-    spoil(spoilt)
-    with torch.no_grad():
-        expected = model(input_ids=rows, use_cache=False).logits
-        model(input_ids=first, past_key_values=cache)
-    with pytest.raises(ValueError, match="entmaxkv"):
-        spoilt(input_ids=rest, past_key_values=cache)
-    assert cache.get_seq_length() == 30 and cache.layers[0].paged.seq_lens.tolist() == [30]
-    with torch.no_grad():
-        close(model(input_ids=rest, past_key_values=cache).logits, expected[:, 30:])
-
-
-def test_text_config_of_a_larger_model(model):
-    config = types.SimpleNamespace(get_text_config=lambda decoder: model.config)
-    assert len(hf.EntmaxCache(config, 16).layers) == model.config.num_hidden_layers
-
-
-def full_cache(model):
-    cache = hf.EntmaxCache(model.config, 5)
-    with torch.no_grad():
-        model(input_ids=ids(TEXT[:4])[0], past_key_values=cache)
-        try:
-            model(input_ids=ids(TEXT[:2])[0], past_key_values=cache)
-        finally:
-            assert cache.get_seq_length() == 4 and cache.layers[0].paged.seq_lens.tolist() == [4]
-
-
-def other_implementation(model):
-    cache = hf.EntmaxCache(model.config, 16)
-    sdpa = load("sdpa")
-    for _ in range(2):
-        sdpa(input_ids=ids(TEXT[:4])[0], past_key_values=cache)
-
-
-def old_transformers(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
-        patch.delitem(sys.modules, "entmaxkv.hf")
-        importlib.import_module("entmaxkv.hf")
-
-
-def sliding_layers(model):
-    config = copy.deepcopy(model.config)
-    config.layer_types = ["sliding_attention"] * 6
-    hf.EntmaxCache(config, 16)
-
-
-def static_cache(model):
-    rows, mask = ids(TEXT[:40])
-    model.generate(rows, attention_mask=mask, max_new_tokens=4, cache_implementation="static")
-
-
-def alpha_3(model):
-    config = copy.deepcopy(model.config)
-    config.entmax_alpha = 3
-    hf.EntmaxCache(config, 16)
-
-
-def packed(model):
-    with torch.no_grad():
-        model(input_ids=ids(TEXT[:4])[0], position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
-
-
-def short_mask(model):
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        for _ in range(2):
-            model(input_ids=ids(TEXT[:4])[0], attention_mask=torch.ones(1, 4), past_key_values=cache)
-
-
-def call(model, **options):
-    q, k = torch.zeros(1, 4, 8, 64), torch.zeros(1, 2, 8, 64)
-    hf.attention(model.model.layers[0].self_attn, q, k, k, options.pop("attention_mask", None), **options)
-
-
-ERRORS = {
-    "full cache": (full_cache, ValueError, r"full: expected at most max_tokens = 5, got 4 and 2 more"),
-    "batch": (
-        lambda m: m(input_ids=ids(TEXT[:4], TEXT[:3])[0], past_key_values=hf.EntmaxCache(m.config, 16)),
-        ValueError,
-        r"expected batch 1, got 2",
-    ),
-    "other implementation": (
-        other_implementation,
-        RuntimeError,
-        r"expected .*attn_implementation='entmaxkv'",
-    ),
-    "transformers 4": (old_transformers, ImportError, r"expected transformers >= 5"),
-    "sliding layers": (
-        sliding_layers,
-        ValueError,
-        r"expected full_attention in every layer, got sliding_attention",
-    ),
-    "beam search": (
-        lambda m: hf.EntmaxCache(m.config, 16).reorder_cache(torch.tensor([0])),
-        NotImplementedError,
-        r"expected greedy decoding or sampling, got beam search",
-    ),
-    "training on the CPU": (
-        lambda m: m(input_ids=ids(TEXT[:4])[0], use_cache=False),
-        RuntimeError,
-        r"to train, expected AdaSplash, which needs a CUDA device, got cpu",
-    ),
-    "training with a cache": (
-        lambda m: m(input_ids=ids(TEXT[:4])[0], past_key_values=hf.EntmaxCache(m.config, 16)),
-        ValueError,
-        r"expected no cache where gradients are recorded.* wrap the call in torch.no_grad\(\)",
-    ),
-    "crop": (lambda m: hf.EntmaxCache(m.config, 16).crop(-1), NotImplementedError, r"only grows .*got crop"),
-    "static cache": (static_cache, ValueError, r"expected EntmaxCache or a dynamic cache.* got a static one"),
-    "short mask": (short_mask, ValueError, r"expected an attention_mask of all 8 tokens, got 4"),
-    "packed sequences": (packed, ValueError, r"expected the plain causal mask, got another one \(packed"),
-    "alpha": (alpha_3, ValueError, r"expected config.entmax_alpha in \[1, 2\], got 3"),
-    "4D mask": (
-        lambda m: call(m, attention_mask=torch.zeros(1, 1, 8, 8)),
-        ValueError,
-        r"expected the 2D padding mask .*got attention_mask of shape \(1, 1, 8, 8\)",
-    ),
-    "dropout": (lambda m: call(m, dropout=0.1), ValueError, r"expected no dropout, got 0.1"),
-    "window": (lambda m: call(m, sliding_window=4), ValueError, r"expected no sliding_window, got 4"),
-    "not causal": (lambda m: call(m, is_causal=False), ValueError, r"expected causal attention, got is_causal=False"),
-    "sinks": (lambda m: call(m, s_aux=torch.zeros(4)), ValueError, r"expected no s_aux .*got a tensor of shape \(4,\)"),
-    "softcap": (lambda m: call(m, softcap=30.0), ValueError, r"expected no softcap, got 30"),
-}
-
-
-@pytest.mark.parametrize("wrong, error, text", ERRORS.values(), ids=ERRORS)
-def test_errors(model, wrong, error, text):
-    with pytest.raises(error, match=text):
-        wrong(model)

@@ -1,4 +1,4 @@
-"""Entmax attention and its paged cache for Hugging Face transformers (v5), without patching it.
+"""Entmax attention and its paged cache for Hugging Face transformers (5.5 and later), without patching it.
 
 Importing this module registers the attention implementation `entmaxkv` and its mask:
 
@@ -17,15 +17,22 @@ PyTorch's attention and keep transformers' own cache. What neither can do raises
 """
 
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AttentionInterface, AttentionMaskInterface
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils.versions import require_version
+
+    require_version("transformers>=5.5")
+except ImportError as error:
+    raise ImportError("entmaxkv.hf: expected transformers >= 5.5 (pip install 'transformers>=5.5,<5.40')") from error
 
 from entmaxkv.hf.attend import attention
 from entmaxkv.hf.cache import EntmaxCache, EntmaxLayer
 from entmaxkv.hf.masking import mask
-from entmaxkv.hf.models import NAME, refuse_at_construction
+from entmaxkv.hf.models import NAME, at_construction
 
 __all__ = ["NAME", "EntmaxCache", "EntmaxLayer", "attention", "mask"]
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
-register_module_module_registration_hook(refuse_at_construction)
+register_module_module_registration_hook(at_construction)

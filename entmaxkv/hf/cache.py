@@ -103,6 +103,7 @@ class EntmaxLayer(CacheLayerMixin):
         paged: the `PagedKVCache`, from the first update on.
         seen: tokens of each row, padding included.
         mask: [batch, seen] bool, which of them are no padding; None where all are.
+        first: whether it is the first layer of its cache, which looks at masks for all of them.
     """
 
     is_sliding = False
@@ -125,6 +126,7 @@ class EntmaxLayer(CacheLayerMixin):
         self.paged: entmaxkv.PagedKVCache
         self.seen = self.updates = 0
         self.mask: Tensor | None = None
+        self.first = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the page pool for keys and values like these [batch, kv_heads, tokens, head_dim]."""
@@ -177,16 +179,22 @@ class EntmaxLayer(CacheLayerMixin):
             return
         if mask is None and self.mask is not None:
             mask = torch.cat([self.mask, self.mask.new_ones(len(key), key.shape[2])], dim=1)
+        if self.first and mask is not None and self.seen:
+            before = mask[:, : self.seen]
+            if not (before.all() if self.mask is None else torch.equal(before, self.mask)):
+                raise ValueError(
+                    f"EntmaxCache: expected the attention_mask of the {self.seen} tokens in the cache as it was when "
+                    "they were appended, got another"
+                )
         lengths = None if mask is None else mask[:, self.seen :].sum(dim=1, dtype=torch.int32)
         dtype = self.paged.k_pages.dtype
         self.paged.append(key.transpose(1, 2).to(dtype), value.transpose(1, 2).to(dtype), lengths)
         step.appended, self.mask = True, mask
         self.seen += key.shape[2]
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Length and offset of the keys; early versions 5 pass the positions instead of their number."""
-        tokens = len(query_length) if isinstance(query_length, Tensor) else query_length
-        return self.seen + tokens, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys."""
+        return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -194,7 +202,7 @@ class EntmaxLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.max_tokens
 
-    get_max_cache_shape = get_max_length  # its name in early versions 5
+    get_max_cache_shape = get_max_length  # its name in earlier versions 5
 
     def reset(self) -> None:
         if self.is_initialized:
@@ -307,6 +315,7 @@ class EntmaxCache(Cache):
                     device=device,
                 )
                 self.paged_layers.append(layers[index])
+        self.paged_layers[0].first = True
         super().__init__(layers=layers)
 
     @property
@@ -327,7 +336,7 @@ class EntmaxCache(Cache):
         Raises:
             RuntimeError: an earlier step was interrupted, so that the layers hold different numbers of tokens.
         """
-        if self.layers[layer_idx] is self.paged_layers[0]:
+        if getattr(self.layers[layer_idx], "first", False):
             lengths = {layer.seen for layer in self.paged_layers}
             if len(lengths) > 1:
                 raise RuntimeError(

@@ -14,11 +14,10 @@ from entmaxkv.hf.models import refuse_foreign_owners
 def mask(
     *,
     batch_size: int,
+    q_length: int,
     kv_length: int,
-    q_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    cache_position: Tensor | None = None,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     config: PreTrainedConfig | None = None,
@@ -28,8 +27,6 @@ def mask(
 
     Models ask for masks of every kind that some layer might have, also for kinds that none has. So a kind that
     `attention` cannot compute is not refused here.
-
-    Early versions 5 pass the queries' positions in place of their number and offset.
 
     Returns:
         None where every query sees every key up to its own; [batch, 1, 1, keys] bool, which keys are no padding, where
@@ -41,20 +38,18 @@ def mask(
     """
     if config is not None:
         refuse_foreign_owners(config)
-    if cache_position is not None:
-        positions: dict[str, Any] = {"cache_position": cache_position}
-        q_length, q_offset = len(cache_position), cache_position[0]
-    else:
-        positions = {"q_length": q_length, "q_offset": q_offset}
+    tokens = int(q_offset) + q_length
     if mask_function is not causal_mask_function:
-        kwargs["allow_is_bidirectional_skip"] = False  # None is causal here
+        kwargs["allow_is_bidirectional_skip"] = False  # None is causal here, and of as many keys as there are tokens
+        kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and kv_offset + kv_length == tokens
         pattern = sdpa_mask(
             batch_size=batch_size,
+            q_length=q_length,
             kv_length=kv_length,
+            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            **positions,
             **kwargs,
         )
         if pattern is None:
@@ -66,7 +61,6 @@ def mask(
             return pattern
         return None if newest.all() else newest
 
-    tokens = int(q_offset) + q_length
     if attention_mask is not None and attention_mask.shape[1] < tokens:
         raise ValueError(
             f"entmaxkv attention: expected an attention_mask of all {tokens} tokens, got {attention_mask.shape[1]}"

@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-
-try:
-    from transformers import PreTrainedConfig, PreTrainedModel
-except ImportError as error:
-    raise ImportError("entmaxkv.hf: expected transformers >= 5 (pip install 'transformers>=5')") from error
+from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "entmaxkv"
 
@@ -75,27 +71,33 @@ def refuse_keywords(**keywords: Any) -> None:
 
 def refuse_foreign(model: type[PreTrainedModel]) -> None:
     """Raises a ValueError for a model class that computes attention by itself, whatever the implementation is."""
-    if not _uses_interface(model):
+    if not _uses_interface(model):  # type: ignore[arg-type]  # classes are hashable, whatever mypy says
         raise ValueError(
             f"entmaxkv: expected a model whose attention goes through transformers' AttentionInterface, got "
             f"{model.__name__}, which computes its own softmax"
         )
 
 
-def refuse_at_construction(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Calls `refuse_foreign` while a model with this implementation is built (a hook of torch, for every module).
+def at_construction(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Looks at a model with this implementation while it is built (a hook of torch, for every module).
 
-    The attention of a model that is made of others is that of these, which are built in the same way.
+    Calls `refuse_foreign`, but not for a model that is made of others, whose attention is that of these. Makes the
+    config of an entmax model name the implementation wherever it is saved, as softmax is not what the model has learnt.
     """
-    if isinstance(module, PreTrainedModel):
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == NAME and config.get_text_config(decoder=True) is config:
-            refuse_foreign(type(module))
+    if not isinstance(module, PreTrainedModel):
+        return
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", None) != NAME:
+        return
+    if config.get_text_config(decoder=True) is config:
+        refuse_foreign(type(module))
+    if getattr(config, "entmax_alpha", 1) != 1:
+        config.attn_implementation = NAME
 
 
 def refuse_foreign_owners(config: PreTrainedConfig) -> None:
     """Calls `refuse_foreign` for the model classes that have such a config."""
-    for model in _owners(type(config)):
+    for model in _owners(type(config)):  # type: ignore[arg-type]
         refuse_foreign(model)
 
 
