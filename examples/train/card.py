@@ -19,7 +19,7 @@ A byte-level language model with {kind} in every layer. It continues Python sour
 | architecture | {architecture} |
 | tokens | bytes: token id = byte value; 0 separates documents |
 
-## Data
+{loading_text}## Data
 
 The standard library of Python {python}: {files} files, {megabytes:.1f} MB for training.{packages_text}
 Held out: {test_files} files of the standard library, {test_megabytes:.2f} MB, chosen by a hash of the relative path
@@ -47,6 +47,19 @@ It knows little but Python source. No instruction following, no safety training.
 ## Licence
 
 Apache-2.0. The standard library is under the PSF licence, packages under theirs.
+"""
+
+LOADING = """\
+## Loading
+
+    import entmaxkv.hf  # registers the attention implementation that config.json names
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("{name}")
+    cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens={context}, select=entmaxkv.KeySketch())
+
+Without `import entmaxkv.hf` loading fails: the model was not trained with softmax, which transformers would use.
+
 """
 
 
@@ -82,6 +95,7 @@ def card(about: dict[str, Any], machine: dict[str, str]) -> str:
         kind="entmax attention (alpha 1.5)" if entmax else "softmax attention",
         kernels="AdaSplash" if entmax else "PyTorch's attention",
         architecture=architecture,
+        loading_text=LOADING.format(**about) if entmax else "",
         megabytes_of_weights=about["size"] / 1e6,
         packages_text=packages_text,
         facts_text=facts_text,

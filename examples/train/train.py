@@ -199,6 +199,7 @@ def save(model: nn.Module, out: Path) -> None:
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
     config.dtype = torch.bfloat16
+    config.architectures = [type(model).__name__]
     config.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
     byte_tokenizer(config.max_position_embeddings).save_pretrained(out)
