@@ -1,4 +1,4 @@
-"""README.md: every Python block runs, every path exists."""
+"""README.md and docs: every Python block runs, every path exists."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = "".join(path.read_text() for path in ROOT.glob("README.md"))
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+BLOCKS = BLOCK.findall(README)
+DOCS = sorted(ROOT.glob("docs/*.md"))
 PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
 SUFFIXES = r"py|cpp|h|cu|cuh|toml|txt|md|json|safetensors|yml"
 
@@ -37,7 +39,13 @@ def test_path_exists(path):
     assert (ROOT / path).exists() or list(ROOT.glob(path)) or ("/" not in path and list(ROOT.glob(f"*/**/{path}")))
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in DOCS if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+def test_blocks_of_a_page_run_one_after_the_other(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile("\n".join(BLOCK.findall(page.read_text())), page.name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_links_of_a_page(page):
     links = re.findall(r"\]\((?!http|#)([^)\s]+)\)", page.read_text())
     assert links and all((page.parent / link).exists() for link in links)

@@ -352,7 +352,7 @@ class EntmaxCache(Cache):
             tokens_to_remove: minus their number. A positive number is the number of tokens to keep, padding included;
                 it also makes layers equal that an interrupted step has left at different lengths.
         """
-        length = self.get_seq_length()
+        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # some versions pass a tensor
         keep = max(0, tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove)
         layer: Any
         for layer in self.layers:

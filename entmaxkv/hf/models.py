@@ -37,7 +37,10 @@ MEANINGS = {
     "softcap": "softcap (a soft cap of the scores)",
 }
 
-# A model that looks up a class of its own for each implementation that it knows.
+# What the source of a model says: that it has attention of its own, that this goes through the AttentionInterface, and
+# that it looks up a class of its own for each implementation that it knows.
+OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\)", re.MULTILINE)
+INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(\.get_interface\(|\[)")
 OWN_CLASSES = re.compile(r"_CLASSES\[[\w.]*config\._attn_implementation\]")
 
 
@@ -113,7 +116,7 @@ def _owners(config: Any) -> tuple[type[PreTrainedModel], ...]:
 
 @functools.cache
 def _uses_interface(model: Any) -> bool:
-    """What transformers knows of a class from its source; of one without source, that of the class it is made from."""
+    """Whether a class says so in its source; one without source is what the class says that it is made from."""
     for base in model.__mro__:
         if base is PreTrainedModel:
             break
@@ -123,5 +126,5 @@ def _uses_interface(model: Any) -> bool:
             source = inspect.getsource(sys.modules[base.__module__])
         except (KeyError, OSError, TypeError):
             continue
-        return base._can_set_attn_implementation() and not OWN_CLASSES.search(source)
+        return not OWN_ATTENTION.search(source) or bool(INTERFACE.search(source) and not OWN_CLASSES.search(source))
     return False
