@@ -73,7 +73,7 @@ def attention(
         raise ValueError(
             f"entmaxkv attention: expected a bool attention_mask [{len(query)}, 1, 1 or {tokens}, {keys}] for the "
             f"{keys} tokens of EntmaxCache or a dynamic cache, got {attention_mask.dtype} of shape "
-            f"{tuple(attention_mask.shape)}"
+            f"{tuple(attention_mask.shape)}{', which adds to scores' * attention_mask.is_floating_point()}"
         )
     pattern = attention_mask if attention_mask is not None and attention_mask.shape[2] > 1 else None
     if pattern is not None or (sliding_window is not None and keys > sliding_window):
@@ -83,7 +83,7 @@ def attention(
                 f"entmaxkv attention: expected queries that see every key up to their own {where}, got "
                 f"{_described(module, sliding_window)}"
             )
-        return whole(query, key, value, alpha=alpha, scale=scale, pattern=pattern).transpose(1, 2), None
+        return whole(query, key, value, alpha=alpha, scale=scale, pattern=pattern).transpose(1, 2).contiguous(), None
 
     if width != key.shape[3]:  # pages hold keys and values of one head_dim: zeros fill up the shorter ones
         query, key, value = (pad(x, (0, max(width, key.shape[3]) - x.shape[3])) for x in (query, key, value))
@@ -120,7 +120,7 @@ def attention(
     out = out.to(value.dtype)[..., :width]
     if order is not None and lengths is not None:
         out = _scatter(out, order, lengths)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models view it
 
 
 def _is_mask(x: Tensor, batch: int, tokens: int, keys: int) -> bool:

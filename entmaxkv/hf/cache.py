@@ -68,7 +68,8 @@ class Announced(Tensor):
         raise RuntimeError(
             "EntmaxCache: expected its keys and values to go straight to a model with "
             "attn_implementation='entmaxkv', got another attention implementation, or a model that changes them after "
-            f"cache.update (here by {getattr(func, '__name__', func)}); such a model needs a DynamicCache"
+            f"cache.update, as those with latent keys do (here by {getattr(func, '__name__', func)}); such a model "
+            "needs a DynamicCache"
         ) from cause
 
 
@@ -143,6 +144,8 @@ class EntmaxLayer(CacheLayerMixin):
             device=self.device or key_states.device,
             **needs(self.select),
         )
+        # Some models ask these whether anything is there; what is there is in pages.
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def read_by(self, select: Selector | None) -> None:
@@ -292,6 +295,7 @@ class EntmaxCache(Cache):
 
         self.paged_layers: list[EntmaxLayer] = []
         layers = _transformers_layers(config)
+        across = getattr(config, "cross_attention_layers", None) or ()  # of images, if there are any
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window") and not fits(layer)]
         if windows and (number != 1 or not any(map(fits, layers))):
             raise ValueError(
@@ -304,7 +308,7 @@ class EntmaxCache(Cache):
                 f"{', '.join(sorted({type(layer).__name__ for layer in layers})) or 'no layers'}; use a DynamicCache"
             )
         for index, layer in enumerate(layers):
-            if fits(layer):
+            if fits(layer) and index not in across:
                 layers[index] = EntmaxLayer(
                     max_tokens,
                     alpha=alpha,
@@ -336,7 +340,7 @@ class EntmaxCache(Cache):
         Raises:
             RuntimeError: an earlier step was interrupted, so that the layers hold different numbers of tokens.
         """
-        if getattr(self.layers[layer_idx], "first", False):
+        if self.layers[layer_idx] is self.paged_layers[0]:
             lengths = {layer.seen for layer in self.paged_layers}
             if len(lengths) > 1:
                 raise RuntimeError(

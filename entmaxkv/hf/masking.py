@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from entmaxkv.hf.models import refuse_foreign_owners
+from entmaxkv.hf.models import refuse_owners
 
 
 def mask(
@@ -34,10 +34,11 @@ def mask(
         left.
 
     Raises:
-        ValueError: a model that computes attention by itself, a static cache, or a mask of fewer tokens than there are.
+        ValueError: a model that computes attention by itself or chooses keys, a static cache, or a mask of fewer tokens
+            than there are.
     """
     if config is not None:
-        refuse_foreign_owners(config)
+        refuse_owners(config)
     tokens = int(q_offset) + q_length
     if mask_function is not causal_mask_function:
         kwargs["allow_is_bidirectional_skip"] = False  # None is causal here, and of as many keys as there are tokens
@@ -46,7 +47,7 @@ def mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # a static cache has a tensor
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,

@@ -54,9 +54,8 @@ def alpha_of(config: Any, stated: float | None = None) -> float:
     alpha = getattr(config, "entmax_alpha", None) if stated is None else stated
     if alpha is None:
         raise ValueError(
-            f"entmaxkv: expected a stated alpha, got a {type(config).__name__} without entmax_alpha; set "
-            "model.config.get_text_config().entmax_alpha, or pass EntmaxCache(..., alpha=...): 1 is softmax, 1.5 the "
-            "usual entmax"
+            f"entmaxkv: expected a stated alpha, got a {type(config).__name__} without entmax_alpha; set it there "
+            "(model.config, or its text_config) or pass EntmaxCache(..., alpha=...): 1 is softmax, 1.5 usual entmax"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 <= alpha <= 2:
         raise ValueError(f"entmaxkv: expected {where} in [1, 2], got {alpha!r}")
@@ -98,8 +97,16 @@ def at_construction(module: nn.Module, name: str, submodule: nn.Module | None) -
         config.attn_implementation = NAME
 
 
-def refuse_foreign_owners(config: PreTrainedConfig) -> None:
-    """Calls `refuse_foreign` for the model classes that have such a config."""
+def refuse_owners(config: PreTrainedConfig) -> None:
+    """Calls `refuse_foreign` for the model classes that have such a config, and refuses those that choose keys.
+
+    The latter compute with the mask before any attention function sees it.
+    """
+    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"entmaxkv attention: expected layers that look at every key, got the indexed_attention of a "
+            f"{type(config).__name__}, which chooses them"
+        )
     for model in _owners(type(config)):  # type: ignore[arg-type]
         refuse_foreign(model)
 
