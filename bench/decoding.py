@@ -1,32 +1,30 @@
 """Language models that decode through the cache: read a context once, then decode after it again and again."""
 
+from __future__ import annotations
+
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from optional import hf, transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-import entmaxkv.hf
 from entmaxkv.select import Selector
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES / "train"))
-from launches import fix_launches  # noqa: E402
+from calls import with_cache  # isort: skip
+from launches import fix_launches  # isort: skip
 
 # No token is padding, which transformers would find out from a mask of its own, waiting for the device.
 UNMASKED = {"full_attention": None}
 
 
-def load(path: Path, device: str) -> PreTrainedModel:
+def load(path: Path, device: str) -> transformers.PreTrainedModel:
     """The model in bf16 on a GPU and fp32 on the CPU."""
-    disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=hf.NAME, dtype=dtype).to(device)
     if device == "cuda" and model.config.entmax_alpha != 1 and find_spec("adasplash"):
         fix_launches()
     return model
@@ -50,15 +48,15 @@ class Context:
     Tokens must fill whole pages: what is decoded lies in pages of its own, and can be forgotten by its length alone.
     """
 
-    def __init__(self, model: PreTrainedModel, read: Tensor, room: int):
+    def __init__(self, model: transformers.PreTrainedModel, read: Tensor, room: int):
         self.model = model
         self.rows, self.tokens = read.shape
-        self.cache = entmaxkv.hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
-        self.layers: list[entmaxkv.hf.EntmaxLayer] = list(self.cache.layers)
+        self.cache = hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
+        self.layers: list[hf.EntmaxLayer] = list(self.cache.layers)
         if self.tokens % self.layers[0].page_size:
             raise ValueError(f"expected a context of whole pages of {self.layers[0].page_size}, got {self.tokens}")
         with torch.no_grad():
-            model(input_ids=read, past_key_values=self.cache, attention_mask=UNMASKED, logits_to_keep=1)
+            model(input_ids=read, **with_cache(model, self.cache), attention_mask=UNMASKED, logits_to_keep=1)
 
     def rewind(self, select: Selector | None) -> None:
         """Forgets what was decoded, and decodes by this selector from now on."""
@@ -70,7 +68,7 @@ class Context:
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after ids [rows, 1] at positions [1, 1]."""
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": UNMASKED}
-        return self.model(**inputs, past_key_values=self.cache).logits[:, -1]
+        return self.model(**inputs, **with_cache(self.model, self.cache)).logits[:, -1]
 
 
 class Stepper:

@@ -9,18 +9,20 @@ heads than the model, the next text gives the rest. The queries of a group are t
 positions before it; all see the whole context, up to a few tokens behind their own.
 """
 
+from __future__ import annotations
+
 import math
-import sys
 from pathlib import Path
 
 import torch
 from inputs import DTYPES, Case, Inputs
-from rich.console import Console
-from rich.progress import track
+from optional import rich
 from torch import Tensor
 from watch import Watch
 
 import entmaxkv
+
+from calls import with_cache  # isort: skip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
@@ -28,7 +30,6 @@ BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
 
 def text(size: int) -> bytes:
     """So many bytes of the standard library."""
-    sys.path.append(str(EXAMPLES / "train"))
     from corpus import SEPARATOR, default_source, files, held_out
 
     found = files(default_source())
@@ -48,7 +49,7 @@ class ModelText:
         q: [windows, heads, queries, head_dim], those of the last position first.
     """
 
-    def __init__(self, cases: list[Case], device: str, console: Console) -> None:
+    def __init__(self, cases: list[Case], device: str, console: rich.console.Console) -> None:
         try:
             import entmaxkv.hf
         except ImportError as error:
@@ -79,7 +80,9 @@ class ModelText:
         batches = read.view(windows, self.window).long().split(BATCH[device])
         found = [
             self._read(model, batch.to(device), steps)
-            for batch in track(batches, f"the model reads {windows} x {self.window} bytes", console=console)
+            for batch in rich.progress.track(
+                batches, f"the model reads {windows} x {self.window} bytes", console=console
+            )
         ]
         self.q, self.k, self.v = (torch.cat(parts) for parts in zip(*found, strict=True))
 
@@ -91,11 +94,11 @@ class ModelText:
         # One token first: a prefill from the start would be left to AdaSplash where it is installed, which searches
         # minutes for its launches.
         for chunk in ids[:, :-steps].split([1, window - steps - 1], dim=1):
-            model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1)
         seen: list[Tensor] = []
         cache.select = Watch(lambda q, cache, options: seen.append(q))
         for position in range(window - steps, window):
-            model(input_ids=ids[:, position : position + 1], past_key_values=cache)
+            model(input_ids=ids[:, position : position + 1], **with_cache(model, cache))
         layers = [layer.paged for layer in cache.layers]
         # [steps, layers, batch, KV heads, group, head_dim], the last step first
         q = torch.stack(seen).view(steps, len(layers), batch, layers[0].kv_heads, -1, self.head_dim).flip(0)

@@ -5,6 +5,8 @@ It is bench/decode.py's, for sketch.png bench/certify.py's, and of what accuracy
 A table stands between <!-- bench:NAME --> and <!-- /bench -->.
 """
 
+from __future__ import annotations
+
 import argparse
 import re
 from collections.abc import Callable
@@ -12,10 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import accuracy
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from optional import matplotlib, plt
 from tables import (
     KEYS,
     OPS,
@@ -35,7 +34,6 @@ from tables import (
     steps,
 )
 
-plt.rcParams["font.size"] = 8
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 STAGES = {"whole": "0.65", "score": "C0", "select": "C1", "sparse": "C2"}
@@ -43,7 +41,9 @@ MOST_SHOWN = 2.7  # times softmax
 STACKED = ["softmax SDPA, flash", "softmax SDPA, cuDNN", "dense softmax", *OWN]
 
 
-def panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+def panels(
+    rows: int, columns: int, *, width: float, height: float
+) -> tuple[matplotlib.figure.Figure, list[list[matplotlib.axes.Axes]]]:
     figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, sharex=True, sharey=True)
     return figure, [list(line) for line in grid]
 
@@ -63,7 +63,7 @@ def lines(rows: list[Row], keys: str) -> dict[str, list[Row]]:
     return found
 
 
-def draw_steps(rows: list[Row]) -> Figure | None:
+def draw_steps(rows: list[Row]) -> matplotlib.figure.Figure | None:
     """Step time against context as a share of softmax, a step's stages by their share when timed alone."""
     rows = standard(rows, "gpu", "bf16")
     columns = list(dict.fromkeys(place[1:] for place in places(rows)))
@@ -102,7 +102,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def draw_floor(rows: list[Row]) -> Figure | None:
+def draw_floor(rows: list[Row]) -> matplotlib.figure.Figure | None:
     """How much of the machine's read rate each op and dense step reaches, against context."""
     rows = standard(rows, "gpu", "bf16")
     if not rows:
@@ -128,7 +128,7 @@ def draw_floor(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def draw_delta(rows: list[Row]) -> Figure | None:
+def draw_delta(rows: list[Row]) -> matplotlib.figure.Figure | None:
     """What the selectors drop against the time they take, one point for each context."""
     rows = standard(rows, "gpu", "bf16")
     if not rows:
@@ -144,7 +144,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
                 panel.annotate(name, (row["us"], row["delta"]), (3, 3), textcoords="offset points", fontsize=6)
         panel.set_xscale("log")
         panel.set_xticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         panel.set_yscale("symlog", linthresh=1e-3)
         panel.set_title(f"{KEYS[keys]} keys")
         panel.set_xlabel("µs per step")
@@ -157,7 +157,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def draw_cpu(rows: list[Row]) -> Figure | None:
+def draw_cpu(rows: list[Row]) -> matplotlib.figure.Figure | None:
     """Step time against context on the CPU, one panel for each dtype."""
     by_dtype = {dtype: standard(rows, "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")}
     by_dtype = {dtype: here for dtype, here in by_dtype.items() if here}
@@ -182,7 +182,7 @@ def draw_cpu(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def draw_sketch(rows: list[Row]) -> Figure | None:
+def draw_sketch(rows: list[Row]) -> matplotlib.figure.Figure | None:
     """What selectors drop against the share of the bytes that they read, a panel for each certify.py report."""
     reports: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -254,6 +254,7 @@ def main() -> None:
             raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/plot.py")
     if args.check:
         return
+    plt.rcParams["font.size"] = 8
     for page, text in texts.items():
         page.write_text(text)
     figures = {name: draw(rows) for name, draw in FIGURES.items()}

@@ -1,5 +1,7 @@
 """What stands beside every figure, and where figures are written."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
@@ -8,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from optional import rich
 
 
 def output_of(*command: str) -> str:
@@ -40,7 +42,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
 
 
-def report(document: dict, args: argparse.Namespace, console: Console) -> None:
+def report(document: dict, args: argparse.Namespace, console: rich.console.Console) -> None:
     """Prints the document's machine, and writes the document to --json, one line for each row."""
     document["machine"] = rounded(document["machine"])
     console.print(", ".join(f"{name} {value}" for name, value in document["machine"].items()))
@@ -50,9 +52,9 @@ def report(document: dict, args: argparse.Namespace, console: Console) -> None:
         args.json.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
-def wide_console() -> Console:
+def wide_console() -> rich.console.Console:
     """As wide as the terminal; without one, as the tables."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return rich.console.Console(width=None if sys.stdout.isatty() else 160)
 
 
 def rounded(facts: dict) -> dict:

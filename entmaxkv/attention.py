@@ -6,7 +6,7 @@ from torch import Tensor
 
 from entmaxkv import certify, ops
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Selector, selection, split_alpha
+from entmaxkv.select import Selector, check_select, check_step, selection, split_alpha
 
 
 class DecodeInfo(NamedTuple):
@@ -74,6 +74,7 @@ def decode(
         q: [batch, q_heads, head_dim], the cache's dtype; q_heads a multiple of the cache's kv_heads.
         cache: holds the keys and values, the query's own included.
         alpha: 1 is softmax, 1.5 the usual entmax, 2 sparsemax; a number in [1, 2] or one per head, [q_heads] float32.
+            In a compiled function a number that changes between calls is rounded to float32.
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32, added as slope * (i - position); None for none.
         select: `KeySketch`, `TopPages`, `Gaussian` or another selector, of pages or of tokens; None reads the whole
@@ -92,9 +93,10 @@ def decode(
         >>> decode(torch.randn(1, 4, 64), cache).shape
         torch.Size([1, 4, 64])
     """
-    if select is not None and (isinstance(select, type) or not (hasattr(select, "pages") or hasattr(select, "tokens"))):
-        raise ValueError(f"decode: select: expected a selector such as KeySketch(), or None, got {select!r}")
-    number, head_alpha = split_alpha(alpha)
+    check_step("decode", q, cache, scale=scale, alibi_slopes=alibi_slopes)
+    check_select("decode", select)
+    number, head_alpha = split_alpha("decode", alpha, q)
+    alpha = number if head_alpha is None else head_alpha
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
     chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     if chosen is None:

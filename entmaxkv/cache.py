@@ -1,6 +1,5 @@
 """A paged KV cache for one attention layer."""
 
-import operator
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entmaxkv import ops
+from entmaxkv import check, ops
 
 MOST_INT32 = 2**31 - 1
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -68,14 +67,15 @@ class PagedKVCache:
         sketch: bool = True,
     ) -> None:
         for name, value in (("batch", batch), ("max_tokens", max_tokens), ("kv_heads", kv_heads)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"PagedKVCache: {name}: expected a whole number of at least 1, got {value}")
-        if not isinstance(head_dim, int) or not 1 <= head_dim <= 256:
-            raise ValueError(f"PagedKVCache: head_dim: expected a whole number in 1 ... 256, got {head_dim}")
-        if page_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"PagedKVCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size}")
+            if not (check.is_count(value) and value > 0):
+                raise ValueError(f"PagedKVCache: {name}: expected a whole number of at least 1, got {value!r}")
+        if not (check.is_count(head_dim) and 1 <= head_dim <= 256):
+            raise ValueError(f"PagedKVCache: head_dim: expected a whole number in 1 ... 256, got {head_dim!r}")
+        if not (check.is_count(page_size) and page_size in (8, 16, 32, 64, 128)):
+            raise ValueError(f"PagedKVCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"PagedKVCache: dtype: expected float32, float16 or bfloat16, got {dtype}")
+            raise ValueError(f"PagedKVCache: dtype: expected float32, float16 or bfloat16, got {dtype!r}")
+        _check_kinds("PagedKVCache", minmax=minmax, moments=moments, sketch=sketch)
         self.batch = batch
         self.kv_heads = kv_heads
         self.head_dim = head_dim
@@ -127,6 +127,7 @@ class PagedKVCache:
         Args:
             minmax, moments, sketch: as at construction.
         """
+        _check_kinds("PagedKVCache.keep", minmax=minmax, moments=moments, sketch=sketch)
         new_statistics = (minmax and self.k_min is None) or (moments and self.k_mean is None)
         new_sketch = sketch and self.codes is None
         self._allocate(minmax=minmax, moments=moments, sketch=sketch)
@@ -148,9 +149,11 @@ class PagedKVCache:
             ValueError, RuntimeError: the tokens do not fit, among others; the cache stays as it was. On a CUDA device
                 a full row cannot be seen without waiting: there the tokens that do not fit are dropped.
         """
+        for name, value in (("k", k), ("v", v)):
+            check.tensor(f"PagedKVCache.append: {name}", value, "[batch, tokens, kv_heads, head_dim]")
         # The op itself looks at lengths of its own form, which costs nothing and holds for compiled steps, too.
-        taken = isinstance(lengths, Tensor) and (lengths.dtype, lengths.device) == (torch.int32, self.seq_lens.device)
-        if lengths is not None and not taken:
+        own = torch.int32, self.seq_lens.device
+        if lengths is not None and not (isinstance(lengths, Tensor) and (lengths.dtype, lengths.device) == own):
             lengths = self._row_numbers("append: lengths", lengths, most=k.shape[1], count=self.batch)
         ops.append_kv(
             k,
@@ -220,7 +223,7 @@ class PagedKVCache:
             [9, 9, 9]
         """
         rows = self._row_numbers("reorder: rows", rows, most=self.batch - 1, count=None)
-        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0):
+        if tokens is not None and not check.is_count(tokens):
             raise ValueError(f"PagedKVCache.reorder: tokens: expected at least 0 tokens, or None, got {tokens!r}")
         batch, max_pages = len(rows), self.page_table.shape[1]
         visible = self.seq_lens.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -268,15 +271,15 @@ class PagedKVCache:
         visible = True
         if isinstance(value, Tensor):
             if value.dtype not in INTEGERS or value.dim() != 1:
-                raise ValueError(f"{wanted}, got {value.dtype} of shape {list(value.shape)}")
+                raise ValueError(f"{wanted}, got {check.described(value)}")
             visible = value.device.type == "cpu" and not torch.compiler.is_compiling()
         if isinstance(value, Tensor) and not visible:
             numbers = value.long().clamp(-1, MOST_INT32).int()
         else:
             try:
-                listed = value.tolist() if isinstance(value, Tensor) else [_whole(number) for number in value]
+                listed = value.tolist() if isinstance(value, Tensor) else [check.whole(number) for number in value]
             except TypeError:
-                raise ValueError(f"{wanted}, got {value!r}") from None
+                raise ValueError(f"{wanted}, got {check.described(value)}") from None
             for number in listed:
                 if number < 0 or (most is not None and number > most):
                     range_ = "at least 0" if most is None else f"0 ... {most}"
@@ -298,15 +301,28 @@ class PagedKVCache:
     def __repr__(self) -> str:
         kept = {"minmax": self.k_min, "moments": self.k_mean, "sketch": self.codes}
         lacks = "".join(f"{name}=False, " for name, tensor in kept.items() if tensor is None)
+
+        def mib(*names: str) -> str:
+            tensors = (getattr(self, name) for name in names)
+            return f"{sum(tensor.nbytes for tensor in tensors if tensor is not None) / 2**20:.1f} MiB"
+
         return (
             f"PagedKVCache(batch={self.batch}, max_tokens={self.max_tokens}, kv_heads={self.kv_heads}, "
             f"head_dim={self.head_dim}, page_size={self.page_size}, dtype={self.k_pages.dtype}, "
-            f"{lacks}device={self.k_pages.device}, {self.nbytes / 2**20:.1f} MiB)"
+            f"{lacks}device={self.k_pages.device})\n"
+            f"  {self._fill()}; keys and values {mib(*POOL[:2])}, statistics {mib(*POOL[2:6])}, sketch {mib(*POOL[6:])}"
         )
 
+    def _fill(self) -> str:
+        """How many tokens are held. A look at the lengths waits for the device: who prints a cache wants to know."""
+        room = f"{self.batch * self.max_tokens} tokens"
+        capturing = self.seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.seq_lens.is_meta or capturing or torch.compiler.is_compiling():
+            return f"room for {room}"
+        return f"{int(self.seq_lens.sum())} of {room}"
 
-def _whole(number: object) -> int:
-    """A whole number of any type, such as NumPy's; no bool."""
-    if isinstance(number, bool):
-        raise TypeError
-    return operator.index(number)  # type: ignore[arg-type]
+
+def _check_kinds(name: str, **kinds: bool) -> None:
+    for kind, value in kinds.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: {kind}: expected True or False, got {check.described(value)}")

@@ -72,7 +72,7 @@ def measure(
     out, info = decode(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, select=select, return_info=True)
     chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     options: dict[str, Any] = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
-    dropped_mass = torch.zeros(out.shape[:2], dtype=torch.float64)
+    dropped_mass = torch.zeros(out.shape[:2], dtype=torch.float64, device="cpu")
     support_recall = torch.ones_like(dropped_mass)
     output_error = torch.zeros_like(dropped_mass)
     row_bytes = cache.head_dim * cache.k_pages.element_size()
@@ -91,7 +91,7 @@ def measure(
         dense, p, _ = reference.attention(q[b], k, v, **options)
         weight = p if chosen is None else reference.attention(q[b], k, v, keep=keep, **options)[1]
         dropped_mass[b] = p.masked_fill(heads, 0).sum(dim=1)
-        support_recall[b] = ((p > 0) & heads).sum(dim=1) / (p > 0).sum(dim=1)
+        support_recall[b] = ((p > 0) & heads).sum(dim=1).double() / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
     survivors, index_bytes = index(select if chosen else None, q, cache, **options)

@@ -1,14 +1,15 @@
 """Selectors: what of the cache a query reads, by page or by token."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from entmaxkv import ops
+from entmaxkv import check, ops
 from entmaxkv.cache import PagedKVCache
+from entmaxkv.check import is_count, is_number
 
 
 class PageSelector(Protocol):
@@ -98,13 +99,39 @@ class Selection(NamedTuple):
         return self.chosen(-(-tokens // page_size)).repeat_interleave(page_size, dim=2)[..., :tokens]
 
 
-def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
+def check_step(name: str, q: Tensor, cache: PagedKVCache, *, scale: float | None, alibi_slopes: Tensor | None) -> None:
+    """Refuses arguments of a decode step, or of a selector, that are not of the kind that the ops take."""
+    if not isinstance(cache, PagedKVCache):
+        raise ValueError(f"{name}: cache: expected a PagedKVCache, got {check.described(cache)}")
+    check.tensor(f"{name}: q", q, "[batch, q_heads, head_dim]")
+    if scale is not None and not is_number(scale):
+        raise ValueError(f"{name}: scale: expected a number or None, got {check.described(scale)}")
+    if alibi_slopes is not None:
+        check.tensor(f"{name}: alibi_slopes", alibi_slopes, "[q_heads]")
+
+
+def check_select(name: str, select: Selector | None) -> None:
+    """Refuses what can choose neither pages nor tokens, such as the class of a selector."""
+    able = any(callable(getattr(select, method, None)) for method in ("pages", "tokens"))
+    if select is not None and (isinstance(select, type) or not able):
+        expected = "a selector such as KeySketch(), or None"
+        raise ValueError(f"{name}: select: expected {expected}, got {check.described(select)}")
+
+
+def split_alpha(name: str, alpha: float | Tensor, q: Tensor) -> tuple[float, Tensor | None]:
     """alpha and head_alpha of the ops, from the one argument of the Python API."""
-    if isinstance(alpha, Tensor) and alpha.dim() != 1:
-        raise ValueError(f"alpha: expected a number or a tensor [q_heads], got shape {tuple(alpha.shape)}")
-    if not hasattr(alpha, "__float__"):
-        raise ValueError(f"alpha: expected a number or a tensor [q_heads], got {alpha!r}")
-    return (1.5, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
+    if isinstance(alpha, Tensor) and alpha.dim() == 1:
+        return 1.5, alpha
+    if isinstance(alpha, Tensor) or not is_number(alpha):
+        raise ValueError(f"{name}: alpha: expected a number or a tensor [q_heads], got {check.described(alpha)}")
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import
+
+        # An op is compiled anew for every value of a number. A number that has changed between calls therefore goes
+        # in as a tensor; of arithmetic on tensors the compiler keeps such numbers as variables.
+        if not has_static_value(alpha):
+            return 1.5, (torch.ones(q.shape[1], dtype=torch.float64, device=q.device) * alpha).float()
+    return float(alpha), None
 
 
 def selection(
@@ -132,21 +159,12 @@ def dense_below(select: Selector, device: str) -> int:
     return getattr(select, "DENSE_BELOW", {}).get(device, 0) if own is None else own
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_count(value: object) -> bool:
-    """Whether the ops take it for a number of things."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
 def check_dense_below(name: str, value: int | None) -> None:
     if value is not None and not is_count(value):
         raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KeySketch:
     """The tokens whose weight the sketch of their keys cannot rule out: the result is that of dense decoding.
 
@@ -190,11 +208,12 @@ class KeySketch:
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `TokenSelector.tokens`."""
+        check_step("KeySketch", q, cache, scale=scale, alibi_slopes=alibi_slopes)
         if cache.codes is None or cache.norms is None:
             raise ValueError(
                 "KeySketch: cache: expected a key sketch, got a cache made with sketch=False; use sketch=True"
             )
-        alpha, head_alpha = split_alpha(alpha)
+        alpha, head_alpha = split_alpha("KeySketch", alpha, q)
         selected, counts, delta_bound = ops.select_sketch(
             q,
             cache.k_pages,
@@ -213,7 +232,7 @@ class KeySketch:
         if self.certainty < 1:  # what the op bounds holds almost certainly, which is no proof
             all_read = counts >= cache.seq_lens.clamp(max=cache.max_tokens)[:, None]
             group = q.shape[1] // cache.kv_heads
-            delta_bound = torch.where(all_read, 0.0, 1.0).repeat_interleave(group, dim=1)
+            delta_bound = all_read.logical_not().to(torch.float32).repeat_interleave(group, dim=1)
         return selected, counts, delta_bound
 
 
@@ -231,7 +250,7 @@ class TopPages:
     """
 
     budget: int = 2048
-    dense_below: int | None = None
+    dense_below: int | None = field(default=None, kw_only=True)
 
     DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 4096}  # by device; bench/NOTES.md
     LOWER: ClassVar[float] = 0.25  # of `score_pages`
@@ -251,6 +270,7 @@ class TopPages:
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `PageSelector.pages`."""
+        check_step("TopPages", q, cache, scale=scale, alibi_slopes=alibi_slopes)
         if cache.k_min is None or cache.k_max is None:
             raise ValueError(
                 "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
@@ -269,7 +289,7 @@ class TopPages:
         return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gaussian:
     """The pages that a Gaussian model of their scores expects to reach the threshold; the budget follows the query.
 
@@ -307,6 +327,7 @@ class Gaussian:
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `PageSelector.pages`."""
+        check_step("Gaussian", q, cache, scale=scale, alibi_slopes=alibi_slopes)
         if cache.k_mean is None or cache.k_std is None:
             raise ValueError(
                 "Gaussian: cache: expected page moments, got a cache made with moments=False; use moments=True"
@@ -321,7 +342,7 @@ class Gaussian:
             scale,
             alibi_slopes,
         )
-        alpha, head_alpha = split_alpha(alpha)
+        alpha, head_alpha = split_alpha("Gaussian", alpha, q)
         return ops.select_gaussian(
             mean,
             std,

@@ -4,28 +4,33 @@ The file comes from the standard library and was not in the training data. The m
 examples/stdlib-entmax (`examples/train/train.py` makes it). Everything in the table is measured in this run.
 """
 
+from __future__ import annotations
+
 import argparse
 import codecs
 import copy
+import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-import entmaxkv.hf
+import entmaxkv
 from entmaxkv.metrics import Metrics, measure
 from entmaxkv.select import Selector
 
 sys.path.append(str(Path(__file__).parent / "train"))
+from calls import with_cache
 from corpus import default_source, files, held_out
+from packages import Package
+
+hf = Package("entmaxkv.hf", "demo")
+rich = Package("rich", "demo")
+transformers = Package("transformers", "demo")
 
 MODEL = Path(__file__).parent / "stdlib-entmax"
 CHUNK = 512  # prompt bytes per prefill step
@@ -67,55 +72,75 @@ def default_file(context: int) -> Path:
     raise SystemExit(f"no held-out file of more than {context} bytes in {default_source()}: give one by --file")
 
 
-def prefill(model: PreTrainedModel, text: bytes, cache: entmaxkv.hf.EntmaxCache, console: Console) -> int:
+def prefill(
+    model: transformers.PreTrainedModel, text: bytes, cache: hf.EntmaxCache, console: rich.console.Console
+) -> int:
     """Fills the cache with text, and returns the byte that the model expects next."""
     ids = torch.tensor([list(text)], device=model.device)
-    with Progress(console=console) as bar:
+    with rich.progress.Progress(console=console) as bar:
         task = bar.add_task(f"prefill of {len(text)} bytes", total=len(text))
         for chunk in ids.split(CHUNK, dim=1):
-            logits = model(input_ids=chunk, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1).logits
             bar.advance(task, chunk.shape[1])
     return int(logits[0, -1].argmax())
 
 
-def step(model: PreTrainedModel, byte: int, cache: entmaxkv.hf.EntmaxCache) -> int:
+def step(model: transformers.PreTrainedModel, byte: int, cache: hf.EntmaxCache) -> int:
     """Appends one byte and returns the most likely next one."""
     ids = torch.tensor([[byte]], device=model.device)
-    return int(model(input_ids=ids, past_key_values=cache).logits[0, -1].argmax())
+    return int(model(input_ids=ids, **with_cache(model, cache)).logits[0, -1].argmax())
 
 
 def continuation(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     byte: int,
-    cache: entmaxkv.hf.EntmaxCache,
+    cache: hf.EntmaxCache,
     tokens: int,
-    console: Console | None = None,
+    seen: Callable[[int], object],
 ) -> tuple[bytes, float]:
-    """Greedy text of `tokens` bytes that begins with byte, shown as it comes; and decode steps per second."""
+    """Greedy text of `tokens` bytes that begins with byte, each told to `seen`; and the median of a step's seconds."""
     text = bytearray([byte])
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    seconds = 0.0
+    seen(byte)
+    seconds = []
     for _ in range(tokens - 1):
-        if console:
-            console.print(decoder.decode(text[-1:]), end="", markup=False, highlight=False, soft_wrap=True)
         start = time.perf_counter()
         text.append(step(model, text[-1], cache))
-        seconds += time.perf_counter() - start
-    if console:
-        console.print(decoder.decode(text[-1:], final=True), markup=False, highlight=False, soft_wrap=True)
-    return bytes(text), (tokens - 1) / seconds
+        seconds.append(time.perf_counter() - start)
+        seen(text[-1])
+    return bytes(text), statistics.median(seconds)
+
+
+@contextmanager
+def shown_as_text(prompt: bytes, console: rich.console.Console) -> Iterator[Callable[[int], None]]:
+    """Prints the prompt's end, and then each byte that is told."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    console.print(f"[dim]{prompt[-200:].decode('utf-8', 'replace')}[/dim]", end="", highlight=False)
+
+    def show(byte: int) -> None:
+        console.print(decoder.decode(bytes([byte])), end="", markup=False, highlight=False, soft_wrap=True)
+
+    yield show
+    console.print(decoder.decode(b"", final=True), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def shown_as_bar(name: str, tokens: int, console: rich.console.Console) -> Iterator[Callable[[int], None]]:
+    """Counts the bytes that are told, of so many."""
+    with rich.progress.Progress(console=console, refresh_per_second=4) as bar:
+        task = bar.add_task(f"{tokens} bytes by {name}", total=tokens)
+        yield lambda _: bar.advance(task)
 
 
 def measured(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     text: bytes,
-    cache: entmaxkv.hf.EntmaxCache,
+    cache: hf.EntmaxCache,
     methods: dict[str, Selector | None],
-    console: Console,
+    console: rich.console.Console,
 ) -> dict[str, list[Metrics]]:
     """Every method's metrics on the decode steps of one and the same text, all layers."""
     cache.select = probe = Probe(methods)
-    with Progress(console=console) as bar:
+    with rich.progress.Progress(console=console) as bar:
         for i, byte in enumerate(bar.track(text[:-1], description="measuring against float64")):
             probe.active = i % STRIDE == 0
             step(model, byte, cache)
@@ -180,10 +205,10 @@ def main() -> None:
     args = parser.parse_args()
     if error := unfit(args):
         parser.error(error)
-    console = Console()
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, attn_implementation=entmaxkv.hf.NAME, dtype=getattr(torch, args.dtype)
+    console = rich.console.Console()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, attn_implementation=hf.NAME, dtype=getattr(torch, args.dtype)
     ).to(args.device)
     limit = model.config.max_position_embeddings
     if args.context + args.tokens > limit:
@@ -194,7 +219,7 @@ def main() -> None:
     path = args.file or default_file(args.context)
     prompt = path.read_bytes()[: args.context]
     console.print(f"[bold]{path}[/bold], first {len(prompt)} bytes, alpha {model.config.entmax_alpha:g}")
-    cache = entmaxkv.hf.EntmaxCache(model.config, len(prompt) + args.tokens)
+    cache = hf.EntmaxCache(model.config, len(prompt) + args.tokens)
     first = prefill(model, prompt, cache, console)
 
     methods: dict[str, Selector | None] = {
@@ -203,28 +228,28 @@ def main() -> None:
         f"TopPages({args.budget})": entmaxkv.TopPages(args.budget, dense_below=0),
         "Gaussian()": entmaxkv.Gaussian(dense_below=0),
     }
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("method", no_wrap=True)
     for title in ("tok/s", "keys\nread", "KV\nbytes", "δ", "recall", "error", "proved", "same\nbytes"):
         table.add_column(title, justify="right", no_wrap=True)
-    texts, speeds = {}, {}
+    texts, seconds = {}, {}
     for name, select in methods.items():
         own = copy.deepcopy(cache)
         own.select = select
-        if select is None:
-            console.print(f"[dim]{prompt[-200:].decode('utf-8', 'replace')}[/dim]", end="", highlight=False)
-        shown = console if select is None else None
-        texts[name], speeds[name] = continuation(model, first, own, args.tokens, shown)
+        shown = shown_as_text(prompt, console) if select is None else shown_as_bar(name, args.tokens, console)
+        with shown as seen:
+            texts[name], seconds[name] = continuation(model, first, own, args.tokens, seen)
     found = measured(model, texts["dense"], cache, methods, console)
     for name, text in texts.items():
         same = f"{equal(text, texts['dense'])}/{args.tokens}"
-        table.add_row(name, f"{speeds[name]:.0f}", *row(found[name]), same)
+        table.add_row(name, f"{1 / seconds[name]:.0f}", *row(found[name]), same)
     steps = len(range(0, args.tokens - 1, STRIDE))
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
     table.caption = (
         f"{args.dtype} on {where}, torch {torch.__version__}. "
-        f"tok/s: whole model, {args.tokens - 1} steps. keys read: per token and head. KV bytes: share of the cache "
-        "that is read (no values of weight zero), page statistics or sketch included: short contexts can exceed 100 %. "
+        f"tok/s: whole model, by the median time of {args.tokens - 1} steps. keys read: per token and head. "
+        "KV bytes: share of the cache that is read (no values of weight zero), page statistics or sketch included: "
+        "short contexts can exceed 100 %. "
         "δ: attention mass on what is left out. recall: share of the dense support that is read. "
         "error: of the attention output, against float64. proved: share of the heads whose output is certified to be "
         "the dense one. "

@@ -9,8 +9,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import entmaxkv
+from entmaxkv.__main__ import cuda_state
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = sorted(Path(entmaxkv.__file__).parent.glob("_*.so"))
@@ -91,6 +93,45 @@ def test_main_says_what_is_installed():
     assert entmaxkv.__version__ in text and "_C.abi3.so" in text
     for op in ("append_kv", "page_stats", "score_pages", "select_pages", "sparse_decode", "dense_decode", "decode"):
         assert f"entmaxkv::{op}(" in text
+
+
+def test_main_says_why_cuda_is_not_loaded():
+    (line,) = re.findall("^cuda +(.*)$", run(sys.executable, "-m", "entmaxkv"), re.MULTILINE)
+    if not torch.version.cuda:
+        assert line.startswith("not loaded: this torch has no CUDA")
+    elif len(LIBRARIES) < 2:
+        assert line.startswith("not loaded: no _cuda library was built")
+    elif not torch.cuda.device_count():
+        assert line.startswith("loaded, but torch sees no GPU")
+    else:
+        assert line == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("facts", "parts"),
+    [
+        ((None, True, ["sm_80"], []), ["not loaded: this torch has no CUDA"]),
+        (("13.0", False, [], [(8, 0)]), ["not loaded: no _cuda library was built", "nvcc", "pip install"]),
+        ((None, False, [], []), ["this torch has no CUDA", "no _cuda library was built"]),
+        (("13.0", True, ["sm_80"], []), ["torch sees no GPU", "CUDA_VISIBLE_DEVICES"]),
+        (("13.0", True, ["sm_80", "sm_90a"], [(7, 5)]), ["built for sm_80, sm_90a", "sm_75", "ARCH_LIST='7.5'"]),
+        (("13.0", True, ["sm_90a"], [(9, 0), (8, 0), (8, 0)]), ["built for sm_90a, and not for the sm_80 of"]),
+        (("13.0", True, ["sm_86"], [(8, 0)]), ["built for sm_86", "sm_80"]),
+        (("13.0", True, ["sm_90a"], [(9, 1)]), ["built for sm_90a", "sm_91"]),
+        (("13.0", True, ["sm_90a"], [(10, 0)]), ["built for sm_90a", "sm_100"]),
+    ],
+)
+def test_what_keeps_cuda_from_being_used(facts, parts):
+    text = cuda_state(*facts)
+    assert text != "loaded" and "\n" not in text
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("built", "capability"), [("sm_80", (8, 0)), ("sm_80", (8, 9)), ("sm_90a", (9, 0)), ("sm_100", (10, 3))]
+)
+def test_nothing_keeps_cuda_from_being_used(built, capability):
+    assert cuda_state("13.0", True, ["sm_120", built], [capability]) == "loaded"
 
 
 def test_source_distribution_holds_all_that_is_built(tmp_path):

@@ -1,5 +1,8 @@
 """PagedKVCache: what it allocates, how it grows, what it keeps."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -158,8 +161,8 @@ def filled(k, v, lengths, max_tokens=150, page_size=16):
     return cache
 
 
-def assert_same_cache(got, want):
-    """Lengths, keys, values, statistics and sketch to the bit, and what every selector makes of them."""
+def assert_same_content(got, want):
+    """Lengths, keys, values, statistics and sketch to the bit."""
     assert got.seq_lens.tolist() == want.seq_lens.tolist()
     assert (got.batch, got.max_tokens, got.nbytes) == (want.batch, want.max_tokens, want.nbytes)
     assert got.page_table.unique().numel() == got.page_table.numel() and int(got.page_table.max()) < len(got.k_pages)
@@ -172,14 +175,21 @@ def assert_same_cache(got, want):
             else:  # [pages, kv_heads, (planes,) page_size, ...] to tokens
                 axis = 3 if name in ("codes", "norms") else 2
                 assert_same_bits(*([t.movedim(axis, 1).flatten(0, 1)[:n]] for t in (x, y)))
+
+
+SELECTORS = (
+    None,
+    entmaxkv.KeySketch(dense_below=0),
+    entmaxkv.TopPages(32, dense_below=0),
+    entmaxkv.Gaussian(dense_below=0),
+)
+
+
+def assert_same_cache(got, want):
+    """The content, and what every selector makes of it."""
+    assert_same_content(got, want)
     q = make_query(want.batch, 4, 64, want.k_pages.dtype, want.k_pages.device.type)
-    selectors = (
-        None,
-        entmaxkv.KeySketch(dense_below=0),
-        entmaxkv.TopPages(32, dense_below=0),
-        entmaxkv.Gaussian(dense_below=0),
-    )
-    for select in selectors:
+    for select in SELECTORS:
         results = []
         for cache in (got, want):
             out, info = entmaxkv.decode(q, cache, select=select, return_info=True)
@@ -204,7 +214,7 @@ def test_truncate_is_as_if_the_tokens_had_never_come(device, dtype, page_size, k
     cache.truncate(kept)
     left = torch.minimum(lengths, torch.tensor(kept, dtype=torch.int32, device=device))
     fresh = filled(k, v, left, page_size=page_size)
-    assert_same_cache(cache, fresh)
+    assert_same_content(cache, fresh)
     for x in (cache, fresh):
         x.append(*prompt([5, 0, 1, 20], dtype, device, seed=2))
     assert_same_cache(cache, fresh)
@@ -264,7 +274,7 @@ def test_reorder_copies_rows(device, dtype, page_size, rows, tokens):
     cache = filled(k, v, lengths, page_size=page_size)
     cache.reorder(torch.tensor(rows, device=device), tokens=tokens)
     fresh = filled(k[rows], v[rows], lengths[rows], page_size=page_size)
-    assert_same_cache(cache, fresh)
+    assert_same_content(cache, fresh)
     more = prompt([20, 1, 0, 7, 8, 33][: len(rows)], dtype, device, seed=2)
     for x in (cache, fresh):
         x.append(*more)
@@ -331,9 +341,9 @@ def test_truncate_and_reorder_do_not_wait_for_the_device(rows):
             "truncate: lengths: expected at least 0, got -1099511627776",
         ),
         (lambda c: c.truncate([3]), r"truncate: lengths: expected whole numbers \[batch = 2\], got 1"),
-        (lambda c: c.truncate(torch.tensor(3)), r"truncate: lengths: expected .*, got torch.int64 of shape \[\]"),
-        (lambda c: c.truncate(torch.tensor([3.0, 4.0])), "truncate: lengths: expected .*, got torch.float32"),
-        (lambda c: c.truncate(torch.tensor([True, False])), "truncate: lengths: expected .*, got torch.bool"),
+        (lambda c: c.truncate(torch.tensor(3)), r"truncate: lengths: expected .*, got a tensor \[\] int64"),
+        (lambda c: c.truncate(torch.tensor([3.0, 4.0])), "truncate: lengths: expected .*, got a tensor \[2\] float32"),
+        (lambda c: c.truncate(torch.tensor([True, False])), "truncate: lengths: expected .*, got a tensor \[2\] bool"),
         (lambda c: c.truncate([True, False]), r"truncate: lengths: expected .*, got \[True, False\]"),
         (lambda c: c.truncate(2.0), "truncate: lengths: expected .*, got 2.0"),
         (lambda c: c.truncate(True), "truncate: lengths: expected .*, got True"),
@@ -343,8 +353,8 @@ def test_truncate_and_reorder_do_not_wait_for_the_device(rows):
         (lambda c: c.reorder([-1, 0]), r"reorder: rows: expected 0 \.\.\. 1, got -1"),
         (lambda c: c.reorder(torch.tensor([0, 2**40])), r"reorder: rows: expected 0 \.\.\. 1, got 1099511627776"),
         (lambda c: c.reorder([]), r"reorder: rows: expected whole numbers \[batch\], got 0"),
-        (lambda c: c.reorder(torch.tensor([[0, 1]])), r"reorder: rows: expected .*, got torch.int64 of shape \[1, 2\]"),
-        (lambda c: c.reorder(torch.tensor([True, False])), "reorder: rows: expected .*, got torch.bool"),
+        (lambda c: c.reorder(torch.tensor([[0, 1]])), r"reorder: rows: expected .*, got a tensor \[1, 2\] int64"),
+        (lambda c: c.reorder(torch.tensor([True, False])), "reorder: rows: expected .*, got a tensor \[2\] bool"),
         (lambda c: c.reorder(0), "reorder: rows: expected .*, got 0"),
         (lambda c: c.reorder([1, 0], tokens=-1), "reorder: tokens: expected .*, got -1"),
         (lambda c: c.reorder([1, 0], tokens="a"), "reorder: tokens: expected .*, got 'a'"),
@@ -356,3 +366,71 @@ def test_truncate_and_reorder_refuse_and_leave_the_cache_as_it_was(wrong, text):
     with pytest.raises(ValueError, match=text):
         wrong(cache)
     assert_same_cache(cache, filled(k, v, lengths))
+
+
+MODES = {
+    "recording": lambda: torch.enable_grad(),
+    "no_grad": lambda: torch.no_grad(),
+    "inference": lambda: torch.inference_mode(),
+}
+METHODS = {
+    "append": lambda c: c.append(*prompt([7, 2], seed=4)),
+    "truncate": lambda c: c.truncate([17, 2]),
+    "reorder": lambda c: c.reorder([1, 0]),
+    "reorder to more rows": lambda c: (c.reorder([1, 0, 0]), c.reorder([0, 1])),
+    "keep": lambda c: c.keep(minmax=True, moments=True, sketch=True),
+    "clear": lambda c: c.clear(),
+    "decode": lambda c: entmaxkv.decode(make_query(2, 4, 64), c, select=entmaxkv.KeySketch(), return_info=True),
+    "print": lambda c: print(c),
+}
+
+
+@pytest.mark.parametrize("made", MODES)
+@pytest.mark.parametrize("used", MODES)
+@pytest.mark.parametrize("copied", [None, copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_works_in_every_mode_wherever_it_was_made(made, used, copied):
+    """Also what is added under inference mode later, and copies that are made there."""
+    caches = []
+    for first, then in ((made, used), ("no_grad", "no_grad")):
+        with MODES[first]():
+            cache = PagedKVCache(2, 64, 2, 64, minmax=False, moments=False, sketch=False)
+            cache.append(*prompt([40, 3]))
+            cache.keep(minmax=True, sketch=True)
+            cache = copied(cache) if copied else cache
+        with MODES[then]():
+            cache.keep(moments=True)
+        for modes in ((then, first), (first, then)):
+            for method in METHODS.values():
+                for mode in modes:
+                    with MODES[mode]():
+                        method(cache)
+            cache.append(*prompt([20, 9], seed=6))
+        caches.append(cache)
+    assert not any(x.is_inference() for x in vars(caches[0]).values() if isinstance(x, torch.Tensor))
+    assert_same_cache(*caches)
+
+
+def test_print_shows_size_and_fill(device):
+    cache = PagedKVCache(2, 4096, 8, 128, dtype=torch.bfloat16, moments=False, device=device)
+    cache.append(*(draw(2, 3, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(2)))
+    parts = ["6 of 8192 tokens", "keys and values 32.0 MiB", "statistics 2.0 MiB", "sketch 4.2 MiB", "moments=False"]
+    assert all(part in str(cache) for part in parts), str(cache)
+    assert str(cache).count("\n") == 1
+
+
+def test_print_does_not_look_where_it_cannot():
+    cache = PagedKVCache(2, 64, 2, 64, device="meta")
+    assert "room for 128 tokens" in str(cache)
+    torch._dynamo.reset()
+    text, _ = torch.compile(lambda x: (str(cache), x + 1), backend="eager")(torch.ones(1))
+    assert "room for 128 tokens" in text
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_print_under_graph_capture():
+    cache = filled(*prompt([40, 3], device="cuda"))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        text = str(cache)
+        cache.seq_lens.add_(0)
+    assert "room for 320 tokens" in text and "43 of 320 tokens" in str(cache)

@@ -1,6 +1,8 @@
 """Wrong calls: each names its argument, says expected and got, and leaves the cache as it was."""
 
+import functools
 import math
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -316,6 +318,29 @@ TOKEN = draw(2, 1, 2, 64)
 QUERY = make_query(2, 4, 64)
 TOP, GAUSSIAN = entmaxkv.TopPages(budget=32), entmaxkv.Gaussian()
 
+SIZES = {"batch": 1, "max_tokens": 16, "kv_heads": 1, "head_dim": 64}
+PAGES = types.SimpleNamespace(pages=3)
+
+
+def step(function: Callable, own: entmaxkv.PagedKVCache, **wrong: object) -> object:
+    return function(wrong.pop("q", QUERY), wrong.pop("cache", own), **wrong)
+
+
+STEPS = {
+    "decode": functools.partial(step, entmaxkv.decode),
+    "KeySketch": functools.partial(step, entmaxkv.KeySketch().tokens),
+    "TopPages": functools.partial(step, TOP.pages),
+    "Gaussian": functools.partial(step, GAUSSIAN.pages),
+}
+# Arguments of every step of decoding, and what is no value of theirs.
+WRONG = {
+    "q": ("x", None, 1.5, QUERY.tolist(), QUERY[0], QUERY[None]),
+    "cache": (None, "x", TOKEN, 3, entmaxkv.PagedKVCache),
+    "alpha": ("1.5", None, [1.5, 2.0], True, 1.5j, torch.tensor(1.5), torch.ones(1, 4)),
+    "scale": ("x", [1.0], True, torch.tensor(0.1)),
+    "alibi_slopes": ([1.0] * 4, "x", 1.0, torch.tensor(1.0)),
+}
+
 # id, argument in the message, options of the cache, call
 PYTHON = [
     ("full cache", "seq_lens", {}, lambda c: c.append(draw(2, 3, 2, 64), draw(2, 3, 2, 64))),
@@ -328,7 +353,37 @@ PYTHON = [
         {},
         lambda c: c.append(TOKEN, TOKEN, torch.tensor([2, 1]).int()),
     ),
-    ("lengths of int64", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([1, 1]))),
+    ("lengths beyond int32", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([1, 2**32 + 1]))),
+    ("lengths below int32", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([1, -(2**32) + 1]))),
+    ("lengths below 0", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, [1, -1])),
+    ("lengths of floats", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([1.0, 1.0]))),
+    ("lengths of a list of floats", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, [1.0, 1.0])),
+    ("lengths of bools", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, torch.tensor([True, True]))),
+    ("lengths of a list of bools", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, [True, True])),
+    ("lengths for too few rows", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, [1])),
+    ("one length", "lengths", {}, lambda c: c.append(TOKEN, TOKEN, 1)),
+    ("no key", "append: k", {}, lambda c: c.append(None, TOKEN)),
+    ("no value", "append: v", {}, lambda c: c.append(TOKEN, None)),
+    ("keys of a list", "append: k", {}, lambda c: c.append(TOKEN.tolist(), TOKEN)),
+    ("keys of another rank", "append: k", {}, lambda c: c.append(TOKEN[0], TOKEN)),
+    ("keep what is no bool", "keep: minmax", {}, lambda c: c.keep(minmax="yes")),
+    ("a cache with a flag that is no bool", "sketch", {}, lambda _: cache_of(sketch=1)),
+    *(
+        (f"size {name} {value!r}", name, {}, lambda _, n=name, v=value: entmaxkv.PagedKVCache(**SIZES | {n: v}))
+        for name in ("batch", "max_tokens", "kv_heads", "head_dim", "page_size")
+        for value in (True, 16.0, "16", None)
+    ),
+    *(
+        (f"{who}: {name} {value!r}"[:40], f"{who}: {name}", {}, lambda c, f=call, n=name, v=value: f(c, **{n: v}))
+        for who, call in STEPS.items()
+        for name, values in WRONG.items()
+        for value in values
+        if not (who == "TopPages" and name == "alpha")  # which it does not look at
+    ),
+    *(
+        (f"select {value!r}"[:40], "decode: select", {}, lambda c, v=value: entmaxkv.decode(QUERY, c, select=v))
+        for value in (entmaxkv.KeySketch, "KeySketch", 2048, 0, True, object(), [entmaxkv.KeySketch()], PAGES)
+    ),
     ("query of another rank", "q", {}, lambda c: entmaxkv.decode(QUERY[0], c)),
     ("query heads not a multiple", "q_heads", {}, lambda c: entmaxkv.decode(QUERY[:, :3], c)),
     ("query of another dtype", "float16", {}, lambda c: entmaxkv.decode(QUERY.half(), c)),
@@ -420,3 +475,19 @@ def test_a_page_table_with_room_for_too_many_tokens():
     expected = r"max_pages: expected room for at most 2\^31 - 4097 tokens, got 16777216"
     with pytest.raises(RuntimeError, match=expected):
         torch.ops.entmaxkv.score_pages(q, k_min, k_min, page_table, seq_lens, 128)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: entmaxkv.KeySketch(1),
+        lambda: entmaxkv.KeySketch(0.9, 2),
+        lambda: entmaxkv.Gaussian(0.95),
+        lambda: entmaxkv.TopPages(2048, 0),
+    ],
+    ids=["key sketch", "key sketch of two", "gaussian", "top pages of two"],
+)
+def test_numbers_that_could_mean_two_things_are_named(make):
+    with pytest.raises(TypeError, match=r"(KeySketch|Gaussian|TopPages)\.__init__\(\) takes .* positional argument"):
+        make()
+    assert entmaxkv.TopPages(2048) == entmaxkv.TopPages(budget=2048)

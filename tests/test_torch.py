@@ -121,7 +121,7 @@ def test_fake_kernel_runs_without_data(name, device):
             assert x is None or (x.device.type == "meta" and (x.shape, x.dtype) == (y.shape, y.dtype))
 
 
-@pytest.mark.parametrize(
+every_selector = pytest.mark.parametrize(
     "select",
     [
         None,
@@ -132,6 +132,9 @@ def test_fake_kernel_runs_without_data(name, device):
     ],
     ids=["dense", "top pages", "gaussian", "key sketch", "almost certain"],
 )
+
+
+@every_selector
 def test_compiled_step_equals_eager(device, select):
     def step(q, k, v, cache):
         cache.append(k, v)
@@ -160,3 +163,64 @@ def test_compiled_op_equals_eager(device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: OPS.decode(*a), fullgraph=True)
     assert_same_bits([compiled(*arguments)], [OPS.decode(*arguments)])
+
+
+@every_selector
+def test_compiled_step_takes_any_alpha(device, select):
+    """A number that changes between calls is compiled once as a constant and once for all others."""
+    cache = entmaxkv.PagedKVCache(2, 128, 2, 64, device=device)
+    cache.append(draw(2, 90, 2, 64, device=device), draw(2, 90, 2, 64, device=device, seed=1))
+    q = make_query(2, 8, 64, device=device)
+    compilations = 0
+
+    def backend(module, inputs):
+        nonlocal compilations
+        compilations += 1
+        return torch._inductor.compile(module, inputs)
+
+    def step(q, alpha):
+        out, info = entmaxkv.decode(q, cache, alpha=alpha, select=select, return_info=True)
+        return out, *info
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for alpha in (1.5, 1.25, 1.1, 2, 1.0, 4 / 3, 1.75, 1.6, 1.7, 1.8, 1.9):
+        rounded = torch.full((8,), alpha, dtype=torch.float32, device=device)
+        want = step(q, alpha if alpha == 1.5 else rounded)
+        assert_same_bits(compiled(q, alpha), want)
+    assert compilations <= 3  # 2 is an int
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16, "meta"], ids=str)
+def test_results_do_not_follow_the_defaults(default):
+    """Neither torch's default dtype nor its default device."""
+
+    def results():
+        cache = entmaxkv.PagedKVCache(2, 128, 2, 64, minmax=False, device="cpu")
+        cache.append(k, v, [80, 40])
+        cache.keep(minmax=True)
+        cache.truncate([70, 90])
+        cache.reorder([1, 0, 1])
+        found = [cache.seq_lens, cache.page_table]
+        for select in selectors:
+            out, info = entmaxkv.decode(q, cache, select=select, return_info=True)
+            measured = vars(entmaxkv.metrics.measure(q, cache, select=select))
+            found += [out, *info, *(x for x in measured.values() if isinstance(x, torch.Tensor))]
+        return found
+
+    k, v, q = draw(2, 80, 2, 64), draw(2, 80, 2, 64, seed=1), make_query(3, 8, 64)
+    selectors = [None, entmaxkv.TopPages(48), entmaxkv.Gaussian(), entmaxkv.KeySketch()]
+    selectors += [entmaxkv.KeySketch(certainty=0.9), entmaxkv.KeySketch(max_tokens=16)]
+    want = results()
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert_same_bits(got, want)
+    assert all(x.device.type == "cpu" for x in got)

@@ -1,0 +1,36 @@
+"""What the arguments of the Python API have to be; the ops check theirs in csrc/check.h."""
+
+import operator
+from numbers import Real
+
+from torch import Tensor
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> bool:
+    """Whether the ops take it for a number of things."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def whole(value: object) -> int:
+    """A whole number of any type, such as NumPy's, as an int; TypeError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError("expected a whole number, got a bool")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def tensor(name: str, value: object, dims: str) -> None:
+    """Refuses what is no tensor of as many dimensions as `dims`, such as "[batch, q_heads, head_dim]", names."""
+    if not isinstance(value, Tensor) or value.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name}: expected a tensor {dims}, got {described(value)}")
+
+
+def described(value: object) -> str:
+    """What came, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
