@@ -78,7 +78,7 @@ struct Scoring {
 };
 
 /// Writes `lengths[b]` new tokens and their sketch behind the `seq_lens[b]` present ones, renews the statistics of
-/// the pages it touched, and only then moves seq_lens.
+/// the pages it touched, and only then writes the new lengths.
 struct AppendKv : Sizes {
   Dtype dtype;
   Rows k, v;               // [batch, tokens, kv_heads, head_dim]
@@ -87,7 +87,8 @@ struct AppendKv : Sizes {
   PageStatistics statistics;
   Sketch sketch;
   PageTable page_table;
-  int32_t* seq_lens;  // [batch]
+  const int32_t* seq_lens;  // [batch] before
+  int32_t* new_seq_lens;    // [batch]; may be the memory of seq_lens
 };
 
 /// Renews the sketch of every key in the cache.

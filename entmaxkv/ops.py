@@ -14,6 +14,19 @@ No op has a gradient: backward through one raises NotImplementedError. A key of 
 Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
 CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there ids and head_alpha
 are trusted, lengths are cut to what the page table has room for, and tokens beyond a full cache are dropped.
+
+Threads, on the CPU. Ops run without the interpreter's lock, and each reads the lengths once, when it starts.
+
+- Any number of ops that only read a cache (scoring, selecting, decoding) may run beside appends to it. Each sees the
+  tokens below the lengths that it has read, and those are whole: an append moves the lengths last. Statistics of a
+  row's last page may already count keys of an append under way. That only loosens its bounds.
+- A step of several ops, such as `select_sketch` and then `sparse_decode`, reads the lengths once in each. Give all of
+  them the same copy, `seq_lens.clone()`, where the step must see one state of the cache.
+- Appends to the same rows (the same memory of `seq_lens`) wait for each other, and each claims its room or raises.
+- `page_stats`, `key_sketch`, and whatever else writes to the tensors of a cache, such as clearing or shortening rows
+  or changing `page_table`, must not run beside any op on the same rows.
+
+On CUDA, ops run in the order of their stream. Whoever uses one cache from two streams must order them.
 """
 
 from pathlib import Path
@@ -59,8 +72,12 @@ def append_kv(
     """Appends tokens and their sketch to every row in place and renews the statistics of the pages they touch.
 
     `seq_lens` moves last: an interrupted call leaves tokens and lengths as they were (the statistics of the last page
-    may already count new keys, which loosens its bounds until the next append). Pages that are written must belong to
-    one row only. Who shortens `seq_lens` afterwards renews the statistics by `page_stats`.
+    may already count new keys, which loosens its bounds until the next append). Who shortens `seq_lens` afterwards
+    renews the statistics by `page_stats`.
+
+    A page that is written must be in use in one place of the page table only: rows may share the full pages of a
+    common prefix, but not the page that their next tokens go to. The CPU refuses to append otherwise. CUDA cannot look
+    at the page table without waiting, and trusts it: there rows that share such a page overwrite each other's keys.
 
     Args:
         k, v: [batch, tokens, kv_heads, head_dim], the cache's dtype.
