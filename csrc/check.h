@@ -31,7 +31,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-#ifdef USE_CUDA
+#if defined(USE_CUDA) || defined(EMULATE_TRUST)
 inline constexpr bool kOnHost = false;  // values behind a pointer cannot be looked at
 #else
 inline constexpr bool kOnHost = true;

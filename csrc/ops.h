@@ -61,12 +61,21 @@ struct Sketch {
   }
 };
 
-/// alpha of every query head: one value, or one per head.
+/// alpha of every query head: one value, or one per head. Behind a device's pointer nobody has checked the latter:
+/// there a head of another alpha has no right result, and decodes to NaN.
 struct Alpha {
   double value;
   const float* per_head;  // [q_heads] or null
 
-  constexpr double of(int head) const { return per_head ? per_head[head] : value; }
+  /// In 1 ... 2 whatever stands there, so that every search for a threshold ends.
+  constexpr double of(int head) const {
+    const double its = given(head);
+    return its > 2 ? 2 : its >= 1 ? its : 1;
+  }
+  constexpr bool is_valid(int head) const { return given(head) >= 1 && given(head) <= 2; }
+
+ private:
+  constexpr double given(int head) const { return per_head ? per_head[head] : value; }
 };
 
 /// s_i = scale q.k_i + slope (i - position), position = seq_len - 1.
