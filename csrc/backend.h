@@ -1,5 +1,6 @@
 // A front door is compiled once per backend: into _C it brings the schema and the CPU kernel, into _cuda (USE_CUDA)
-// the CUDA kernel. EMULATE_CUDA puts the CUDA kernels, run by the CPU, in the CPU kernels' place (tests/emulation).
+// the CUDA kernel. EMULATE_CUDA puts the CUDA kernels, run by the CPU, in the CPU kernels' place (tests/emulation);
+// with EMULATE_TRUST, too, they get what a device would get: values that nobody has looked at.
 #pragma once
 
 #include "check.h"

@@ -7,8 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -28,7 +31,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-#ifdef USE_CUDA
+#if defined(USE_CUDA) || defined(EMULATE_TRUST)
 inline constexpr bool kOnHost = false;  // values behind a pointer cannot be looked at
 #else
 inline constexpr bool kOnHost = true;
@@ -169,9 +172,27 @@ class Arguments {
     return static_cast<T*>(tensor.data_ptr());
   }
 
+  /// The same for a few values. On the host they are copied: another thread may write to the tensor while the op runs,
+  /// and kernels must use the very values that were checked. Lengths are acquired before the tokens that they count.
   template <typename T>
-  T* values(const Optional& tensor, std::string_view text) {
-    return tensor ? values<T>(*tensor, text) : nullptr;
+  T* snapshot(const Tensor& tensor, std::string_view text) {
+    T* from = values<T>(tensor, text);
+    if constexpr (kOnHost) {
+      using Value = std::remove_const_t<T>;
+      const int64_t count = tensor.numel();
+      owned_.push_back(std::make_unique<std::byte[]>(count * sizeof(Value)));
+      auto* to = reinterpret_cast<Value*>(owned_.back().get());
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = std::atomic_ref(const_cast<Value&>(from[i])).load(std::memory_order_acquire);
+      }
+      return to;
+    }
+    return from;
+  }
+
+  template <typename T>
+  T* snapshot(const Optional& tensor, std::string_view text) {
+    return tensor ? snapshot<T>(*tensor, text) : nullptr;
   }
 
   template <typename Value>
@@ -239,6 +260,7 @@ class Arguments {
   std::string_view first_;
   std::pair<int, int> device_;
   std::vector<Dim> dims_;
+  std::vector<std::unique_ptr<std::byte[]>> owned_;  // snapshots
 };
 
 // What several ops take in the same way.
@@ -300,7 +322,7 @@ inline std::tuple<Tensor, Tensor> new_selection(const Tensor& like, const Sizes&
 
 inline Alpha alpha_of(Arguments& args, double alpha, const Optional& head_alpha) {
   args.expect(alpha >= 1 && alpha <= 2, "alpha", "a number in 1 ... 2", alpha);
-  Alpha result{alpha, args.values<const float>(head_alpha, "head_alpha [q_heads]")};
+  Alpha result{alpha, args.snapshot<const float>(head_alpha, "head_alpha [q_heads]")};
   if (kOnHost && result.per_head) {
     for (int head = 0; head < args["q_heads"]; ++head) {
       args.expect(result.per_head[head] >= 1 && result.per_head[head] <= 2, "head_alpha", "numbers in 1 ... 2",
@@ -313,7 +335,7 @@ inline Alpha alpha_of(Arguments& args, double alpha, const Optional& head_alpha)
 inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Optional& alibi_slopes) {
   const double standard = 1 / std::sqrt(static_cast<double>(args["head_dim"]));
   const Scoring result{static_cast<float>(scale.value_or(standard)),
-                       args.values<const float>(alibi_slopes, "alibi_slopes [q_heads]")};
+                       args.snapshot<const float>(alibi_slopes, "alibi_slopes [q_heads]")};
   args.expect(std::isfinite(result.scale), "scale", "a finite float32 number", scale.value_or(standard));
   if (kOnHost && result.alibi_slopes) {
     for (int head = 0; head < args["q_heads"]; ++head) {

@@ -16,6 +16,11 @@ Tensor decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor k_min, Tensor k_m
               int64_t budget, double alpha, std::optional<double> scale, Optional alibi_slopes, Optional head_alpha) {
   Arguments args("decode");
   args.shape(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]");
+  if constexpr (kOnHost) {  // the three ops must see the same lengths, whatever another thread appends
+    const int32_t* lengths = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
+    seq_lens = new_tensor(seq_lens, {args["batch"]}, ScalarType::Int);
+    std::copy_n(lengths, args["batch"], static_cast<int32_t*>(seq_lens.data_ptr()));
+  }
   const Tensor scores =
       score_pages(q, k_min, k_max, page_table, seq_lens, args["page_size"], scale, alibi_slopes, kRankLower);
   const auto [selected, counts] = select_pages(scores, seq_lens, args["kv_heads"], args["page_size"], budget);

@@ -61,12 +61,21 @@ struct Sketch {
   }
 };
 
-/// alpha of every query head: one value, or one per head.
+/// alpha of every query head: one value, or one per head. Behind a device's pointer nobody has checked the latter:
+/// there a head of another alpha has no right result, and decodes to NaN.
 struct Alpha {
   double value;
   const float* per_head;  // [q_heads] or null
 
-  constexpr double of(int head) const { return per_head ? per_head[head] : value; }
+  /// In 1 ... 2 whatever stands there, so that every search for a threshold ends.
+  constexpr double of(int head) const {
+    const double its = given(head);
+    return its > 2 ? 2 : its >= 1 ? its : 1;
+  }
+  constexpr bool is_valid(int head) const { return given(head) >= 1 && given(head) <= 2; }
+
+ private:
+  constexpr double given(int head) const { return per_head ? per_head[head] : value; }
 };
 
 /// s_i = scale q.k_i + slope (i - position), position = seq_len - 1.
@@ -78,7 +87,7 @@ struct Scoring {
 };
 
 /// Writes `lengths[b]` new tokens and their sketch behind the `seq_lens[b]` present ones, renews the statistics of
-/// the pages it touched, and only then moves seq_lens.
+/// the pages it touched, and only then writes the new lengths.
 struct AppendKv : Sizes {
   Dtype dtype;
   Rows k, v;               // [batch, tokens, kv_heads, head_dim]
@@ -87,7 +96,8 @@ struct AppendKv : Sizes {
   PageStatistics statistics;
   Sketch sketch;
   PageTable page_table;
-  int32_t* seq_lens;  // [batch]
+  const int32_t* seq_lens;  // [batch] before
+  int32_t* new_seq_lens;    // [batch]; may be the memory of seq_lens
 };
 
 /// Renews the sketch of every key in the cache.

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> score_gaussian(Tensor q, Tensor k_mean, Tensor k_std,
   op.k_std = args.rows(k_std, "k_std [pages, kv_heads, head_dim]", k_mean);
   op.page_table = page_table_of(args, page_table);
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_mean);
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
   check_cache(args, op.page_table, op.seq_lens);

@@ -12,7 +12,7 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
   op.k_max = args.rows(k_max, "k_max [pages, kv_heads, head_dim]", k_min);
   op.page_table = page_table_of(args, page_table);
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_min);
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();
   args.expect(lower >= 0 && lower <= 1, "lower", "0 ... 1", lower);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> select_gaussian(Tensor mean, Tensor deviation, Tensor
   SelectGaussian op;
   op.mean = args.values<const float>(mean, "mean [batch, q_heads, max_pages]");
   op.std = args.values<const float>(deviation, "std [batch, q_heads, max_pages]");
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
   static_cast<Sizes&>(op) = args.sizes();
   op.alpha = alpha_of(args, alpha, head_alpha);
   args.expect(quantile > 0 && quantile < 1, "quantile", "a number between 0 and 1", quantile);

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor seq_lens, int64_t 
   args.know("page_size", page_size);
   SelectPages op;
   op.scores = args.values<const float>(scores, "scores [batch, q_heads, max_pages]");
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
   static_cast<Sizes&>(op) = args.sizes();
   args.expect(budget >= 1, "budget", "at least 1 token", budget);
   op.budget = budget;

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> select_sketch(Tensor q, Tensor k_pages, Tenso
   op.sketch = sketch_of(args, codes, norms);
   op.page_table = page_table_of(args, page_table);
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_pages);
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
   op.alpha = alpha_of(args, alpha, head_alpha);
   op.scoring = scoring_of(args, scale, alibi_slopes);
   static_cast<Sizes&>(op) = args.sizes();

@@ -36,9 +36,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", k_pages);
   op.page_table = page_table_of(args, page_table);
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_pages);
-  op.seq_lens = args.values<const int32_t>(seq_lens, "seq_lens [batch]");
-  op.selection.selected = args.values<int32_t>(selected, "selected [batch, kv_heads, max_selected]");
-  op.selection.counts = args.values<int32_t>(counts, "counts [batch, kv_heads]");
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
+  if (selected) op.selection.selected = args.values<int32_t>(*selected, "selected [batch, kv_heads, max_selected]");
+  op.selection.counts = args.snapshot<int32_t>(counts, "counts [batch, kv_heads]");
   op.selection.max_selected = args["max_selected"];
   op.selection.by_token = by_token;
   op.alpha = alpha_of(args, alpha, head_alpha);

@@ -8,6 +8,8 @@ C are the tokens that were read, tau_C the threshold on them, z = (alpha - 1) s,
    <= [(alpha - 1) U_i - tau_C]_+^beta, and the dropped mass delta = sum of p_i outside of C at most the sum of these.
 3. Where that is 0, the support lies in C: then tau_C = tau, and what was decoded is the dense result.
 
+Where nothing was read there is no tau_C, and where a key or a query is NaN there is no order: both prove nothing.
+
 For pages, U is the box bound scale sum_d max(q_d k_min_d, q_d k_max_d) of `score_pages`, counted once for every token
 of the page. Where alpha = 1, tau_C is the logsumexp of s over C, B = sum of exp(U_i - tau_C) bounds the mass outside of
 C as a share of that in C, and delta <= B / (1 + B).
@@ -29,6 +31,7 @@ UNIT = 2.0**-24  # half the spacing of fp32 numbers at 1
 OPEN = 2.0**-15  # mass by which the sum of the weights may miss 1
 LEAST = -80.0  # exp of it is still a normal fp32 number: no weight of softmax is 0
 ROOM = 1 + 2.0**-10  # for what float64 rounds
+SOFTMAX = 1e-9  # alpha - 1 up to which the kernels take alpha for 1 (csrc/entmax.h)
 
 
 def delta_bound(
@@ -58,7 +61,7 @@ def delta_bound(
     if chosen is None:
         return torch.zeros_like(tau)
     if chosen.delta_bound is not None:
-        return chosen.delta_bound
+        return chosen.delta_bound.to(tau.dtype)
     left_out = tokens_left_out(chosen, cache).repeat_interleave(q.shape[1] // cache.kv_heads, dim=1)
     if cache.k_min is None or cache.k_max is None:
         return (left_out > 0).any(dim=2).to(tau.dtype)
@@ -80,7 +83,7 @@ def delta_bound(
         less_one = alpha.double()[:, None] - 1  # [q_heads, 1]
     else:
         less_one = torch.full((q.shape[1], 1), alpha - 1, dtype=torch.float64, device=q.device)
-    softmax = less_one == 0
+    softmax = less_one <= SOFTMAX
     unit = torch.where(softmax, 1.0, less_one)  # of tau in units of s
     threshold = tau.double()[..., None]
     # A mass that is off by m moves tau by at most (alpha - 1) m. Rounding alpha by UNIT moves z by UNIT s, and tau by
@@ -91,8 +94,10 @@ def delta_bound(
     dropped = torch.where(left_out > 0, weight * left_out, 0.0).sum(dim=2) * ROOM
     softmax = softmax[:, 0]
     dropped = torch.where(softmax, dropped / (1 + dropped), dropped).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1)
+    read_nothing = (chosen.counts == 0).repeat_interleave(q.shape[1] // cache.kv_heads, dim=1)
+    dropped = torch.where(read_nothing & (left_out > 0).any(dim=2), 1.0, dropped)
     rounded = (dropped * ROOM).clamp(min=torch.finfo(torch.float32).tiny, max=1).float()
-    return torch.where(dropped > 0, rounded, 0.0)
+    return rounded.masked_fill(dropped <= 0, 0)
 
 
 def tokens_left_out(chosen: Selection, cache: PagedKVCache) -> Tensor:

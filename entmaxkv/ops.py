@@ -9,17 +9,35 @@ query is the newest token: its position is seq_len - 1. A row with seq_len 0 dec
 Scores are s_i = scale q.k_i + slope (i - position), `scale` by default 1 / sqrt(head_dim), `alibi_slopes` [q_heads]
 float32 or None. `alpha` is a number in [1, 2] for all heads; `head_alpha` [q_heads] float32, if given, replaces it.
 
-No op has a gradient: backward through one raises NotImplementedError. A key of NaN makes the heads that read it NaN.
+No op has a gradient. Backward through a result raises NotImplementedError, and so does forward-mode differentiation;
+ops that write to a cache raise RuntimeError where gradients are on and a tensor requires one: it would be lost. A key
+of NaN makes the heads that read it NaN.
 
 Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
-CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device: there ids and head_alpha
-are trusted, lengths are cut to what the page table has room for, and tokens beyond a full cache are dropped.
+CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device. There ids are trusted,
+lengths are cut to what the page table has room for, and tokens beyond a full cache are dropped. A head whose alpha is
+not in [1, 2] decodes to NaN, with support 0 and, from `select_sketch`, delta_bound 1.
+
+Threads, on the CPU. Ops run without the interpreter's lock, and each reads the lengths once, when it starts.
+
+- Any number of ops that only read a cache (scoring, selecting, decoding) may run beside appends to it. Each sees the
+  tokens below the lengths that it has read, and those are whole: an append moves the lengths last. Statistics of a
+  row's last page may already count keys of an append under way. That only loosens its bounds.
+- A step of several ops, such as `select_sketch` and then `sparse_decode`, reads the lengths once in each. Give all of
+  them the same copy, `seq_lens.clone()`, where the step must see one state of the cache.
+- Appends to the same rows (the same memory of `seq_lens`) wait for each other, and each claims its room or raises.
+- `page_stats`, `key_sketch`, and whatever else writes to the tensors of a cache, such as clearing or shortening rows
+  or changing `page_table`, must not run beside any op on the same rows.
+
+On CUDA, ops run in the order of their stream. Whoever uses one cache from two streams must order them.
 """
 
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def _load() -> None:
@@ -59,8 +77,12 @@ def append_kv(
     """Appends tokens and their sketch to every row in place and renews the statistics of the pages they touch.
 
     `seq_lens` moves last: an interrupted call leaves tokens and lengths as they were (the statistics of the last page
-    may already count new keys, which loosens its bounds until the next append). Pages that are written must belong to
-    one row only. Who shortens `seq_lens` afterwards renews the statistics by `page_stats`.
+    may already count new keys, which loosens its bounds until the next append). Who shortens `seq_lens` afterwards
+    renews the statistics by `page_stats`.
+
+    A page that is written must be in use in one place of the page table only: rows may share the full pages of a
+    common prefix, but not the page that their next tokens go to. The CPU refuses to append otherwise. CUDA cannot look
+    at the page table without waiting, and trusts it: there rows that share such a page overwrite each other's keys.
 
     Args:
         k, v: [batch, tokens, kv_heads, head_dim], the cache's dtype.
@@ -109,7 +131,7 @@ def page_stats(
     """Rebuilds the statistics of every page in use, for caches that were filled without `append_kv`.
 
     Per page, KV head and coordinate, over the page's tokens: minimum, maximum, mean, and population standard
-    deviation.
+    deviation. A key of NaN makes the first three NaN, so that no bound passes over it.
 
     Args:
         k_pages: [pages, kv_heads, page_size, head_dim].
@@ -573,9 +595,64 @@ def _(
     return q.new_empty(q.shape)
 
 
-def _no_gradient(ctx, *_):
-    raise NotImplementedError("entmaxkv: decoding has no gradient, got backward through it; to train, see entmaxkv.hf")
+_NO_GRADIENT = "entmaxkv: decoding has no gradient, got backward through it; to train, see entmaxkv.hf"
 
 
-for _op in ("score_pages", "score_gaussian", "select_sketch", "sparse_decode", "dense_decode", "decode"):
-    torch.library.register_autograd(f"entmaxkv::{_op}", _no_gradient)
+class _NoGradient(torch.autograd.Function):
+    """Results that depend on what requires a gradient, and have none."""
+
+    @staticmethod
+    def forward(ctx, run, *arguments):
+        return run(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(_NO_GRADIENT)
+
+
+def _refuse_tangents(name: str, arguments: tuple[object, ...]) -> None:
+    """Forward-mode differentiation would take the tangents that results do not have for zeros."""
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"entmaxkv::{name}: expected tensors without tangents, got a dual tensor")
+
+
+def _register_autograd(name: str, *, writes: bool) -> None:
+    """Sees to it that no derivative is lost in silence.
+
+    An op that only returns results runs, and backward through them raises. One that `writes` to its arguments raises at
+    once where one of them requires a gradient: what it writes there would be cut off from that.
+    """
+    op = getattr(_ops, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    any_requires_grad = torch._C._any_requires_grad
+
+    def run(keys, *arguments):
+        with below_autograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    def autograd(keys, *arguments):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
+        if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
+            return run(keys, *arguments)
+        if not writes:
+            if torch._C._are_functorch_transforms_active():  # they take no Function that they cannot transform
+                raise NotImplementedError(_NO_GRADIENT)
+            return _NoGradient.apply(functools.partial(run, keys), *arguments)
+        its = next(n for n, x in zip(names, arguments, strict=False) if any_requires_grad(x))
+        raise RuntimeError(
+            f"entmaxkv::{name}: {its}: expected a tensor that requires no gradient, or torch.no_grad(), got one whose "
+            "gradient would be lost; to train, see entmaxkv.hf"
+        )
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+# The other two ops return whole numbers alone, which have no derivatives.
+_library = torch.library.Library("entmaxkv", "IMPL")
+for _name in ("score_pages", "score_gaussian", "select_sketch", "sparse_decode", "dense_decode", "decode"):
+    _register_autograd(_name, writes=False)
+for _name in ("append_kv", "page_stats", "key_sketch"):
+    _register_autograd(_name, writes=True)

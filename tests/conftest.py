@@ -321,6 +321,50 @@ def make_alphas(q_heads: int, device: str = "cpu") -> Tensor:
     return torch.tensor([1.5, 1.0, 2.0, 1.1, 4 / 3, 1.25, 1.75]).repeat(5)[:q_heads].to(device)
 
 
+WRONG_ALPHAS = [1e8, math.inf, math.nan, 0.5, -1.0, 2.0000002, 0.99999994, -math.inf, 0.0]
+
+
+def alpha_calls(head_alpha: Tensor, device: str) -> list[tuple]:
+    """Calls of the ops that take head_alpha, for short lists and long ones: op, arguments."""
+    calls: list[tuple] = []
+    for lengths in ([0, 40, 300], [1500]):
+        cache = make_cache(lengths, device=device)
+        for x in cache.tensors[:6]:
+            x.nan_to_num_()
+        q = make_query(len(lengths), len(head_alpha), 64, device=device)
+        pool, table = (cache.k_pages, cache.v_pages), (cache.page_table, cache.seq_lens)
+        gaussian = torch.ops.entmaxkv.score_gaussian(q, *cache.statistics[2:], *table, cache.page_size)
+        keep = [torch.ones(2, -(-n // cache.page_size), dtype=torch.bool) for n in lengths]
+        options = 1.5, None, None, head_alpha
+        calls += [
+            ("dense_decode", q, *pool, *table, *options),
+            ("sparse_decode", q, *pool, *table, *selection(keep, table[0].shape[1], device), *options),
+            ("select_gaussian", *gaussian, table[1], 2, cache.page_size, 1.5, 0.99, 0.0, head_alpha),
+            ("select_sketch", q, pool[0], *cache.sketch(), *table, *options),
+            ("select_sketch", q, pool[0], *cache.sketch(), *table, *options, 4, 1.0, 20),
+        ]
+    return calls
+
+
+def check_wrong_alpha(call: tuple, good: tuple[Tensor, ...], wrong: tuple[Tensor, ...]) -> None:
+    """Results of a call, and of the same one where alpha of head 1, the second of the first group, is none."""
+    op = call[0]
+    if op.endswith("decode"):
+        out, tau, support, tokens = wrong
+        filled = tokens[:, 0] > 0
+        assert out[filled, 1].isnan().all() and tau[filled, 1].isnan().all() and not support[:, 1].any()
+        assert not out[~filled].any() and torch.equal(tokens, good[3])
+        for x, y in zip(wrong[:3], good[:3], strict=True):
+            assert_same_bits([x[:, [0, 2, 3]]], [y[:, [0, 2, 3]]])
+        return
+    for x, y in zip(wrong[:2], good[:2], strict=True):
+        assert_same_bits([x[:, 1:]], [y[:, 1:]])
+    selected, counts = wrong[:2]
+    assert (counts >= 0).all() and (counts <= selected.shape[2]).all()
+    if op == "select_sketch":
+        assert (wrong[2][:, 1] == 1).all()
+
+
 def hard_selections(pages: int, group: int = 4) -> list[tuple[Tensor, Tensor, int, int, int]]:
     """Arguments of select_pages in which ties and special numbers abound, and rows are of all lengths."""
     scores = draw(2, 2 * group, pages)

@@ -139,6 +139,41 @@ def test_inputs_of_any_strides(device):
     assert_same_bits(got.tensors, want.tensors)
 
 
+def test_rows_may_share_full_pages(device):
+    """A shared prefix, and what lies behind the end of a row or belongs to rows that append nothing."""
+    like = make_cache([40, 40, 40], page_size=8, device=device)
+    shared = like.clone()
+    shared.page_table[1, :3] = shared.page_table[0, :3]
+    shared.page_table[2] = shared.page_table[1]
+    shared.page_table[0, 6:] = shared.page_table[1, 6:]
+    shared.seq_lens[2] = 24
+    lengths = torch.tensor([5, 8, 0], dtype=torch.int32, device=device)
+    k, v = (draw(3, 8, 2, 64, device=device, seed=seed) for seed in (1, 2))
+    for cache in (like, shared):
+        cache.append(k, v, lengths)
+    assert shared.lengths == [45, 48, 24]
+    for row in (0, 1):
+        own = like.used(row)[5:]
+        assert_same_bits([shared.k_pages[shared.used(row)[5:]]], [like.k_pages[own]])
+
+
+def test_refuses_a_page_that_another_row_uses():
+    cache = make_cache([40, 12], page_size=8, max_pages=6)
+    cache.page_table[1, 1] = cache.page_table[0, 3]
+    page = int(cache.page_table[0, 3])
+    expected = (
+        "entmaxkv::append_kv: page_table: expected pages that are in use once where tokens are written, got page "
+        f"{page} in row 0 and again in row 1"
+    )
+    token = draw(2, 1, 2, 64)
+    before = cache.clone()
+    with pytest.raises(RuntimeError, match=expected):
+        cache.append(token, token)
+    assert_same_bits(cache.tensors, before.tensors)
+    cache.append(token, token, torch.tensor([1, 0], dtype=torch.int32))  # nobody writes it
+    assert cache.lengths == [41, 12]
+
+
 def test_nothing_to_append(device):
     cache = make_cache([30, 0], page_size=8, device=device)
     before = cache.clone()

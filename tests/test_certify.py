@@ -209,6 +209,85 @@ def test_nan_is_no_proof(device):
     assert info.delta_bound[4, 3] == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_unread_key_that_is_no_number_is_no_proof(device, dtype, value):
+    k = equal(0)
+    k[4, 37, 1, 5] = value
+    cache, q = filled(k, dtype, device), 4 * draw(len(LENGTHS), 4, 64, dtype=dtype, device=device, seed=1)
+    _, info = entmaxkv.decode(q, cache, select=entmaxkv.TopPages(352, dense_below=0), return_info=True)
+    finite = filled(equal(0), dtype, device)
+    _, before = entmaxkv.decode(q, finite, select=entmaxkv.TopPages(352, dense_below=0), return_info=True)
+    assert torch.equal(info.certified[4, :2], before.certified[4, :2]) and before.certified[4].any()
+    assert (info.delta_bound[4, 2:] == 1).all()
+    cache.append(
+        *(torch.zeros(len(LENGTHS), 1, 2, 64, dtype=dtype, device=device) for _ in range(2))
+    )  # into other pages
+    _, info = entmaxkv.decode(q, cache, select=Newest(), return_info=True)
+    assert not info.certified[4].any()
+
+
+@pytest.mark.parametrize("select", ["1 page", "half", "gaussian", "sketch", "20 tokens"])
+@pytest.mark.parametrize("less_one", [1e-10, 0.9e-9, 1.1e-9, 1e-8])
+def test_claims_hold_next_to_softmax(device, select, less_one):
+    """Where the kernels take alpha for 1, and just beyond."""
+    cache = filled(clustered(0), torch.float32, device)
+    for strength in (0.1, 3.0):
+        q = strength * make_query(len(LENGTHS), 8, 64, device=device)
+        kind = 1.0 if less_one <= 1e-9 else 1 + less_one
+        info = check(q, cache, SELECTORS[select], alpha=1 + less_one)
+        _, want = entmaxkv.decode(q, cache, select=SELECTORS[select], alpha=kind, return_info=True)
+        assert torch.equal(info.delta_bound, want.delta_bound)
+
+
+@pytest.mark.parametrize("most", [1, 20, 300])
+@pytest.mark.parametrize(("alpha", "depth"), [(1.01, 60.0), (1.05, 19.5), (1.0, 24.5), (2.0, 24.5)])
+@pytest.mark.parametrize("below", [20.0, 24.5, 25.0, 30.0])
+def test_a_cap_counts_what_each_head_loses(device, most, alpha, depth, below):
+    """A dropped token has next to no weight in the head that it owes its merit to, and more in one whose alpha is 1."""
+    k = torch.zeros(1, 400, 1, 64)
+    k[0, 0, 0, :2] = 8  # the others' scores are so far below it: depth, below
+    cache = entmaxkv.PagedKVCache(1, 400, 1, 64, device=device)
+    cache.append(k.to(device), torch.zeros_like(k).to(device))
+    q, heads = torch.zeros(1, 2, 64), torch.tensor([alpha, 1.0])
+    q[0, 0, 0], q[0, 1, 1] = depth, below
+    for order in ([0, 1], [1, 0]):
+        its_q, its_heads = q[:, order].to(device), heads[order].to(device)
+        select = entmaxkv.KeySketch(max_tokens=most, dense_below=0)
+        selected, counts, bound = select.tokens(its_q, cache, alpha=its_heads)
+        keys = k[0].to(device)
+        _, p, _ = reference.attention(its_q[0], keys, keys, alpha=its_heads)
+        read = certify.Selection(selected, counts, True, bound).reads(400, PAGE)[0]
+        assert (p.masked_fill(read, 0).sum(-1) <= bound[0].double()).all()
+
+
+class Nothing:
+    """A user's own selector that reads nothing."""
+
+    def pages(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
+        counts = torch.zeros(len(q), cache.kv_heads, dtype=torch.int32, device=q.device)
+        return torch.full((*counts.shape, 1), -1, dtype=torch.int32, device=q.device), counts
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_reading_nothing_proves_nothing(device, alpha):
+    cache = filled(equal(0).abs(), torch.float32, device)
+    q = -make_query(len(LENGTHS), 8, 64, device=device).abs()  # all scores are negative
+    _, info = entmaxkv.decode(q, cache, alpha=alpha, select=Nothing(), return_info=True)
+    assert info.certified.tolist() == [[n == 0] * 8 for n in LENGTHS]
+
+
+def test_bounds_are_float32_whatever_the_default(device):
+    cache, q = filled(equal(0), torch.float32, device), make_query(len(LENGTHS), 8, 64, device=device)
+    try:
+        for default in (torch.float64, torch.float16):
+            torch.set_default_dtype(default)
+            for select in SELECTORS.values():
+                check(q, cache, select)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_left_out_tokens_are_counted_by_page(device):
     cache = filled(normal(0), torch.float32, device)
     selected = torch.tensor([0, 43, -1], dtype=torch.int32, device=device).expand(len(LENGTHS), 2, 3)

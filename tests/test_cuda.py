@@ -6,7 +6,19 @@ import gc
 
 import pytest
 import torch
-from conftest import CUDA, Cache, assert_same_bits, check_decode, draw, hard_selections, make_cache, make_query
+from conftest import (
+    CUDA,
+    WRONG_ALPHAS,
+    Cache,
+    alpha_calls,
+    assert_same_bits,
+    check_decode,
+    check_wrong_alpha,
+    draw,
+    hard_selections,
+    make_cache,
+    make_query,
+)
 from torch import Tensor
 
 import entmaxkv
@@ -311,3 +323,15 @@ def test_lengths_beyond_the_page_table_are_cut():
     assert_same_bits([x[0] for x in cache.dense(q)], [x[0] for x in want])
     cache.append(*(draw(2, 1, 2, 64, device="cuda") for _ in range(2)))
     assert cache.lengths == [64, 41]
+
+
+@pytest.mark.parametrize("alpha", WRONG_ALPHAS, ids=str)
+def test_a_wrong_alpha_of_a_head_ends_in_nan(alpha):
+    """Nobody has looked at head_alpha: its head has no result, selections end, other heads are what they were."""
+    good, wrong = (
+        alpha_calls(torch.tensor([1.5, value, 1.0, 4 / 3], device="cuda"), "cuda") for value in (1.75, alpha)
+    )
+    for call, other in zip(good, wrong, strict=True):
+        results = [getattr(OPS, op)(*arguments) for op, *arguments in (call, other)]
+        torch.cuda.synchronize()
+        check_wrong_alpha(call, *results)

@@ -78,6 +78,17 @@ def poke(value: float, *index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+def same_page(*places: tuple[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A page table with one page in two places."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[places[0]] = x[places[1]]
+        return x
+
+    return change
+
+
 def floats(*values: float) -> Callable[[object], torch.Tensor]:
     return lambda _: torch.tensor(values)
 
@@ -211,6 +222,10 @@ VALUES = [
     ("append_kv", "seq_lens", ints(-1, 17)),
     ("append_kv", "page_table", poke(-1, 0, 2)),
     ("append_kv", "page_table", poke(10**6, 1, 1)),
+    ("append_kv", "page_table", same_page((0, 2), (1, 1))),  # both are written
+    ("append_kv", "page_table", same_page((0, 2), (1, 0))),  # row 0 writes it, row 1 has it in use
+    ("append_kv", "page_table", same_page((1, 1), (0, 0))),
+    ("append_kv", "page_table", same_page((0, 2), (0, 1))),
     ("key_sketch", "page_table", poke(11, 1, 0)),
     ("key_sketch", "seq_lens", ints(65, 17)),
     ("page_stats", "page_table", poke(11, 1, 0)),

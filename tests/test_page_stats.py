@@ -59,17 +59,26 @@ def test_equal_keys_have_no_spread(device):
     assert (cache.k_std[cache.used(0)] == 0).all()
 
 
-@pytest.mark.parametrize("slot", [0, 3])
-def test_bounds_pass_over_nan(device, slot):
-    """Wherever in the page it stands; the moments do not hide it."""
-    k = draw(8, 2, 64)
-    k[slot, 1, 5] = torch.nan
-    cache = renew(make_cache([8], k=[k], page_size=8, device=device))
-    others = k[[i for i in range(8) if i != slot]].to(device)
-    page = cache.used(0)[0]
-    assert cache.k_min[page, 1, 5] == others[:, 1, 5].min() and cache.k_max[page, 1, 5] == others[:, 1, 5].max()
-    assert cache.k_mean[page, 1, 5].isnan()
-    assert cache.k_min[page].isfinite().all() and cache.k_mean[page, 0].isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slot", [0, 3, 18])
+def test_statistics_do_not_hide_nan(device, dtype, slot):
+    """Wherever in the page it stands, before and behind infinite keys; append_kv and page_stats agree."""
+    k = draw(20, 2, 33)
+    k[::2, 0, 7], k[1::2, 0, 32] = torch.inf, -torch.inf
+    k[1::2, 1, 5] = torch.inf
+    k[slot, 1, [5, 32]] = torch.nan
+    cache = renew(make_cache([20], k=[k], head_dim=33, page_size=8, dtype=dtype, device=device))
+    used = cache.used(0)
+    bounds = reference.page_bounds(cache.k[0], 8)
+    for x, bound in zip(cache.statistics[:2], bounds, strict=True):
+        torch.testing.assert_close(x[used], bound, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache.k_mean[used].isnan() & bounds[0].isnan(), bounds[0].isnan())
+    assert bounds[0].isnan().sum() == 2
+    filled = cache.clone()
+    filled.seq_lens.zero_()
+    filled.append(cache.k[0][None], cache.v[0][None])
+    for x, y in zip(filled.statistics, cache.statistics, strict=True):
+        torch.testing.assert_close(x[used], y[used], rtol=0, atol=0, equal_nan=True)
 
 
 def test_leaves_other_pages_alone(device):

@@ -224,3 +224,87 @@ def test_results_do_not_follow_the_defaults(default):
         torch.set_default_device(None)
     assert_same_bits(got, want)
     assert all(x.device.type == "cpu" for x in got)
+
+
+DERIVED = ["append_kv", "key_sketch", "page_stats", "score_pages", "score_gaussian"]
+DERIVED += ["select_sketch", "sparse_decode", "dense_decode", "decode"]
+derived = pytest.mark.parametrize("name", DERIVED)
+
+
+def float_inputs(name: str, arguments: tuple) -> list[int]:
+    """Places of the arguments that an op derives its results from."""
+    of_cache = {"k_min", "k_max", "k_mean", "k_std"} if name == "page_stats" else set()
+    names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+    floats = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [i for i in floats if names[i] not in of_cache]
+
+
+@derived
+def test_a_tangent_is_never_lost(name, device):
+    """Forward-mode differentiation raises, before anything is written, as if the results had a tangent of zeros."""
+    for arguments in samples(device, torch.float32)[name]:
+        before = [x.clone() for x in arguments if isinstance(x, torch.Tensor)]
+        for place in float_inputs(name, arguments):
+
+            def run(x, arguments=arguments, place=place):
+                return getattr(OPS, name)(*arguments[:place], x, *arguments[place + 1 :])
+
+            primal = arguments[place]
+            with pytest.raises(NotImplementedError, match=f"entmaxkv::{name}: expected tensors without tangents"):
+                torch.func.jvp(run, (primal,), (torch.ones_like(primal),))
+            with (
+                torch.autograd.forward_ad.dual_level(),
+                pytest.raises(NotImplementedError, match="expected tensors without tangents, got a dual tensor"),
+                torch.no_grad(),
+            ):
+                run(torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal)))
+        assert_same_bits([x for x in arguments if isinstance(x, torch.Tensor)], before)
+        with torch.autograd.forward_ad.dual_level():
+            getattr(OPS, name)(*arguments)
+
+
+@derived
+def test_a_gradient_is_never_lost(name, device):
+    """Ops that write raise where gradients are recorded; results of the others can be used, but not differentiated."""
+    writes = name in ("append_kv", "key_sketch", "page_stats")
+    for arguments in samples(device, torch.float32)[name]:
+        before = [x.clone() for x in arguments if isinstance(x, torch.Tensor)]
+        for place in float_inputs(name, arguments):
+            leaf = arguments[place].clone().requires_grad_()
+            for x in (leaf, leaf * 1):
+
+                def run(x, arguments=arguments, place=place):
+                    return getattr(OPS, name)(*arguments[:place], x, *arguments[place + 1 :])
+
+                if writes:
+                    argument = getattr(OPS, name).default._schema.arguments[place].name
+                    with pytest.raises(RuntimeError, match=f"entmaxkv::{name}: {argument}: expected .* no gradient"):
+                        run(x)
+                    continue
+                results = [y for y in torch.utils._pytree.tree_leaves(run(x)) if y.is_floating_point()]
+                assert all(y.requires_grad for y in results)
+                with pytest.raises(NotImplementedError, match="decoding has no gradient, got backward through it"):
+                    sum(y.nan_to_num(0, 0, 0).sum() for y in results).backward()
+                with pytest.raises(NotImplementedError, match="decoding has no gradient"):
+                    torch.func.vjp(run, arguments[place])
+        assert_same_bits([x for x in arguments if isinstance(x, torch.Tensor)], before)
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                place = float_inputs(name, arguments)[0]
+                getattr(OPS, name)(*arguments[:place], arguments[place].requires_grad_(), *arguments[place + 1 :])
+            arguments[place].requires_grad_(False)
+
+
+def test_vmap_gives_what_a_loop_gives(device):
+    """Op by op for each element; an op that writes to a cache cannot be mapped and says so."""
+    cache = make_cache([0, 40, 100], device=device)
+    q = make_query(3, 4, 64, device=device)
+    queries = torch.stack([q, 2 * q, -q])
+    pool = cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens
+    got = torch.func.vmap(lambda x: OPS.dense_decode(x, *pool))(queries)
+    want = [torch.stack(x) for x in zip(*(OPS.dense_decode(x, *pool) for x in queries), strict=True)]
+    assert_same_bits(got, want)
+    k, before = draw(2, 3, 1, 2, 64, device=device), cache.clone()
+    with pytest.raises(RuntimeError, match="entmaxkv::append_kv"):
+        torch.func.vmap(lambda x: (cache.append(x, x), x)[1])(k)
+    assert_same_bits(cache.tensors, before.tensors)

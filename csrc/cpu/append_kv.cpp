@@ -36,7 +36,7 @@ void append(const AppendKv& op) {
   });
   for (int row = 0; row < op.batch; ++row) {  // released: whoever sees the new length sees the tokens
     const int tokens = op.lengths ? op.lengths[row] : op.tokens;
-    std::atomic_ref(op.seq_lens[row]).fetch_add(tokens, std::memory_order_release);
+    std::atomic_ref(op.new_seq_lens[row]).store(op.seq_lens[row] + tokens, std::memory_order_release);
   }
 }
 

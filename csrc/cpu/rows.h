@@ -17,7 +17,8 @@ struct RowKernels {
                       int out_stride);
   /// out[h][d] += sum_i weights[i][h] rows[i][d]
   void (*accumulate)(const T* const* rows, int count, const float* weights, int heads, int head_dim, float* out);
-  /// Minimum, maximum, mean and population standard deviation of each dimension over count > 0 rows.
+  /// Minimum, maximum, mean and population standard deviation of each dimension over count > 0 rows. NaN among them
+  /// makes the first three NaN: bounds must not hide it.
   void (*summarise)(const T* const* rows, int count, int head_dim, float* min, float* max, float* mean, float* std);
   /// out[h * out_stride + i] = sum_d numbers[h][d] c_d with the codes c of count sketched keys, whose rows in a plane
   /// follow each other (sketch.h); or c >> 2 if `low` is null.

@@ -159,8 +159,8 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     Vector low = Vector{} + HUGE_VALF, high = -low, sum = {}, drift = {}, squares = {}, odd_squares = {};
     for (int i = 0; i < count; ++i) {
       const Vector key = load(rows[i] + d);
-      low = key < low ? key : low;
-      high = key > high ? key : high;
+      low = (key < low) | (key != key) ? key : low;  // NaN stays
+      high = (key > high) | (key != key) ? key : high;
       sum += key;
     }
     const Vector centre = sum * share;
@@ -180,8 +180,8 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
     float low = HUGE_VALF, high = -low, sum = 0, drift = 0, squares = 0, odd_squares = 0;
     for (int i = 0; i < count; ++i) {
       const float key = to_float(rows[i][d]);
-      low = key < low ? key : low;
-      high = key > high ? key : high;
+      low = key < low || key != key ? key : low;
+      high = key > high || key != key ? key : high;
       sum += key;
     }
     const float centre = sum * share;

@@ -382,10 +382,8 @@ class Selector {
 
   void choose(int64_t row_head) {
     int64_t counts[sketch::kMerits] = {};
-    int64_t below = op_.seq_lens[row_head / op_.kv_heads];  // tokens below the floors of all heads
     for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
-      below -= static_cast<int64_t>(candidates_[span].size());
     }
     int64_t left = op_.selection.max_selected;  // room behind the whole merits
     int least = sketch::kMerits;                // the lowest merit that is taken whole
@@ -412,10 +410,12 @@ class Selector {
     for (int merit = 0; merit < least; ++merit) {
       lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit);
     }
+    // A token that is left out may be below the floor of one head, and owe its merit to another.
+    const double others = op_.seq_lens[row_head / op_.kv_heads] - count;
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
       const Entmax<double> entmax(op_.alpha.of(static_cast<int>(head_index % op_.q_heads)));
-      op_.delta_bound[head_index] = sketch::rounded_up(lost + static_cast<double>(below) * sketch::most_below(entmax));
+      op_.delta_bound[head_index] = sketch::rounded_up(lost + others * sketch::most_below(entmax));
     }
   }
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMostThreads) append_row(AppendKv op) {
     for (int nth = 0; nth < touched; ++nth) append_page<T>(op, row, span, nth, first + head, thread);
   }
   cluster::wait();  // all have read the old length
-  if (place == 0) op.seq_lens[row] = span.end;
+  if (place == 0) op.new_seq_lens[row] = span.end;
 }
 
 template <typename T>
@@ -79,7 +79,7 @@ __global__ void append_pages(AppendKv op) {
 __global__ void advance(AppendKv op) {
   take_turn();
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row < op.batch) op.seq_lens[row] = Span(op, row).end;
+  if (row < op.batch) op.new_seq_lens[row] = Span(op, row).end;
 }
 
 }  // namespace

@@ -153,7 +153,8 @@ struct HeadOutput {
         total += memory.many.sums[part][threadIdx.x];
       }
     }
-    const bool undefined = support == 0 && list.tokens > 0;  // some score is no number
+    if (!op.alpha.is_valid(head)) support = 0;
+    const bool undefined = support == 0 && list.tokens > 0;  // some score is no number, or alpha is none
     const int64_t at = row * op.q_heads + head;
     if (threadIdx.x == 0) {
       op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? weights.tau : 0;

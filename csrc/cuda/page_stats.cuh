@@ -52,8 +52,8 @@ __device__ void summarise_bounds(const Rows& k_pages, const PageStatistics& stat
   PageColumn<T> column(k_pages.at<T>(page, kv_head) + d, k_pages.stride[2], tokens);
   float low = -kNothing, high = kNothing;
   column.visit([&](float key, bool) {
-    low = fminf(low, key);
-    high = fmaxf(high, key);
+    low = key < low || key != key ? key : low;  // NaN stays
+    high = key > high || key != key ? key : high;
   });
   statistics.k_min.at<T>(page, kv_head)[d] = from_float<T>(low);
   statistics.k_max.at<T>(page, kv_head)[d] = from_float<T>(high);

@@ -20,6 +20,12 @@ namespace {
 
 using namespace sketch_selection;
 
+/// Writes a head's bound of the weight of tokens that are not selected. Of a head without a valid alpha nothing is
+/// known.
+__device__ void write_bound(const SelectSketch& op, int64_t row, int head, double weight) {
+  op.delta_bound[row * op.q_heads + head] = op.alpha.is_valid(head) ? sketch::rounded_up(weight) : 1;
+}
+
 /// Of more marked tokens than there is room for, leaves those of the best whole steps of merit, and says how much
 /// weight the others can have. Grid (any, KV head, row).
 __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch) {
@@ -36,10 +42,11 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
   if (blockIdx.x == 0) {
     const int left_out = merit < least ? count : merit == least ? max(0, upto - room) : 0;
     const double lost = sum<kThreads>(left_out > 0 ? left_out * sketch::most_weight(merit) : 0.0);
+    // A token that is left out may be below the floor of one head, and owe its merit to another.
+    const int others = length_of(op, row) - total + sum<kThreads>(left_out);
     for (int h = thread; h < op.group; h += kThreads) {
       const int head = static_cast<int>(blockIdx.y) * op.group + h;
-      const double below = (length_of(op, row) - total) * sketch::most_below(Entmax<double>(op.alpha.of(head)));
-      op.delta_bound[row * op.q_heads + head] = sketch::rounded_up(lost + below);
+      write_bound(op, row, head, lost + others * sketch::most_below(Entmax<double>(op.alpha.of(head))));
     }
   }
   if (total <= room) return;
@@ -70,7 +77,9 @@ __global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch
   const int first_word = static_cast<int>(blockIdx.x) * kThreads, word = first_word + thread;
   const int segments = ceil_div(length_of(op, row), kSegment), words = segments * Segment::kWords;
   if (blockIdx.x == 0 && !scratch.merits) {
-    for (int h = thread; h < op.group; h += kThreads) op.delta_bound[list * op.group + h] = 0;
+    for (int h = thread; h < op.group; h += kThreads) {
+      write_bound(op, row, static_cast<int>(blockIdx.y) * op.group + h, 0);
+    }
   }
   const int32_t* marked = scratch.marked + list * scratch.segments();
   int own_before = 0, own = 0;

@@ -54,7 +54,7 @@ class Cache {
     op.v_pages = rows_of(v_pages_);
     op.statistics = statistics();
     op.page_table = table();
-    op.seq_lens = seq_lens_.mutable_data();
+    op.seq_lens = op.new_seq_lens = seq_lens_.mutable_data();
     cpu::append_kv(op);
   }
 

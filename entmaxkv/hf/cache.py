@@ -289,36 +289,35 @@ class EntmaxCache(Cache):
         config = config.get_text_config(decoder=True)
         number = alpha_of(config, alpha)
 
-        def fits(layer: Any) -> bool:
-            window = isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window >= max_tokens
-            return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and window)
-
         self.paged_layers: list[EntmaxLayer] = []
         layers = _transformers_layers(config)
-        across = getattr(config, "cross_attention_layers", None) or ()  # of images, if there are any
-        windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window") and not fits(layer)]
-        if windows and (number != 1 or not any(map(fits, layers))):
+        across = getattr(config, "cross_attention_layers", None) or ()
+
+        def fits(index: int) -> bool:
+            """Whether a layer looks at all of at most max_tokens tokens, and at no others."""
+            kind = type(layers[index])
+            window = layers[index].sliding_window if kind is DynamicSlidingWindowLayer else max_tokens
+            return kind in (DynamicLayer, DynamicSlidingWindowLayer) and window >= max_tokens and index not in across
+
+        fitting = list(filter(fits, range(len(layers))))
+        windows = [
+            layer.sliding_window for layer in layers if getattr(layer, "sliding_window", max_tokens) < max_tokens
+        ]
+        if windows and (number != 1 or not fitting):
             raise ValueError(
                 f"EntmaxCache: expected full attention in {'some' if number == 1 else 'every'} layer where alpha is "
                 f"{number:g}, got windows of {min(windows)} tokens; max_tokens={min(windows)} would never leave them"
             )
-        if not any(map(fits, layers)):
+        if not fitting:
             raise ValueError(
                 "EntmaxCache: expected full attention in some layer, got "
                 f"{', '.join(sorted({type(layer).__name__ for layer in layers})) or 'no layers'}; use a DynamicCache"
             )
-        for index, layer in enumerate(layers):
-            if fits(layer) and index not in across:
-                layers[index] = EntmaxLayer(
-                    max_tokens,
-                    alpha=alpha,
-                    batch=batch,
-                    page_size=page_size,
-                    select=select,
-                    dtype=dtype,
-                    device=device,
-                )
-                self.paged_layers.append(layers[index])
+        for index in fitting:
+            layers[index] = EntmaxLayer(
+                max_tokens, alpha=alpha, batch=batch, page_size=page_size, select=select, dtype=dtype, device=device
+            )
+            self.paged_layers.append(layers[index])
         self.paged_layers[0].first = True
         super().__init__(layers=layers)
 
