@@ -1,7 +1,8 @@
 # make demo   an entmax language model continues a source file, with each way of reading its cache
 # make test   lint, types, build (CUDA too where nvcc is found) and all tests that need no GPU
 # Both set themselves up, in the active virtual environment or else in .venv. TORCH names the torch to install where
-# there is none.
+# there is none. Where torch has no CUDA only the tests need the CUDA library: other targets leave it out then, and
+# ENTMAXKV_CUDA=1 asks for it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -30,7 +31,8 @@ figures: $(VENV)/entmaxkv-bench.installed
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
 	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja
-	$(RUN) -m pip install --no-build-isolation --editable ".[$*]"
+	cuda=$$($(RUN) -c "import torch; print(int('$*' == 'test' or bool(torch.version.cuda)))") && \
+	ENTMAXKV_CUDA=$${ENTMAXKV_CUDA:-$$cuda} $(RUN) -m pip install --no-build-isolation --editable ".[$*]"
 	touch $@
 
 $(VENV)/bin/python:

@@ -134,6 +134,40 @@ def test_nothing_keeps_cuda_from_being_used(built, capability):
     assert cuda_state("13.0", True, ["sm_120", built], [capability]) == "loaded"
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize(
+    ("extra", "torch_cuda", "asked", "builds"),
+    [
+        ("demo", None, None, "0"),
+        ("demo", "13.0", None, "1"),
+        ("demo", None, "1", "1"),
+        ("demo", "13.0", "0", "0"),
+        ("test", None, None, "1"),
+        ("test", None, "0", "0"),
+    ],
+)
+def test_make_builds_cuda_where_it_is_needed(tmp_path, extra, torch_cuda, asked, builds):
+    """By what the installation is told; a build for the demo leaves the tests theirs to do."""
+    (tmp_path / "torch").mkdir()
+    stub = f"from types import SimpleNamespace\nversion = SimpleNamespace(cuda={torch_cuda!r})\n"
+    (tmp_path / "torch" / "__init__.py").write_text(stub)
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then PYTHONPATH={tmp_path} exec {sys.executable} "$@"; fi\n'
+        f'echo "$ENTMAXKV_CUDA $@" >> {tmp_path}/calls\n'
+    )
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "ENTMAXKV_CUDA"}
+    environment |= {"VIRTUAL_ENV": str(tmp_path)} | ({"ENTMAXKV_CUDA": asked} if asked else {})
+    command = ["make", "-C", ROOT, f"{tmp_path}/entmaxkv-{extra}.installed"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-1] == f"{builds} -m pip install --no-build-isolation --editable .[{extra}]"
+    assert [path.name for path in tmp_path.glob("*.installed")] == [f"entmaxkv-{extra}.installed"]
+
+
 def test_source_distribution_holds_all_that_is_built(tmp_path):
     subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path],

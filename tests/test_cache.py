@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import assert_same_bits, draw, make_query
 import entmaxkv
 from entmaxkv import PagedKVCache, reference
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
 STATISTICS = "k_min", "k_max", "k_mean", "k_std"
 KEPT = *STATISTICS, "codes", "norms"
 KINDS = "minmax", "moments", "sketch"
@@ -85,6 +88,20 @@ def test_append_is_in_place_and_ragged(device):
 def test_sketch_takes_so_many_bytes(head_dim, bytes_per_key):
     cache, plain = (PagedKVCache(2, 64, 3, head_dim, sketch=sketch) for sketch in (True, False))
     assert cache.nbytes - plain.nbytes == bytes_per_key * 2 * 64 * 3
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_readme_tells_what_is_kept_costs(kind):
+    """Bytes per token and KV head, and their share of keys and values."""
+    costs = []
+    for head_dim in (64, 128):
+        kept = {other: kind in (other, None) for other in KINDS}
+        cache = PagedKVCache(1, 16, 1, head_dim, dtype=torch.bfloat16, **kept)
+        keys_and_values = cache.k_pages.nbytes + cache.v_pages.nbytes
+        more = cache.nbytes - keys_and_values
+        costs.append(f"{more // 16} ({100 * more / keys_and_values:.1f} %)")
+    (row,) = re.findall(rf"^\| {f'`{kind}`' if kind else 'all three, the default'} \|.*", README, re.MULTILINE)
+    assert [cell.strip() for cell in row.split("|")[3:5]] == costs
 
 
 def test_keeps_more_later(device):
