@@ -242,6 +242,7 @@ def page(outcomes: list[Outcome]) -> str:
         "",
         "What `entmaxkv.hf` does with each causal language model of transformers. Each was built tiny, with random",
         "weights, and run at alpha = 1 against `eager`. `python tests/architectures.py` does so and writes this page.",
+        "[transformers.md](transformers.md) says what the reasons mean.",
         "",
         f"Versions: transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}.",
     ]

@@ -95,19 +95,24 @@ def test_crop_and_continue(models, prompts, select):
 
 
 @torch.no_grad()
-def test_rows_are_repeated_and_selected(models):
-    """As contrastive search and others do it, with padding, before and after the first token."""
-    model, oracle = models
-    rows, mask = ids(TEXT[:40], TEXT[100:125])
+def test_rows_are_repeated_selected_and_cropped(models, device):
+    """As searches do it that try several continuations, with padding, before and after the first token."""
+    model, oracle = (copy.deepcopy(model).to(device) for model in models)
+    rows, mask = (x.to(device) for x in ids(TEXT[:40], TEXT[100:125]))
     cache = hf.EntmaxCache(model.config, 64, select=entmaxkv.KeySketch(dense_below=0))
     cache.batch_repeat_interleave(2)  # nothing to repeat yet
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    model(input_ids=rows, attention_mask=mask, position_ids=position, past_key_values=cache)
+    model(input_ids=rows[:, :1], attention_mask=mask[:, :1], position_ids=position[:, :1], past_key_values=cache)
+    model(input_ids=rows[:, 1:], attention_mask=mask, position_ids=position[:, 1:], past_key_values=cache)
+    longer = torch.cat([mask, mask.new_ones(2, 3)], dim=1)
+    wrong = {"input_ids": rows[:, :3], "attention_mask": longer, "position_ids": position[:, :3]}
+    model(**wrong, past_key_values=cache)
+    cache.crop(-3)
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([4, 0]))
     cache.reorder_cache(torch.tensor([1, 0, 0]))
-    new = torch.tensor([[10], [20], [30]])
-    owner = torch.tensor([0, 1, 1])
+    new = torch.tensor([[10], [20], [30]], device=device)
+    owner = torch.tensor([0, 1, 1], device=device)
     mask = torch.cat([mask[owner], mask.new_ones(3, 1)], dim=1)
     step = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     got = model(input_ids=new, past_key_values=cache, **step).logits
