@@ -32,7 +32,6 @@ Threads, on the CPU. Ops run without the interpreter's lock, and each reads the 
 On CUDA, ops run in the order of their stream. Whoever uses one cache from two streams must order them.
 """
 
-import functools
 from pathlib import Path
 
 import torch
@@ -625,27 +624,34 @@ def _register_autograd(name: str, *, writes: bool) -> None:
     """
     op = getattr(_ops, name).default
     names = [argument.name for argument in op._schema.arguments]
+    redispatch = op.redispatch
     below_autograd = torch._C._AutoDispatchBelowAutograd
-    any_requires_grad = torch._C._any_requires_grad
-
-    def run(keys, *arguments):
-        with below_autograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+    after_autograd = torch._C._after_autograd_keyset
+    records_gradients, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
     def autograd(keys, *arguments):
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, arguments)
-        if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
-            return run(keys, *arguments)
-        if not writes:
-            if torch._C._are_functorch_transforms_active():  # they take no Function that they cannot transform
-                raise NotImplementedError(_NO_GRADIENT)
-            return _NoGradient.apply(functools.partial(run, keys), *arguments)
-        its = next(n for n, x in zip(names, arguments, strict=False) if any_requires_grad(x))
-        raise RuntimeError(
-            f"entmaxkv::{name}: {its}: expected a tensor that requires no gradient, or torch.no_grad(), got one whose "
-            "gradient would be lost; to train, see entmaxkv.hf"
-        )
+        if records_gradients() and any_requires_grad(*arguments):
+            return with_gradient(keys, *arguments)
+        with below_autograd():
+            return redispatch(keys & after_autograd, *arguments)
+
+    def with_gradient(keys, *arguments):
+        if writes:
+            its = next(n for n, x in zip(names, arguments, strict=False) if any_requires_grad(x))
+            raise RuntimeError(
+                f"entmaxkv::{name}: {its}: expected a tensor that requires no gradient, or torch.no_grad(), got one "
+                "whose gradient would be lost; to train, see entmaxkv.hf"
+            )
+        if torch._C._are_functorch_transforms_active():  # they take no Function that they cannot transform
+            raise NotImplementedError(_NO_GRADIENT)
+
+        def run(*arguments):
+            with below_autograd():
+                return redispatch(keys & after_autograd, *arguments)
+
+        return _NoGradient.apply(run, *arguments)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
