@@ -3,15 +3,16 @@
 `TABLES` and `FIGURES` are functions of all reports under bench/results, which return nothing where rows are missing.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from optional import matplotlib, np, plt
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tables import Row, digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
@@ -218,20 +219,18 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
-def panels(
-    columns: int, *, width: float = 4.2, height: float = 3.6
-) -> tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]:
+def panels(columns: int, *, width: float = 4.2, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     inches = (1 + width * columns, height)
     figure, grid = plt.subplots(1, columns, figsize=inches, squeeze=False, layout="constrained")
     return figure, list(grid[0])
 
 
-def finish(figure: matplotlib.figure.Figure, rows: list[Row]) -> matplotlib.figure.Figure:
+def finish(figure: Figure, rows: list[Row]) -> Figure:
     figure.suptitle(machine_line(rows), fontsize=7)
     return figure
 
 
-def draw_quality(rows: list[Row]) -> matplotlib.figure.Figure | None:
+def draw_quality(rows: list[Row]) -> Figure | None:
     """What is lost against the bytes that are read, at the longest context."""
     here = of(rows, kind="quality", model=ENTMAX, context=LONGEST)
     if not here:
@@ -258,7 +257,7 @@ def draw_quality(rows: list[Row]) -> matplotlib.figure.Figure | None:
     return finish(figure, here)
 
 
-def draw_contexts(rows: list[Row]) -> matplotlib.figure.Figure | None:
+def draw_contexts(rows: list[Row]) -> Figure | None:
     """Loss and dropped mass against context, entmax beside softmax."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
     if not here:
@@ -280,7 +279,7 @@ def draw_contexts(rows: list[Row]) -> matplotlib.figure.Figure | None:
     return finish(figure, here)
 
 
-def draw_heads(rows: list[Row]) -> matplotlib.figure.Figure | None:
+def draw_heads(rows: list[Row]) -> Figure | None:
     """Tokens with weight of each layer's heads, and what top pages drop of them, for each context."""
     here = sorted(of(rows, kind="quality", model=ENTMAX, select="dense"), key=lambda row: row["context"])
     if not here:
@@ -305,7 +304,7 @@ def draw_heads(rows: list[Row]) -> matplotlib.figure.Figure | None:
     return finish(figure, here)
 
 
-def draw_training(rows: list[Row]) -> matplotlib.figure.Figure | None:
+def draw_training(rows: list[Row]) -> Figure | None:
     """Held-out loss and recall of the twins against steps, at the context trained on and at the longest."""
     here = [row for row in of(rows, kind="training") if "train_bits" in row]
     if not here:
@@ -329,7 +328,7 @@ def draw_training(rows: list[Row]) -> matplotlib.figure.Figure | None:
     return finish(figure, here)
 
 
-def draw_tuning(rows: list[Row]) -> matplotlib.figure.Figure | None:
+def draw_tuning(rows: list[Row]) -> Figure | None:
     """`Gaussian`'s quantiles and margins, and top pages by some merits, against the keys that they read."""
     here = of(rows, kind="tune", model=ENTMAX, text="held-out")
     here = of(here, context=max(contexts(here), default=0))
@@ -360,7 +359,7 @@ def draw_tuning(rows: list[Row]) -> matplotlib.figure.Figure | None:
     return finish(figure, here)
 
 
-FIGURES: dict[str, Callable[[list[Row]], matplotlib.figure.Figure | None]] = {
+FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {
     "quality.png": draw_quality,
     "contexts.png": draw_contexts,
     "heads.png": draw_heads,

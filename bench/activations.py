@@ -5,15 +5,17 @@ head_dim], the queries of the last `steps` positions: query i sees the tokens up
 cache as its KV heads, and are decoded step by step, with one token appended before each.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
 import torch
 from inputs import DTYPES, positive
-from optional import rich, safetensors
 from report import check, machine, report, wide_console
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import entmaxkv
 from entmaxkv import metrics
@@ -22,8 +24,8 @@ from entmaxkv import metrics
 def load(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [steps, heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
     try:
-        file = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        file = load_file(path)
+    except (OSError, SafetensorError) as error:
         raise SystemExit(f"{path}: expected a safetensors file, got {error}") from error
     names = sorted({name.rsplit(".", 1)[0] for name in file})
     shapes = {name: tuple(x.shape) for name, x in file.items()}
@@ -41,7 +43,7 @@ def load(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def measure(
-    activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: rich.console.Console
+    activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: Console
 ) -> list[dict]:
     """One row per selector."""
     q, k, v = (x.to(device, DTYPES[dtype]) for x in activations)
@@ -54,7 +56,7 @@ def measure(
     cache = entmaxkv.PagedKVCache(1, tokens, kv_heads, head_dim, dtype=DTYPES[dtype], device=device)
     cache.append(k[None, : tokens - steps], v[None, : tokens - steps])
     found: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in selectors}
-    for step in rich.progress.track(range(steps), dtype, console=console):
+    for step in track(range(steps), dtype, console=console):
         now = tokens - steps + step
         cache.append(k[None, now : now + 1], v[None, now : now + 1])
         for name, select in selectors.items():
@@ -93,7 +95,7 @@ def main() -> None:
     activations = load(args.activations)
     console = wide_console()
     rows = [row for dtype in args.dtype for row in measure(activations, dtype, args.budget, args.device, console)]
-    table = rich.table.Table(*(name.replace("_", " ") for name in rows[0]))
+    table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)

@@ -10,8 +10,6 @@ much, values and what the selectors look at included. That is measured on the fi
 --max-tokens names a number.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Callable, Iterator
@@ -22,8 +20,10 @@ import torch
 from activations import load
 from inputs import DTYPES, Case, drawn, head_dim, positive
 from model_text import ModelText
-from optional import rich
 from report import check, machine, report, wide_console
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
@@ -86,9 +86,7 @@ def of_drawn(keys: str, context: int, head_dim: int, dtype: str, device: str, se
     return Steps(*(x.to(DTYPES[dtype]) for x in (q, k[0], v[0])), seq_lens)
 
 
-def of_model(
-    sets: int, context: int, head_dim: int, dtype: str, device: str, console: rich.console.Console
-) -> Iterator[Steps]:
+def of_model(sets: int, context: int, head_dim: int, dtype: str, device: str, console: Console) -> Iterator[Steps]:
     """The shipped model's own caches; every query sees the whole context."""
     case = Case("model", dtype, STEPS * GROUP * KV_HEADS, KV_HEADS, head_dim, PAGE_SIZE, sets, context)
     inputs = ModelText([case], device, console).inputs(case)
@@ -213,7 +211,7 @@ def reading(steps: Steps, share: float) -> tuple[TopPages, Gaussian]:
     return TopPages(least * PAGE_SIZE, dense_below=0), Gaussian(margin=high, dense_below=0)
 
 
-def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: rich.progress.Progress) -> list[dict]:
+def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[dict]:
     """Rows of δ against bytes read, KeySketch's and the others' at as many."""
     few = torch.linspace(0, len(steps.q) - 1, min(SEARCH, len(steps.q))).long().to(steps.q.device)
     some = Steps(steps.q[few], steps.k, steps.v, steps.seq_lens[few])
@@ -232,8 +230,8 @@ def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: rich.progress.Progr
     return rows
 
 
-def show(rows: list[dict], console: rich.console.Console) -> None:
-    exact = rich.table.Table(title="cases, and what they take", title_justify="left")
+def show(rows: list[dict], console: Console) -> None:
+    exact = Table(title="cases, and what they take", title_justify="left")
     titles = ("keys", "tokens", "selector", "cases", "misses", "other supports", "broken bounds", "τ off", "out off")
     for title in (*titles, "candidates", "survivors", "bytes", "certified", "δ"):
         exact.add_column(title)
@@ -246,7 +244,7 @@ def show(rows: list[dict], console: rich.console.Console) -> None:
     delta = [row for row in rows if row["kind"] == "delta"]
     if not delta:
         return
-    equal = rich.table.Table(title="δ at equal bytes, and how many times that of KeySketch", title_justify="left")
+    equal = Table(title="δ at equal bytes, and how many times that of KeySketch", title_justify="left")
     for title in ("max_tokens", "bytes", "KeySketch", "TopPages", "times", "Gaussian", "times"):
         equal.add_column(title)
     for sketch, pages, gaussian in zip(*(iter(delta),) * 3, strict=True):
@@ -298,7 +296,7 @@ def main() -> None:
     for keys, tokens, of in sources():
         found = {name: Found() for name in EXACT}
         of = list(of) if keys in ("model", "file") else of  # the model reads before the bar starts
-        with rich.progress.Progress(console=console) as bar:
+        with Progress(console=console) as bar:
             total = sum(steps.cases for steps in of) if isinstance(of, list) else sets * STEPS * GROUP * KV_HEADS
             task = bar.add_task(f"{keys}, {tokens} tokens", total=total)
             for steps in of:
@@ -308,7 +306,7 @@ def main() -> None:
             rows.append({"kind": "exact", "keys": keys, "tokens": tokens, "select": name} | sums.row())
     if args.max_tokens:
         keys, tokens, steps = first
-        with rich.progress.Progress(console=console) as bar:
+        with Progress(console=console) as bar:
             rows += [row | {"keys": keys, "tokens": tokens} for row in at_equal_bytes(steps, args.max_tokens, bar)]
     show(rows, console)
     shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": OPTIONS["alpha"]}

@@ -11,8 +11,6 @@ On a GPU a method is captured in a CUDA graph, and each replay starts with a col
 --repeats times over; the median counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Mapping
@@ -23,10 +21,12 @@ from pathlib import Path
 import torch
 from inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
 from model_text import ModelText
-from optional import rich
 from peers import peers
 from reference import authors
 from report import check, machine, report, wide_console
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
 from timing import Time, medians, read_rate
 from torch import Tensor
@@ -149,10 +149,10 @@ def complete(found: list[dict], device: str) -> float:
     return rate
 
 
-def show(found: list[dict], console: rich.console.Console) -> None:
+def show(found: list[dict], console: Console) -> None:
     """Prints the rows of one case as a table."""
     case = Case(**{name: found[0][name] for name in Case.__dataclass_fields__})
-    table = rich.table.Table(title=f"{case}, alpha {found[-1]['alpha']:g}", title_justify="left")
+    table = Table(title=f"{case}, alpha {found[-1]['alpha']:g}", title_justify="left")
     table.add_column("method", no_wrap=True)
     formats = {"us": ".1f", "ratio": ".3f", "bytes": ".2f", "gb_per_s": ".1f", "fraction": ".2f", "tokens": ".0f"}
     formats |= {"delta": ".4f", "error": ".2g"}
@@ -200,7 +200,7 @@ def main() -> None:
     text = ModelText(of_model, args.device, console) if of_model else None
     notes: dict[str, str] = {}
     groups = []
-    for case in rich.progress.track(chosen, "measuring", console=console):
+    for case in track(chosen, "measuring", console=console):
         inputs = text.inputs(case) if text and case.keys == "model" else drawn(case, args.device)
         groups.append(measure(case, inputs, args, notes))
         if args.device == "cuda":

@@ -1,30 +1,33 @@
 """Language models that decode through the cache: read a context once, then decode after it again and again."""
 
-from __future__ import annotations
-
 import math
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from optional import hf, transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
+import entmaxkv.hf
 from entmaxkv.select import Selector
 
-from calls import with_cache  # isort: skip
-from launches import fix_launches  # isort: skip
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES / "train"))
+from calls import with_cache  # noqa: E402
+from launches import fix_launches  # noqa: E402
 
 # No token is padding, which transformers would find out from a mask of its own, waiting for the device.
 UNMASKED = {"full_attention": None}
 
 
-def load(path: Path, device: str) -> transformers.PreTrainedModel:
+def load(path: Path, device: str) -> PreTrainedModel:
     """The model in bf16 on a GPU and fp32 on the CPU."""
-    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=hf.NAME, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
     if device == "cuda" and model.config.entmax_alpha != 1 and find_spec("adasplash"):
         fix_launches()
     return model
@@ -48,11 +51,11 @@ class Context:
     Tokens must fill whole pages: what is decoded lies in pages of its own, and can be forgotten by its length alone.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, read: Tensor, room: int):
+    def __init__(self, model: PreTrainedModel, read: Tensor, room: int):
         self.model = model
         self.rows, self.tokens = read.shape
-        self.cache = hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
-        self.layers: list[hf.EntmaxLayer] = list(self.cache.layers)
+        self.cache = entmaxkv.hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
+        self.layers: list[entmaxkv.hf.EntmaxLayer] = list(self.cache.layers)
         if self.tokens % self.layers[0].page_size:
             raise ValueError(f"expected a context of whole pages of {self.layers[0].page_size}, got {self.tokens}")
         with torch.no_grad():

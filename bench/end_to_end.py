@@ -6,18 +6,18 @@ A step is the whole model, from a byte to the logits of the next: as a CUDA grap
 `generate` calls it. The profiler tells the graph's attention kernels from the others.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from decoding import Context, Stepper, load
 from inputs import positive
-from optional import np, rich, transformers
 from quality import check_contexts, haystacks, held_out_text, parser_of, tensor
 from report import machine, report, wide_console
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 import entmaxkv
 from entmaxkv.select import Selector
@@ -66,7 +66,7 @@ def kernels(stepper: Stepper) -> dict[str, float]:
     return found
 
 
-def evaluate(model: transformers.PreTrainedModel, text: np.ndarray, context: int, batch: int) -> list[dict[str, Any]]:
+def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int) -> list[dict[str, Any]]:
     """One row per selector for a batch of contexts."""
     read, follows = haystacks(text, batch, context, context)
     state = Context(model, tensor(read, model.device), room=ROOM)
@@ -84,8 +84,8 @@ def evaluate(model: transformers.PreTrainedModel, text: np.ndarray, context: int
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    shown = rich.table.Table(title=f"{rows[0]['model']}, {rows[0]['batch']} rows of {rows[0]['context']} tokens")
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"{rows[0]['model']}, {rows[0]['batch']} rows of {rows[0]['context']} tokens")
     shown.add_column("selector")
     for title in ("tokens/s", "µs", "attention", "append", "other kernels", "eager µs"):
         shown.add_column(title, justify="right")

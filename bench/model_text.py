@@ -9,29 +9,29 @@ heads than the model, the next text gives the rest. The queries of a group are t
 positions before it; all see the whole context, up to a few tokens behind their own.
 """
 
-from __future__ import annotations
-
 import math
+import sys
 from pathlib import Path
 
 import torch
 from inputs import DTYPES, Case, Inputs
-from optional import rich
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from watch import Watch
 
 import entmaxkv
 
-from calls import with_cache  # isort: skip
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES / "train"))
+from calls import with_cache  # noqa: E402
+from corpus import SEPARATOR, default_source, files, held_out  # noqa: E402
+
 BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
 
 
 def text(size: int) -> bytes:
     """So many bytes of the standard library."""
-    from corpus import SEPARATOR, default_source, files, held_out
-
     found = files(default_source())
     joined = bytearray()
     for name in sorted(found, key=lambda name: (not held_out(name), name)):
@@ -49,7 +49,7 @@ class ModelText:
         q: [windows, heads, queries, head_dim], those of the last position first.
     """
 
-    def __init__(self, cases: list[Case], device: str, console: rich.console.Console) -> None:
+    def __init__(self, cases: list[Case], device: str, console: Console) -> None:
         try:
             import entmaxkv.hf
         except ImportError as error:
@@ -80,9 +80,7 @@ class ModelText:
         batches = read.view(windows, self.window).long().split(BATCH[device])
         found = [
             self._read(model, batch.to(device), steps)
-            for batch in rich.progress.track(
-                batches, f"the model reads {windows} x {self.window} bytes", console=console
-            )
+            for batch in track(batches, f"the model reads {windows} x {self.window} bytes", console=console)
         ]
         self.q, self.k, self.v = (torch.cat(parts) for parts in zip(*found, strict=True))
 

@@ -12,8 +12,6 @@ The model reads a context, exactly, and then decodes what follows with each sele
 At some steps of the text each layer's queries also go through `entmaxkv.metrics.measure`, against float64.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -22,12 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from decoding import Context, Stepper, load
 from inputs import positive
-from optional import np, rich, transformers
 from report import check, machine, report, wide_console
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 from watch import Watch
 
 import entmaxkv
@@ -118,11 +120,7 @@ def answered(suite: Suite, argmax: Tensor) -> float:
 
 
 def answering(
-    model: transformers.PreTrainedModel,
-    suite: Suite,
-    methods: dict[str, Any],
-    at_a_time: int,
-    advance: Callable[[], object],
+    model: PreTrainedModel, suite: Suite, methods: dict[str, Any], at_a_time: int, advance: Callable[[], object]
 ) -> dict[str, float]:
     """What `answered` says of each method, after so many contexts at a time."""
     found = dict.fromkeys(methods, 0.0)
@@ -193,7 +191,7 @@ def facts_of(found: list[list[Metrics]]) -> dict[str, Any]:
 
 
 def decode_text(
-    model: transformers.PreTrainedModel, suite: Suite, methods: dict[str, Any], advance: Callable[[], object]
+    model: PreTrainedModel, suite: Suite, methods: dict[str, Any], advance: Callable[[], object]
 ) -> dict[str, dict[str, Any]]:
     """What each method makes of the text, beside the first one, which is dense; and what `probed` finds."""
     found: dict[str, dict[str, Any]] = {}
@@ -223,17 +221,17 @@ def decode_text(
 
 
 def evaluate(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     methods: dict[str, Selector | None],
     text: np.ndarray,
     context: int,
     longest: int,
     rows: int,
-    console: rich.console.Console,
+    console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
     drawn = suites(text, context, longest, rows)
-    with rich.progress.Progress(console=console) as bar:
+    with Progress(console=console) as bar:
         # Of passkeys there are twice as many rows, half of them at a time.
         task = bar.add_task(f"context {context}", total=4 * len(methods) + 1)
         advance = partial(bar.advance, task)
@@ -244,8 +242,8 @@ def evaluate(
     return [{"select": method, "context": context} | facts for method, facts in found.items()]
 
 
-def table(rows: list[dict]) -> rich.table.Table:
-    shown = rich.table.Table(title=f"context {rows[0]['context']}")
+def table(rows: list[dict]) -> Table:
+    shown = Table(title=f"context {rows[0]['context']}")
     shown.add_column("selector", no_wrap=True)
     titles = ("bits", "agrees", "prefix", "passkey", "recall", "δ", "support", "error", "keys", "bytes")
     for title in titles:

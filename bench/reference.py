@@ -8,8 +8,6 @@ page makes it dense; their selectors take none, so that the heads of a group bec
 each with a budget of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from optional import safetensors
+from safetensors.torch import load_file, save_file
 from timing import medians
 from torch import Tensor
 
@@ -44,7 +42,7 @@ def authors(
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Results, and reasons why there is none, by the name of the method; inputs are q, k and v."""
     with tempfile.TemporaryDirectory() as folder:
-        safetensors.torch.save_file({name: x.contiguous() for name, x in inputs.items()}, Path(folder) / "inputs")
+        save_file({name: x.contiguous() for name, x in inputs.items()}, Path(folder) / "inputs")
         order = {"page_size": page_size, "budgets": budgets, "alpha": alpha, "repeats": repeats}
         (Path(folder) / "order").write_text(json.dumps(order))
         paths = [str(path.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -54,7 +52,7 @@ def authors(
             last = (ran.stderr.strip() or f"ended with code {ran.returncode}").splitlines()[-1]
             return {}, {"the authors' entmaxkv": last}
         answer = json.loads((Path(folder) / "answer").read_text())
-        outs = safetensors.torch.load_file(Path(folder) / "outs", device=str(inputs["q"].device))
+        outs = load_file(Path(folder) / "outs", device=str(inputs["q"].device))
         return {name: Result(**row, out=outs[name]) for name, row in answer["rows"].items()}, answer["failures"]
 
 
@@ -161,7 +159,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     order = json.loads((folder / "order").read_text())
-    inputs = safetensors.torch.load_file(folder / "inputs", device="cuda")
+    inputs = load_file(folder / "inputs", device="cuda")
     dtype = torch.float16 if inputs["q"].dtype == torch.bfloat16 else inputs["q"].dtype
     q, k, v = (inputs[name].to(dtype) for name in "qkv")
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
@@ -183,7 +181,7 @@ def main() -> None:
     rows = {
         name: {"dtype": short, "us": time.us, "timed": time.of, "tokens": read[name]} for name, time in times.items()
     }
-    safetensors.torch.save_file(outs, folder / "outs")
+    save_file(outs, folder / "outs")
     (folder / "answer").write_text(json.dumps({"rows": rows, "failures": failures}))
 
 

@@ -1,7 +1,5 @@
 """What stands beside every figure, and where figures are written."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform
@@ -10,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from optional import rich
+from rich.console import Console
 
 
 def output_of(*command: str) -> str:
@@ -42,7 +40,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
 
 
-def report(document: dict, args: argparse.Namespace, console: rich.console.Console) -> None:
+def report(document: dict, args: argparse.Namespace, console: Console) -> None:
     """Prints the document's machine, and writes the document to --json, one line for each row."""
     document["machine"] = rounded(document["machine"])
     console.print(", ".join(f"{name} {value}" for name, value in document["machine"].items()))
@@ -52,9 +50,9 @@ def report(document: dict, args: argparse.Namespace, console: rich.console.Conso
         args.json.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
-def wide_console() -> rich.console.Console:
+def wide_console() -> Console:
     """As wide as the terminal; without one, as the tables."""
-    return rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def rounded(facts: dict) -> dict:

@@ -6,8 +6,6 @@ Under a budget, pages are ranked by the merit that their best head gives them; z
 is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` reads follows its quantile and margin.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decoding import Context, load
-from optional import np, rich, transformers
 from quality import (
     SEED,
     STEPS,
@@ -32,7 +30,11 @@ from quality import (
     tensor,
 )
 from report import machine, report, wide_console
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import entmaxkv
 from entmaxkv import ops
@@ -173,14 +175,14 @@ def training_text(source: Path) -> np.ndarray:
 
 
 def evaluate(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     methods: dict[str, Any],
     text: np.ndarray,
     context: int,
     longest: int,
     rows: int,
     seed: int,
-    console: rich.console.Console,
+    console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
     drawn = suites(text, context, longest, rows, seed)
@@ -189,7 +191,7 @@ def evaluate(
     for method, metrics in probed(read, drawn["text"], methods).items():
         found[method] = {what: x for what, x in facts_of(metrics).items() if what not in ("heads", "layer_share")}
     del read
-    with rich.progress.Progress(console=console) as bar:
+    with Progress(console=console) as bar:
         task = bar.add_task(f"context {context}", total=3 * len(methods))
         for name in ("passkey", "recall"):
             for method, share in answering(model, drawn[name], methods, rows, partial(bar.advance, task)).items():
@@ -215,7 +217,7 @@ def main() -> None:
     for context in args.context:
         longest = max(args.longest or 0, *args.context)
         rows = evaluate(model, methods, text, context, longest, args.rows, SEEDS[args.text], console)
-        shown = rich.table.Table(title=f"{args.text} text, context {context}")
+        shown = Table(title=f"{args.text} text, context {context}")
         shown.add_column("selector", no_wrap=True)
         titles = ("tokens", "delta", "support_recall", "error", "passkey", "recall")
         for title in titles:

@@ -4,8 +4,6 @@ The file comes from the standard library and was not in the training data. The m
 examples/stdlib-entmax (`examples/train/train.py` makes it). Everything in the table is measured in this run.
 """
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import copy
@@ -17,20 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
-import entmaxkv
+import entmaxkv.hf
 from entmaxkv.metrics import Metrics, measure
 from entmaxkv.select import Selector
 
 sys.path.append(str(Path(__file__).parent / "train"))
 from calls import with_cache
 from corpus import default_source, files, held_out
-from packages import Package
-
-hf = Package("entmaxkv.hf", "demo")
-rich = Package("rich", "demo")
-transformers = Package("transformers", "demo")
 
 MODEL = Path(__file__).parent / "stdlib-entmax"
 CHUNK = 512  # prompt bytes per prefill step
@@ -72,12 +71,10 @@ def default_file(context: int) -> Path:
     raise SystemExit(f"no held-out file of more than {context} bytes in {default_source()}: give one by --file")
 
 
-def prefill(
-    model: transformers.PreTrainedModel, text: bytes, cache: hf.EntmaxCache, console: rich.console.Console
-) -> int:
+def prefill(model: PreTrainedModel, text: bytes, cache: entmaxkv.hf.EntmaxCache, console: Console) -> int:
     """Fills the cache with text, and returns the byte that the model expects next."""
     ids = torch.tensor([list(text)], device=model.device)
-    with rich.progress.Progress(console=console) as bar:
+    with Progress(console=console) as bar:
         task = bar.add_task(f"prefill of {len(text)} bytes", total=len(text))
         for chunk in ids.split(CHUNK, dim=1):
             logits = model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1).logits
@@ -85,16 +82,16 @@ def prefill(
     return int(logits[0, -1].argmax())
 
 
-def step(model: transformers.PreTrainedModel, byte: int, cache: hf.EntmaxCache) -> int:
+def step(model: PreTrainedModel, byte: int, cache: entmaxkv.hf.EntmaxCache) -> int:
     """Appends one byte and returns the most likely next one."""
     ids = torch.tensor([[byte]], device=model.device)
     return int(model(input_ids=ids, **with_cache(model, cache)).logits[0, -1].argmax())
 
 
 def continuation(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     byte: int,
-    cache: hf.EntmaxCache,
+    cache: entmaxkv.hf.EntmaxCache,
     tokens: int,
     seen: Callable[[int], object],
 ) -> tuple[bytes, float]:
@@ -111,7 +108,7 @@ def continuation(
 
 
 @contextmanager
-def shown_as_text(prompt: bytes, console: rich.console.Console) -> Iterator[Callable[[int], None]]:
+def shown_as_text(prompt: bytes, console: Console) -> Iterator[Callable[[int], None]]:
     """Prints the prompt's end, and then each byte that is told."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     console.print(f"[dim]{prompt[-200:].decode('utf-8', 'replace')}[/dim]", end="", highlight=False)
@@ -124,23 +121,23 @@ def shown_as_text(prompt: bytes, console: rich.console.Console) -> Iterator[Call
 
 
 @contextmanager
-def shown_as_bar(name: str, tokens: int, console: rich.console.Console) -> Iterator[Callable[[int], None]]:
+def shown_as_bar(name: str, tokens: int, console: Console) -> Iterator[Callable[[int], None]]:
     """Counts the bytes that are told, of so many."""
-    with rich.progress.Progress(console=console, refresh_per_second=4) as bar:
+    with Progress(console=console, refresh_per_second=4) as bar:
         task = bar.add_task(f"{tokens} bytes by {name}", total=tokens)
         yield lambda _: bar.advance(task)
 
 
 def measured(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     text: bytes,
-    cache: hf.EntmaxCache,
+    cache: entmaxkv.hf.EntmaxCache,
     methods: dict[str, Selector | None],
-    console: rich.console.Console,
+    console: Console,
 ) -> dict[str, list[Metrics]]:
     """Every method's metrics on the decode steps of one and the same text, all layers."""
     cache.select = probe = Probe(methods)
-    with rich.progress.Progress(console=console) as bar:
+    with Progress(console=console) as bar:
         for i, byte in enumerate(bar.track(text[:-1], description="measuring against float64")):
             probe.active = i % STRIDE == 0
             step(model, byte, cache)
@@ -205,10 +202,10 @@ def main() -> None:
     args = parser.parse_args()
     if error := unfit(args):
         parser.error(error)
-    console = rich.console.Console()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, attn_implementation=hf.NAME, dtype=getattr(torch, args.dtype)
+    console = Console()
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, attn_implementation=entmaxkv.hf.NAME, dtype=getattr(torch, args.dtype)
     ).to(args.device)
     limit = model.config.max_position_embeddings
     if args.context + args.tokens > limit:
@@ -219,7 +216,7 @@ def main() -> None:
     path = args.file or default_file(args.context)
     prompt = path.read_bytes()[: args.context]
     console.print(f"[bold]{path}[/bold], first {len(prompt)} bytes, alpha {model.config.entmax_alpha:g}")
-    cache = hf.EntmaxCache(model.config, len(prompt) + args.tokens)
+    cache = entmaxkv.hf.EntmaxCache(model.config, len(prompt) + args.tokens)
     first = prefill(model, prompt, cache, console)
 
     methods: dict[str, Selector | None] = {
@@ -228,7 +225,7 @@ def main() -> None:
         f"TopPages({args.budget})": entmaxkv.TopPages(args.budget, dense_below=0),
         "Gaussian()": entmaxkv.Gaussian(dense_below=0),
     }
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("method", no_wrap=True)
     for title in ("tok/s", "keys\nread", "KV\nbytes", "δ", "recall", "error", "proved", "same\nbytes"):
         table.add_column(title, justify="right", no_wrap=True)

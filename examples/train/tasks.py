@@ -4,14 +4,10 @@ A fact is a line `# key NAME = VALUE`. Where its name comes back, the value can 
 Short values make associative recall, long ones copying.
 """
 
-from __future__ import annotations
+import numpy as np
 
-from packages import Package
-
-np = Package("numpy", "train")
-
-
-LETTERS, DIGITS = b"abcdefghijklmnopqrstuvwxyz", b"0123456789"
+LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+DIGITS = np.frombuffer(b"0123456789", np.uint8)
 NAME, RECALL, COPY = 6, 8, 128  # letters of a name, digits of a short and of a long value
 COPIES = 0.25  # share of the facts with long values
 SPACING = 512  # bytes of text for each fact that training puts into them
@@ -24,8 +20,7 @@ def question(name: bytes) -> bytes:
 
 def draw(rng: np.random.Generator, size: int = RECALL) -> tuple[bytes, bytes]:
     """A fact's question and value."""
-    letters, digits = (np.frombuffer(characters, np.uint8) for characters in (LETTERS, DIGITS))
-    return question(rng.choice(letters, NAME).tobytes()), rng.choice(digits, size).tobytes()
+    return question(rng.choice(LETTERS, NAME).tobytes()), rng.choice(DIGITS, size).tobytes()
 
 
 LINE = len(question(b"." * NAME)) + RECALL + 1  # bytes of a fact with a short value

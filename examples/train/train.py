@@ -9,8 +9,6 @@ It takes one CUDA GPU, and goes on where it was stopped: the checkpoint is in --
 and its number alone, so twins see the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -22,21 +20,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from card import card
 from corpus import RELATED, SEPARATOR, default_packages, default_source, files, held_out, package_texts, without_copies
 from launches import fix_launches
-from packages import Package
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from tasks import overlay
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, SmolLM3Config
 from windows import Windows, positions
 
-hf = Package("entmaxkv.hf", "train")
-np = Package("numpy", "train")
-rich = Package("rich", "train")
-safetensors = Package("safetensors", "train")
-tokenizers = Package("tokenizers", "train")
-transformers = Package("transformers", "train")
+import entmaxkv.hf
 
 CONTEXT = 16384
 WARMUP, DECAY = 0.02, 0.5  # shares of the steps
@@ -77,8 +75,8 @@ class Recipe:
     packages: bool
     facts: float
 
-    def configuration(self, alpha: float) -> transformers.SmolLM3Config:
-        return transformers.SmolLM3Config(
+    def configuration(self, alpha: float) -> SmolLM3Config:
+        return SmolLM3Config(
             vocab_size=256,
             hidden_size=self.width,
             intermediate_size=self.inner,
@@ -133,17 +131,17 @@ RECIPES = {
 }
 
 
-def byte_tokenizer(context: int) -> transformers.PreTrainedTokenizerFast:
+def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """The tokenizer whose token ids are byte values; 0 separates documents."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     vocab = {letters[byte]: byte for byte in range(1, 256)} | {SEPARATOR.decode(): 0}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    separator = tokenizers.AddedToken(SEPARATOR.decode(), special=True, normalized=False)
-    return transformers.PreTrainedTokenizerFast(
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    separator = AddedToken(SEPARATOR.decode(), special=True, normalized=False)
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=separator,
         pad_token=separator,
@@ -198,12 +196,12 @@ def save(model: nn.Module, out: Path) -> None:
     """Writes the model in bf16 with its configuration and tokenizer."""
     state = {name: x.detach().bfloat16().cpu().contiguous() for name, x in model.state_dict().items()}
     state.pop("lm_head.weight")
-    safetensors.torch.save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)
-    transformers.GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
+    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
     byte_tokenizer(config.max_position_embeddings).save_pretrained(out)
 
 
@@ -326,7 +324,7 @@ def main() -> None:
     recipe = RECIPES[args.recipe]
     steps, peak = args.steps or recipe.steps, args.learning_rate or recipe.learning_rate
     args.out.mkdir(parents=True, exist_ok=True)
-    console = rich.console.Console()
+    console = Console()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
@@ -354,8 +352,8 @@ def main() -> None:
 
     if args.attention == "entmax":
         fix_launches()
-    model = transformers.AutoModelForCausalLM.from_config(
-        recipe.configuration(ALPHA[args.attention]), attn_implementation=hf.NAME, dtype=torch.float32
+    model = AutoModelForCausalLM.from_config(
+        recipe.configuration(ALPHA[args.attention]), attn_implementation=entmaxkv.hf.NAME, dtype=torch.float32
     ).cuda()
     torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
@@ -368,12 +366,8 @@ def main() -> None:
 
     before = run.seconds
     start = told = kept = time.perf_counter()
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns, console=console) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("compiling", total=steps, completed=run.step)
         while run.step < min(steps, args.stop or steps):
             context = take(run, recipe, windows, steps=steps, batch=args.batch, peak=peak)

@@ -1,17 +1,13 @@
 """What a training step sees, as a function of its number alone."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 
+import numpy as np
 import torch
 from corpus import SEPARATOR
-from packages import Package
 from tasks import overlay
 from torch import Tensor
-
-np = Package("numpy", "train")
 
 # Tags of the generators' seeds, so that no two of them draw the same.
 ORDER, EPOCH, ROW, POSITIONS = range(4)
