@@ -35,8 +35,8 @@ class RowLocks {
   std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
-/// On the host: what is written, the pages of the tokens first(row) ... end(row) - 1, is in use once, in that row. Full
-/// pages of a shared prefix may be in use in many rows. Looking at the ids of all pages in use took 40 us for 16 rows
+/// On the host: the pages of the tokens first(row) ... end(row) - 1, which are written, are in use in that row alone, and
+/// there once. Full pages of a shared prefix may be in use in many rows. Looking at the ids of all pages in use took 40 us for 16 rows
 /// of 32K tokens (one core of an AMD EPYC), where the rest of the append took 330 us and a dense decode step 370 ms.
 template <typename First, typename End>
 void check_own_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
@@ -57,6 +57,7 @@ void check_own_pages(const Arguments& args, const PageTable& page_table, First f
       written[id / 64] |= uint64_t{1} << id % 64;
     }
   }
+  if (own == 0) return;
   for (int row = 0; row < rows; ++row) {
     const int32_t* ids = page_table.row(row);
     const int its = used(row);

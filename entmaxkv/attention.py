@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from entmaxkv import certify, ops
@@ -97,6 +98,8 @@ def decode(
     check_select("decode", select)
     number, head_alpha = split_alpha("decode", alpha, q)
     alpha = number if head_alpha is None else head_alpha
+    if select is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        cache = cache.snapshot()  # other threads may append between the ops
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
     chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     if chosen is None:

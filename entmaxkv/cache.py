@@ -1,6 +1,7 @@
 """A paged KV cache for one attention layer."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -174,15 +175,15 @@ class PagedKVCache:
     def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
         """Drops the newest tokens of every row in place; the cache is as if they had never been appended.
 
-        The work does not depend on how many tokens the cache holds, and nothing waits for the device.
+        No more is looked at than the last page of every row and the page table, and nothing waits for the device.
 
         Args:
             lengths: one number for all rows, or [batch] integers of any width on any device. Row b keeps its first
                 min(lengths[b], seq_lens[b]) tokens.
 
         Raises:
-            ValueError: a number is negative, among others; the cache stays as it was. Negative numbers on a CUDA
-                device cannot be seen without waiting: there they count as 0.
+            ValueError: a number is negative, among others; the cache stays as it was. Negative numbers in a tensor on
+                a CUDA device or in a compiled function cannot be seen: there they count as 0.
         """
         if isinstance(lengths, Integral) and not isinstance(lengths, bool):
             if lengths < 0:
@@ -190,21 +191,37 @@ class PagedKVCache:
             kept = torch.full_like(self.seq_lens, min(int(lengths), self.max_tokens))
         else:
             kept = self._row_numbers("truncate: lengths", lengths, most=None, count=self.batch)
-        # seq_lens moves first: bounds of more keys than a page holds are bounds, those of fewer are not.
+        uses = self._uses()
+        # seq_lens moves first. Statistics of more keys than a page then holds are still bounds; of fewer they are not.
         self.seq_lens.copy_(torch.minimum(self.seq_lens, kept.clamp(min=0)))
         if self.k_min is None and self.k_mean is None:
             return
         last = ((self.seq_lens - 1) // self.page_size).clamp(0, self.page_table.shape[1] - 1)
         last_pages = self.page_table.gather(1, last[:, None].long())  # [batch, 1]
-        tokens = self.seq_lens - last * self.page_size
+        # A page that another row uses keeps its statistics, which are bounds for both.
+        alone = uses[last_pages[:, 0].long().clamp(0, len(uses) - 1)] <= 1
+        tokens = torch.where(alone, self.seq_lens - last * self.page_size, 0)
         ops.page_stats(self.k_pages, last_pages, tokens, self.k_min, self.k_max, self.k_mean, self.k_std)
+
+    def _uses(self) -> Tensor:
+        """How often each physical page is in use: [pages] int32."""
+        first = torch.arange(0, self.max_tokens, self.page_size, device=self.seq_lens.device)
+        used = (first < self.seq_lens[:, None]).flatten().int()
+        pages = self.page_table.flatten().long().clamp(0, len(self.k_pages) - 1)
+        return used.new_zeros(len(self.k_pages)).scatter_add_(0, pages, used)
+
+    def snapshot(self) -> "PagedKVCache":
+        """The same memory, with a copy of the lengths: a step of several ops sees one state while others append."""
+        view = copy.copy(self)
+        view.seq_lens = self.seq_lens.clone()
+        return view
 
     def reorder(self, rows: Tensor | Sequence[int], *, tokens: int | None = None) -> None:
         """Row i becomes a copy of what row rows[i] was, with all that is kept of it.
 
         Rows may repeat, and there may be fewer or more of them than before. With as many as before everything is
         copied in place; otherwise `batch` and all tensors are new. Nothing waits for a CUDA device. A call that is
-        interrupted leaves rows that were to change empty, or nothing changed.
+        interrupted either changes nothing or leaves the rows that it was to change empty.
 
         Args:
             rows: [new batch] integers of any width on any device, ids of rows.
@@ -212,8 +229,8 @@ class PagedKVCache:
                 CPU the cache looks for itself.
 
         Raises:
-            ValueError: an id is not in 0 ... batch - 1, among others; the cache stays as it was. Ids on a CUDA device
-                are trusted.
+            ValueError: an id is not in 0 ... batch - 1, among others; the cache stays as it was. Ids in a tensor on
+                a CUDA device or in a compiled function are trusted.
 
         Example:
             >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=1, head_dim=64)
@@ -277,6 +294,8 @@ class PagedKVCache:
             numbers = value.long().clamp(-1, MOST_INT32).int()
         else:
             try:
+                if isinstance(value, Mapping | Set):
+                    raise TypeError("no order")
                 listed = value.tolist() if isinstance(value, Tensor) else [check.whole(number) for number in value]
             except TypeError:
                 raise ValueError(f"{wanted}, got {check.described(value)}") from None
@@ -317,7 +336,7 @@ class PagedKVCache:
         """How many tokens are held. A look at the lengths waits for the device: who prints a cache wants to know."""
         room = f"{self.batch * self.max_tokens} tokens"
         capturing = self.seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.seq_lens.is_meta or capturing or torch.compiler.is_compiling():
+        if type(self.seq_lens) is not Tensor or self.seq_lens.is_meta or capturing or torch.compiler.is_compiling():
             return f"room for {room}"
         return f"{int(self.seq_lens.sum())} of {room}"
 

@@ -10,8 +10,8 @@ Scores are s_i = scale q.k_i + slope (i - position), `scale` by default 1 / sqrt
 float32 or None. `alpha` is a number in [1, 2] for all heads; `head_alpha` [q_heads] float32, if given, replaces it.
 
 No op has a gradient. Backward through a result raises NotImplementedError, and so does forward-mode differentiation;
-ops that write to a cache raise RuntimeError where gradients are on and a tensor requires one: it would be lost. A key
-of NaN makes the heads that read it NaN.
+ops that write to a cache raise RuntimeError where a tensor requires a gradient and gradients are recorded, since that
+gradient would be lost. A key of NaN makes the heads that read it NaN.
 
 Every op raises RuntimeError "entmaxkv::op: argument: expected ..., got ..." before it writes anything. Values behind
 CUDA pointers (ids, lengths, head_alpha) cannot be looked at without waiting for the device. There ids are trusted,
@@ -22,12 +22,13 @@ Threads, on the CPU. Ops run without the interpreter's lock, and each reads the 
 
 - Any number of ops that only read a cache (scoring, selecting, decoding) may run beside appends to it. Each sees the
   tokens below the lengths that it has read, and those are whole: an append moves the lengths last. Statistics of a
-  row's last page may already count keys of an append under way. That only loosens its bounds.
+  row's last page may already count keys of an append under way. That only loosens its minimum and maximum.
 - A step of several ops, such as `select_sketch` and then `sparse_decode`, reads the lengths once in each. Give all of
-  them the same copy, `seq_lens.clone()`, where the step must see one state of the cache.
+  them the same copy, `seq_lens.clone()`, where the step must see one state of the cache, as `entmaxkv.decode` does.
 - Appends to the same rows (the same memory of `seq_lens`) wait for each other, and each claims its room or raises.
 - `page_stats`, `key_sketch`, and whatever else writes to the tensors of a cache, such as clearing or shortening rows
-  or changing `page_table`, must not run beside any op on the same rows.
+  or changing `page_table`, must not run beside any op on the same rows. Nor may another thread write to `selected`
+  while an op reads it.
 
 On CUDA, ops run in the order of their stream. Whoever uses one cache from two streams must order them.
 """
@@ -96,7 +97,12 @@ def append_kv(
     Raises:
         RuntimeError: a row would outgrow its page table, among others; nothing is written then.
     """
-    _ops.append_kv(k, v, lengths, k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens, codes, norms)
+    cache = k_pages, v_pages, k_min, k_max, k_mean, k_std, page_table, seq_lens, codes, norms
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._any_requires_grad(k, v, *cache):
+        _ops.append_kv(k, v, lengths, *cache)
+        return
+    with torch._C._AutoDispatchBelowAutograd():  # spares the look at every argument below, 20 us a call
+        _ops.append_kv(k, v, lengths, *cache)
 
 
 def key_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Tensor, norms: Tensor) -> None:
@@ -131,6 +137,9 @@ def page_stats(
 
     Per page, KV head and coordinate, over the page's tokens: minimum, maximum, mean, and population standard
     deviation. A key of NaN makes the first three NaN, so that no bound passes over it.
+
+    Rows may share pages that all of them fill. A page that two rows fill to different places gets the statistics of
+    one of them, which do not bound the other's keys.
 
     Args:
         k_pages: [pages, kv_heads, page_size, head_dim].
@@ -594,7 +603,10 @@ def _(
     return q.new_empty(q.shape)
 
 
-_NO_GRADIENT = "entmaxkv: decoding has no gradient, got backward through it; to train, see entmaxkv.hf"
+_NO_GRADIENT = (
+    "entmaxkv: decoding has no gradient, got backward through it; wrap decoding in torch.no_grad(), and to train, see "
+    "entmaxkv.hf"
+)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -110,9 +110,13 @@ def check_step(name: str, q: Tensor, cache: PagedKVCache, *, scale: float | None
         check.tensor(f"{name}: alibi_slopes", alibi_slopes, "[q_heads]")
 
 
+def _chooses(select: object, what: str) -> bool:
+    return callable(getattr(select, what, None))
+
+
 def check_select(name: str, select: Selector | None) -> None:
     """Refuses what can choose neither pages nor tokens, such as the class of a selector."""
-    able = any(callable(getattr(select, method, None)) for method in ("pages", "tokens"))
+    able = _chooses(select, "tokens") or _chooses(select, "pages")
     if select is not None and (isinstance(select, type) or not able):
         expected = "a selector such as KeySketch(), or None"
         raise ValueError(f"{name}: select: expected {expected}, got {check.described(select)}")
@@ -146,11 +150,16 @@ def selection(
     """What a selector chooses; None where the whole cache is to be read, as selecting does not pay."""
     if select is None or cache.max_tokens <= dense_below(select, cache.k_pages.device.type):
         return None
-    if hasattr(select, "tokens"):
-        selected, counts, delta_bound = select.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
-        return Selection(selected, counts, True, delta_bound)
-    selected, counts = select.pages(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
-    return Selection(selected, counts, False, None)
+    by_token = _chooses(select, "tokens")
+    choose = select.tokens if by_token else select.pages  # type: ignore[union-attr]
+    chosen = choose(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    expected = ("selected", "counts", "delta_bound") if by_token else ("selected", "counts")
+    if not isinstance(chosen, tuple) or list(map(type, chosen)) != [Tensor] * len(expected):
+        raise ValueError(
+            f"{type(select).__name__}.{choose.__name__}: expected tensors {', '.join(expected)}, got "
+            f"{check.described(chosen)}"
+        )
+    return Selection(chosen[0], chosen[1], by_token, chosen[2] if by_token else None)
 
 
 def dense_below(select: Selector, device: str) -> int:

@@ -451,3 +451,28 @@ def test_print_under_graph_capture():
         text = str(cache)
         cache.seq_lens.add_(0)
     assert "room for 320 tokens" in text and "43 of 320 tokens" in str(cache)
+
+
+def test_truncate_keeps_the_statistics_of_pages_that_other_rows_use(device):
+    """They would not bound the other rows' keys: a certificate would be false."""
+    k, direction = 0.05 * draw(2, 40, 1, 64), torch.zeros(64)
+    direction[0] = 1
+    k[1] = k[0]
+    k[:, 26, 0], k[:, 36, 0] = 8 * direction, 4 * direction
+    v = draw(2, 40, 1, 64, seed=1)
+    v[1] = v[0]
+    cache = entmaxkv.PagedKVCache(2, 64, 1, 64, device=device)
+    cache.append(k.to(device), v.to(device))
+    cache.page_table[1, :2] = cache.page_table[0, :2]
+    q = (8 * direction).expand(2, 1, 64).to(device).contiguous()
+    select = entmaxkv.TopPages(16, dense_below=0)
+    before = entmaxkv.decode(q, cache, select=select, return_info=True)[1]
+    cache.truncate([40, 20])
+    after = entmaxkv.decode(q, cache, select=select, return_info=True)[1]
+    assert not before.certified[0] and not after.certified[0]
+    assert after.delta_bound[0] == before.delta_bound[0]
+    cache.page_table[1] = cache.page_table[0]
+    cache.truncate([30, 5])
+    bounds = cache.k_min[cache.page_table[0, 0]], cache.k_max[cache.page_table[0, 0]]
+    assert torch.equal(bounds[0][0], k[0, :16, 0].amin(0).to(device))
+    assert torch.equal(bounds[1][0], k[0, :16, 0].amax(0).to(device))

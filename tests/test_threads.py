@@ -224,6 +224,35 @@ def test_batches_that_overlap():
         assert (numbers.count(1), numbers.count(2)) == (appends * (row < 80), appends * (row >= 20))
 
 
+class AppendsMeanwhile:
+    """A selector beside which another thread appends."""
+
+    def __init__(self, cache: entmaxkv.PagedKVCache, select: entmaxkv.KeySketch | entmaxkv.TopPages):
+        self.cache, self.select = cache, select
+        method = "tokens" if isinstance(select, entmaxkv.KeySketch) else "pages"
+        setattr(self, method, self.choose)
+
+    def choose(self, q: Tensor, cache: entmaxkv.PagedKVCache, **options: object) -> tuple[Tensor, ...]:
+        chosen = getattr(self.select, "tokens" if hasattr(self.select, "tokens") else "pages")(q, cache, **options)
+        self.cache.append(draw(1, 40, KV_HEADS, HEAD_DIM, seed=5), draw(1, 40, KV_HEADS, HEAD_DIM, seed=6))
+        return chosen
+
+
+@pytest.mark.parametrize("select", [entmaxkv.KeySketch(dense_below=0), entmaxkv.TopPages(64)], ids=["sketch", "pages"])
+def test_a_step_sees_one_state(select):
+    """Also tau, which ALiBi moves with the length, and the certificate."""
+    cache = entmaxkv.PagedKVCache(1, 200, KV_HEADS, HEAD_DIM)
+    cache.append(draw(1, 150, KV_HEADS, HEAD_DIM), draw(1, 150, KV_HEADS, HEAD_DIM, seed=1))
+    q, slopes = make_query(1, 4, HEAD_DIM), torch.full((4,), 0.01)
+    options = {"alibi_slopes": slopes, "return_info": True}
+    out, want = entmaxkv.decode(q, cache, select=select, **options)
+    beside, got = entmaxkv.decode(q, cache, select=AppendsMeanwhile(cache, select), **options)
+    assert cache.seq_lens.tolist() == [190]
+    assert torch.equal(beside, out) and torch.equal(got.tau, want.tau)
+    if isinstance(select, entmaxkv.KeySketch):
+        assert torch.equal(got.delta_bound, want.delta_bound)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
