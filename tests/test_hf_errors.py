@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import subprocess
 import sys
 import types
@@ -217,7 +218,7 @@ def test_an_interrupted_step(model, held):
     with pytest.raises(KeyboardInterrupt):
         model(**step)
     hook.remove()
-    text = rf"expected as many tokens in every layer, got {held} to {held + 4}: a step was interrupted"
+    text = rf"expected all layers to have done the last step, got layers of {held} to {held + 4} tokens"
     with pytest.raises(RuntimeError, match=text):
         model(**step)
     if held:
@@ -228,6 +229,90 @@ def test_an_interrupted_step(model, held):
     step["input_ids"] = rows[:, held:]
     want = load(ORACLE)(input_ids=rows, use_cache=False).logits[:, held:]
     close(model(**step).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_a_step_that_is_interrupted_while_a_layer_appends(model, layer):
+    """A signal is heard when the op returns: the pages hold the tokens, and nothing else knows of them."""
+    rows, _ = ids(TEXT[:24])
+    cache = hf.EntmaxCache(model.config, 32)
+    model(input_ids=rows[:, :20], past_key_values=cache)
+    append = cache.layers[layer].paged.append
+
+    def interrupted(*args):
+        append(*args)
+        raise KeyboardInterrupt
+
+    cache.layers[layer].paged.append = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=rows[:, 20:], past_key_values=cache)
+    cache.layers[layer].paged.append = append
+    with pytest.raises(RuntimeError, match="expected all layers to have done the last step"):
+        model(input_ids=rows[:, 20:], past_key_values=cache)
+    cache.crop(20)
+    assert {each.paged.seq_lens.item() for each in cache.layers} == {20}
+    want = load(ORACLE)(input_ids=rows, use_cache=False).logits[:, 20:]
+    close(model(input_ids=rows[:, 20:], past_key_values=cache).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(1, 1, 1, 8), torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8).tril()],
+    ids=["row", "full", "causal"],
+)
+def test_masks_of_the_user_in_four_dimensions(mask):
+    """They are followed to the letter, also where they are not causal."""
+    rows = torch.arange(1, 9)[None]
+    ours, sdpa = tiny_llama(entmax_alpha=1.0), tiny_llama(entmax_alpha=1.0)
+    sdpa.set_attn_implementation("sdpa")
+    options = {"input_ids": rows, "attention_mask": mask.bool()}
+    torch.testing.assert_close(ours(**options, use_cache=False).logits, sdpa(**options, use_cache=False).logits)
+    with pytest.raises(ValueError, match="where the keys are in EntmaxCache, got a mask of its own"):
+        ours(**options, past_key_values=hf.EntmaxCache(ours.config, 8))
+
+
+def test_an_entmax_model_with_softmax_is_told(tmp_path):
+    """And is saved with the implementation that it was trained with."""
+    with pytest.warns(UserWarning, match=r"has entmax attention \(entmax_alpha 1.5\), but is built with .*'sdpa'"):
+        model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="sdpa")
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == hf.NAME
+
+
+def test_another_class_of_a_model_has_no_say():
+    """A user's own model with attention of its own does not make the model that it is made from refused."""
+    body = {"__module__": "elsewhere", "config_class": LlamaConfig}
+    types.new_class("Elsewhere", (type(tiny_llama()),), exec_body=lambda space: space.update(body))
+    llama = tiny_llama(entmax_alpha=1.5)
+    with torch.no_grad():
+        llama(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_compiled_model(alpha):
+    llama = tiny_llama(entmax_alpha=alpha)
+    rows = torch.arange(1, 9)[None]
+    want = llama(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(torch.compile(llama, backend="eager")(input_ids=rows, use_cache=False).logits, want)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_takes_other_rows_and_dtypes():
+    llama = tiny_llama(entmax_alpha=1.5)
+    cache = hf.EntmaxCache(llama.config, 16)
+    rows, mask = torch.arange(1, 9).expand(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    llama.bfloat16()(input_ids=rows, attention_mask=mask, past_key_values=cache)
+    cache.crop(-8)
+    llama.float()
+    want = llama(input_ids=rows[:1], use_cache=False).logits
+    torch.testing.assert_close(llama(input_ids=rows[:1], past_key_values=cache).logits, want)
+    assert cache.layers[0].paged.k_pages.dtype == torch.float32
+    text = r"EntmaxCache\(2 of 2 layers in pages, 8 of 16 tokens, 1 rows, alpha=1.5, select=None, 0.0 MiB\)"
+    assert re.fullmatch(text, repr(cache))
 
 
 @pytest.mark.parametrize("alpha, tokens", [(1.5, 8), (1.5, 1), (1.0, 1), (1.0, 8)])
@@ -316,6 +401,13 @@ def sliding_layers(model, count=6):
     hf.EntmaxCache(config, 16)
 
 
+def fewer_layers(model):
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    with torch.no_grad():
+        model(input_ids=ids(TEXT[:4])[0], past_key_values=hf.EntmaxCache(config, 16))
+
+
 def linear_layers(model):
     hf.EntmaxCache(AutoConfig.for_model("mamba", num_hidden_layers=2), 16, alpha=1.0)
 
@@ -343,8 +435,8 @@ def short_mask(model):
             model(input_ids=ids(TEXT[:4])[0], attention_mask=torch.ones(1, 4), past_key_values=cache)
 
 
-def call(model, **options):
-    q, k = torch.zeros(1, 4, 8, 64), torch.zeros(1, 2, 8, 64)
+def call(model, dtype=torch.float32, **options):
+    q, k = torch.zeros(1, 4, 8, 64, dtype=dtype), torch.zeros(1, 2, 8, 64, dtype=dtype)
     hf.attention(model.model.layers[0].self_attn, q, k, k, options.pop("attention_mask", None), **options)
 
 
@@ -366,6 +458,27 @@ ERRORS = {
         ValueError,
         r"expected full attention in every layer where alpha is 1.5, got windows of 8 tokens",
     ),
+    "max_tokens": (
+        lambda m: hf.EntmaxCache(m.config, "64"),
+        ValueError,
+        r"max_tokens: expected .* got '64'",
+    ),
+    "no tokens": (lambda m: hf.EntmaxCache(m.config, 0), ValueError, r"max_tokens: expected .* at least 1, got 0"),
+    "rows": (lambda m: hf.EntmaxCache(m.config, 8, batch="2"), ValueError, r"batch: expected .* got '2'"),
+    "pages": (lambda m: hf.EntmaxCache(m.config, 8, page_size=7), ValueError, r"page_size: expected 8, 16, .* got 7"),
+    "dtype": (lambda m: hf.EntmaxCache(m.config, 8, dtype="bf16"), ValueError, r"dtype: expected .* got 'bf16'"),
+    "selector": (
+        lambda m: hf.EntmaxCache(m.config, 8, select=entmaxkv.KeySketch),
+        ValueError,
+        r"select: expected",
+    ),
+    "model": (
+        lambda m: hf.EntmaxCache(m, 8),
+        ValueError,
+        r"config: expected .*, got a SmolLM3ForCausalLM",
+    ),
+    "fewer layers": (fewer_layers, ValueError, r"expected a model of 2 layers, got one of more"),
+    "float64": (lambda m: call(m, dtype=torch.float64), ValueError, r"expected float32, float16 .* got torch.float64"),
     "linear attention": (linear_layers, ValueError, r"expected full attention in some layer, got .*use a DynamicCache"),
     "training on the CPU": (
         lambda m: m(input_ids=ids(TEXT[:4])[0], use_cache=False),

@@ -110,3 +110,90 @@ def test_entmax_has_no_windows_that_keys_leave(models):
             ours(input_ids=PROMPT, use_cache=False)
     finally:
         ours.config.entmax_alpha = 1.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_an_interrupted_step(models, layer):
+    """Windows cannot be put back: the message asks for reset alone."""
+    ours, _ = models
+    cache = cache_of(ours)
+    ours(input_ids=PROMPT[:, :12], past_key_values=cache)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = ours.model.layers[layer].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ours(input_ids=PROMPT[:, 12:13], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"got layers of 12 to 13 tokens: it was interrupted; reset\(\) mends it"):
+        ours(input_ids=PROMPT[:, 12:13], past_key_values=cache)
+    cache.reset()
+    ours(input_ids=PROMPT[:, :12], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_windows_that_are_full_are_not_cropped_in_part(models):
+    ours, _ = models
+    cache = cache_of(ours)
+    ours(input_ids=PROMPT[:, :12], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="expected to crop no window that is full, got 12 tokens to be cropped to 9"):
+        cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [12] * 4
+    cache.activate_past_recording()
+    ours(input_ids=PROMPT[:, 12:15], past_key_values=cache)
+    cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [12] * 4
+
+
+@torch.no_grad()
+def test_one_alpha_for_pages_and_windows(models):
+    """Layers in transformers' own cache run by the config's."""
+    ours, _ = models
+    ours.config.entmax_alpha = 1.5
+    try:
+        with pytest.raises(ValueError, match=r"expected alpha = 1.5, by which the config has the layers in"):
+            cache_of(ours, alpha=1.0)
+    finally:
+        ours.config.entmax_alpha = 1.0
+
+
+@torch.no_grad()
+def test_a_dynamic_cache_that_knows_no_windows(models):
+    """It keeps all keys, and a mask hides the old ones."""
+    ours, eager = models
+    caches = DynamicCache(), DynamicCache()
+    for first, last in ((0, 12), (12, 13), (13, 15), (15, 16)):
+        got, want = (
+            model(input_ids=PROMPT[:, first:last], past_key_values=cache).logits
+            for model, cache in zip((ours, eager), caches, strict=True)
+        )
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("held", [0, 9])
+def test_an_interrupted_step_of_linear_attention(layer, held):
+    """Layers of linear attention have no length to tell by."""
+    sizes = {name: value for name, value in SIZES.items() if name != "intermediate_size"}
+    linear = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    linear |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "intermediate_size": 32}
+    config = AutoConfig.for_model("qwen3_next", **sizes, **linear, **experts, shared_expert_intermediate_size=16)
+    config.entmax_alpha = 1.0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=hf.NAME).eval()
+    cache = cache_of(model)
+    for part in (PROMPT[:, :8], PROMPT[:, 8:9]) if held else ():
+        model(input_ids=part, past_key_values=cache)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=PROMPT[:, 9:12], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="expected all layers to have done the last step"):
+        model(input_ids=PROMPT[:, 9:12], past_key_values=cache)

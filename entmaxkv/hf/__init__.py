@@ -24,15 +24,16 @@ try:
 
     require_version("transformers>=5.5")
 except ImportError as error:
-    raise ImportError("entmaxkv.hf: expected transformers >= 5.5 (pip install 'transformers>=5.5,<5.40')") from error
+    wanted = "transformers >= 5.5 (pip install 'transformers>=5.5,<5.40')"
+    raise ImportError(f"entmaxkv.hf: expected {wanted}, got {type(error).__name__}: {error}") from error
 
 from entmaxkv.hf.attend import attention
 from entmaxkv.hf.cache import EntmaxCache, EntmaxLayer
 from entmaxkv.hf.masking import mask
-from entmaxkv.hf.models import NAME, at_construction
+from entmaxkv.hf.models import NAME, check_when_built
 
 __all__ = ["NAME", "EntmaxCache", "EntmaxLayer", "attention", "mask"]
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
-register_module_module_registration_hook(at_construction)
+register_module_module_registration_hook(check_when_built)

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 import entmaxkv
 from entmaxkv.hf.cache import announced, needs
+from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
 
@@ -17,6 +18,7 @@ PREFILL_ROWS = 1024
 # And few enough that the kernel's workspace stays below a gigabyte: on a GPU about 9 bytes for each query head and slot
 # of a row's page table.
 PREFILL_SLOTS = 100_000_000
+DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
 def attention(
@@ -39,12 +41,12 @@ def attention(
         query: [batch, q_heads, tokens, head_dim], the last `tokens` positions.
         key: [batch, kv_heads, tokens, head_dim], announced by `EntmaxCache`; or the keys of all positions.
         value: Like key; its head_dim may be another.
-        attention_mask: What `mask` returned: None, the padding mask [batch, 1, 1, keys] bool or, where alpha is 1,
-            any pattern [batch, 1, tokens, keys] bool.
+        attention_mask: What `mask` returned: None, the padding mask [batch, 1, 1, keys] int8 or, where alpha is 1,
+            any pattern [batch, 1, 1 or tokens, keys] bool.
         scaling: Factor of the scores; 1/sqrt(head_dim) where None.
         dropout: Must be 0.
         is_causal: Must not be False, nor `module.is_causal`.
-        sliding_window: Tokens that a query sees; no key may be older than that, unless attention_mask is a pattern.
+        sliding_window: Tokens that a query sees. It may not see older ones, unless attention_mask is a pattern.
         keywords: Those that may change scores must be None or False.
 
     Returns:
@@ -55,43 +57,38 @@ def attention(
         RuntimeError: gradients are recorded where nothing computes them, or keys of `EntmaxCache` were changed.
     """
     step = announced(key, value)
+    layer = None if step is None else step.layer
     if step is not None:
         key, value = step.key, step.value
-    layer = None if step is None else step.layer
     alpha = alpha_of(module.config, None if layer is None else layer.alpha)
     refuse_keywords(dropout=dropout or None, **keywords)
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(
             "entmaxkv attention: expected causal attention, got is_causal=False, as in encoders and cross attention"
         )
+    if value.dtype not in DTYPES:
+        raise ValueError(f"entmaxkv attention: expected float32, float16 or bfloat16, got {value.dtype}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens, width = query.shape[2], value.shape[3]
-    keys = key.shape[2] if layer is None or step is None else layer.seen + (0 if step.appended else tokens)
+    keys = key.shape[2] if step is None else step.keys
     query, key = query.to(value.dtype), key.to(value.dtype)
-
-    if attention_mask is not None and not _is_mask(attention_mask, len(query), tokens, keys):
-        raise ValueError(
-            f"entmaxkv attention: expected a bool attention_mask [{len(query)}, 1, 1 or {tokens}, {keys}] for the "
-            f"{keys} tokens of EntmaxCache or a dynamic cache, got {attention_mask.dtype} of shape "
-            f"{tuple(attention_mask.shape)}{', which adds to scores' * attention_mask.is_floating_point()}"
-        )
-    pattern = attention_mask if attention_mask is not None and attention_mask.shape[2] > 1 else None
-    if pattern is not None or (sliding_window is not None and keys > sliding_window):
-        if alpha != 1 or layer is not None or pattern is None:
-            where = f"where alpha is {alpha:g}" if layer is None else "where the keys are in EntmaxCache"
-            raise ValueError(
-                f"entmaxkv attention: expected queries that see every key up to their own {where}, got "
-                f"{_described(module, sliding_window)}"
-            )
+    padding, pattern = _told_apart(attention_mask, len(query), tokens, keys)
+    if pattern is not None and layer is None and alpha == 1:
         return whole(query, key, value, alpha=alpha, scale=scale, pattern=pattern).transpose(1, 2).contiguous(), None
+    window = keys if sliding_window is None else sliding_window
+    if pattern is not None or (keys > window and (padding is None or padding.sum(dim=1).max() > window)):
+        where = f"where alpha is {alpha:g}" if layer is None else "where the keys are in EntmaxCache"
+        raise ValueError(
+            f"entmaxkv attention: expected queries that see every key up to their own {where}, got "
+            f"{_described(module, sliding_window)}"
+        )
 
     if width != key.shape[3]:  # pages hold keys and values of one head_dim: zeros fill up the shorter ones
         query, key, value = (pad(x, (0, max(width, key.shape[3]) - x.shape[3])) for x in (query, key, value))
     order = lengths = key_lengths = None
-    real = None if attention_mask is None else attention_mask[:, 0, 0]
-    if real is not None:
-        order, lengths = _real_first(real[:, -tokens:])
-        key_order, key_lengths = _real_first(real[:, -key.shape[2] :])
+    if padding is not None:
+        order, lengths = _real_first(padding[:, -tokens:])
+        key_order, key_lengths = _real_first(padding[:, -key.shape[2] :])
         query, key, value = _gather(query, order), _gather(key, key_order), _gather(value, key_order)
 
     lacking = lacks(query, alpha)
@@ -105,8 +102,8 @@ def attention(
             raise RuntimeError(f"entmaxkv attention: to train, expected {lacking}")
         out = whole(query, key, value, alpha=alpha, scale=scale)
     else:
-        if layer is not None and step is not None:
-            layer.append(step, key, value, real)
+        if step is not None:
+            step.layer.append(step, key, value, padding)
         if keys == tokens > 1 and not lacking:
             out = whole(query, key, value, alpha=alpha, scale=scale)
         else:
@@ -123,8 +120,19 @@ def attention(
     return out.transpose(1, 2).contiguous(), None  # some models view it
 
 
-def _is_mask(x: Tensor, batch: int, tokens: int, keys: int) -> bool:
-    return x.dtype == torch.bool and x.shape in {(batch, 1, 1, keys), (batch, 1, tokens, keys)}
+def _told_apart(mask: Tensor | None, batch: int, tokens: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """The padding mask [batch, keys] bool or the pattern [batch, 1, 1 or tokens, keys] that an attention_mask is."""
+    if mask is None:
+        return None, None
+    if mask.dtype == PADDING and mask.shape == (batch, 1, 1, keys):
+        return mask[:, 0, 0].bool(), None
+    if mask.dtype == torch.bool and mask.shape in {(batch, 1, 1, keys), (batch, 1, tokens, keys)}:
+        return None, mask
+    raise ValueError(
+        f"entmaxkv attention: expected a bool attention_mask [{batch}, 1, 1 or {tokens}, {keys}] for the {keys} tokens "
+        f"of EntmaxCache or a dynamic cache, got {mask.dtype} of shape {tuple(mask.shape)}"
+        f"{', which adds to scores' * mask.is_floating_point()}"
+    )
 
 
 def _described(module: nn.Module, sliding_window: int | None) -> str:

@@ -9,8 +9,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 import entmaxkv
+from entmaxkv.check import is_count
 from entmaxkv.hf.models import alpha_of
-from entmaxkv.select import Selector
+from entmaxkv.select import Selector, check_select
 
 
 def needs(select: Selector | None) -> dict[str, bool]:
@@ -33,6 +34,11 @@ class Step:
     def __init__(self, layer: "EntmaxLayer", number: int, key: Tensor, value: Tensor):
         self.layer, self.number, self.key, self.value = layer, number, key, value
         self.appended = False
+
+    @property
+    def keys(self) -> int:
+        """Tokens in the cache once these are in it."""
+        return self.layer.seen + (0 if self.appended else self.key.shape[2])
 
 
 class Announced(Tensor):
@@ -104,7 +110,9 @@ class EntmaxLayer(CacheLayerMixin):
         paged: the `PagedKVCache`, from the first update on.
         seen: tokens of each row, padding included.
         mask: [batch, seen] bool, which of them are no padding; None where all are.
-        first: whether it is the first layer of its cache, which looks at masks for all of them.
+        checks_masks: whether it looks at masks, which the first layer of a cache does for all of them.
+        appends: steps that it has appended.
+        torn: whether an append may have been interrupted, so that the pages hold more tokens than `seen` says.
     """
 
     is_sliding = False
@@ -125,9 +133,9 @@ class EntmaxLayer(CacheLayerMixin):
         self.max_tokens, self.batch, self.page_size = max_tokens, batch, page_size
         self.alpha, self.select, self.dtype, self.device = alpha, select, dtype, device
         self.paged: entmaxkv.PagedKVCache
-        self.seen = self.updates = 0
+        self.seen = self.updates = self.appends = 0
         self.mask: Tensor | None = None
-        self.first = False
+        self.checks_masks = self.torn = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the page pool for keys and values like these [batch, kv_heads, tokens, head_dim]."""
@@ -165,10 +173,17 @@ class EntmaxLayer(CacheLayerMixin):
                 f"EntmaxCache is full: expected at most max_tokens = {self.max_tokens}, "
                 f"got {self.seen} and {tokens} more"
             )
-        if not self.is_initialized or self.paged.batch != batch:
+        if not self.is_initialized or (self.seen == 0 and not self._suits(key_states)):
             self.lazy_initialization(key_states, value_states)
         self.updates += 1
         return Announced.of(Step(self, self.updates, key_states, value_states))
+
+    def _suits(self, key_states: Tensor) -> bool:
+        """Whether the empty pool is for keys like these."""
+        pages = self.paged.k_pages
+        wanted = key_states.shape[0], key_states.shape[1], self.dtype or key_states.dtype
+        device = torch.device(self.device) if self.device else key_states.device
+        return (self.paged.batch, self.paged.kv_heads, pages.dtype) == wanted and pages.device.type == device.type
 
     def append(self, step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         """Appends a step's tokens, once, however often they are read.
@@ -182,7 +197,7 @@ class EntmaxLayer(CacheLayerMixin):
             return
         if mask is None and self.mask is not None:
             mask = torch.cat([self.mask, self.mask.new_ones(len(key), key.shape[2])], dim=1)
-        if self.first and mask is not None and self.seen:
+        if self.checks_masks and mask is not None and self.seen:
             before = mask[:, : self.seen]
             if not (before.all() if self.mask is None else torch.equal(before, self.mask)):
                 raise ValueError(
@@ -191,9 +206,12 @@ class EntmaxLayer(CacheLayerMixin):
                 )
         lengths = None if mask is None else mask[:, self.seen :].sum(dim=1, dtype=torch.int32)
         dtype = self.paged.k_pages.dtype
+        self.torn = True
         self.paged.append(key.transpose(1, 2).to(dtype), value.transpose(1, 2).to(dtype), lengths)
         step.appended, self.mask = True, mask
         self.seen += key.shape[2]
+        self.appends += 1
+        self.torn = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
@@ -210,22 +228,23 @@ class EntmaxLayer(CacheLayerMixin):
     def reset(self) -> None:
         if self.is_initialized:
             self.paged.clear()
-        self.seen, self.mask = 0, None
+        self.seen, self.mask, self.torn = 0, None, False
 
     def keep(self, tokens: int) -> None:
         """Keeps the first `tokens` tokens of every row, padding included."""
-        if tokens >= self.seen:
+        if tokens > self.seen or (tokens == self.seen and not self.torn):
             return
-        mask = None if self.mask is None else self.mask[:, :tokens]
+        mask = None if self.mask is None or tokens == 0 else self.mask[:, :tokens]
         self.paged.truncate(tokens if mask is None else mask.sum(dim=1, dtype=torch.int32))
-        self.seen, self.mask = tokens, mask
+        self.seen, self.mask, self.torn = tokens, mask, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens of every row, a negative number of them; a positive one is the number to keep."""
-        self.keep(max(0, tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove))
+        """See `EntmaxCache.crop`."""
+        self.keep(_tokens_to_keep(self.seen, tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row i what row beam_idx[i] was."""
+        beam_idx = torch.as_tensor(beam_idx)
         if self.batch is not None:
             self.batch = len(beam_idx)
         if self.seen == 0:
@@ -286,10 +305,18 @@ class EntmaxCache(Cache):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
+        if not hasattr(config, "get_text_config"):
+            raise ValueError(f"EntmaxCache: config: expected a model's config, got a {type(config).__name__}")
+        for name, value, least in (("max_tokens", max_tokens, 1), ("batch", 1 if batch is None else batch, 1)):
+            if not is_count(value) or value < least:
+                raise ValueError(f"EntmaxCache: {name}: expected a whole number of at least {least}, got {value!r}")
+        if page_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"EntmaxCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
+        check_select("EntmaxCache", select)
         config = config.get_text_config(decoder=True)
-        number = alpha_of(config, alpha)
-
-        self.paged_layers: list[EntmaxLayer] = []
+        self.max_tokens, self.alpha = max_tokens, alpha_of(config, alpha)
         layers = _transformers_layers(config)
         across = getattr(config, "cross_attention_layers", None) or ()
 
@@ -300,26 +327,48 @@ class EntmaxCache(Cache):
             return kind in (DynamicLayer, DynamicSlidingWindowLayer) and window >= max_tokens and index not in across
 
         fitting = list(filter(fits, range(len(layers))))
-        windows = [
-            layer.sliding_window for layer in layers if getattr(layer, "sliding_window", max_tokens) < max_tokens
-        ]
-        if windows and (number != 1 or not fitting):
+        windows = [window for layer in layers if (window := getattr(layer, "sliding_window", max_tokens)) < max_tokens]
+        if windows and (self.alpha != 1 or not fitting):
             raise ValueError(
-                f"EntmaxCache: expected full attention in {'some' if number == 1 else 'every'} layer where alpha is "
-                f"{number:g}, got windows of {min(windows)} tokens; max_tokens={min(windows)} would never leave them"
+                f"EntmaxCache: expected full attention in {'some' if self.alpha == 1 else 'every'} layer where alpha "
+                f"is {self.alpha:g}, got windows of {min(windows)} tokens; max_tokens={min(windows)} would never leave "
+                "them"
             )
         if not fitting:
             raise ValueError(
                 "EntmaxCache: expected full attention in some layer, got "
                 f"{', '.join(sorted({type(layer).__name__ for layer in layers})) or 'no layers'}; use a DynamicCache"
             )
+        if len(fitting) < len(layers) and alpha_of(config) != self.alpha:
+            raise ValueError(
+                f"EntmaxCache: expected alpha = {alpha_of(config):g}, by which the config has the layers in "
+                f"transformers' own cache run, got {self.alpha:g}"
+            )
+        self.paged_layers: list[EntmaxLayer] = []
         for index in fitting:
             layers[index] = EntmaxLayer(
                 max_tokens, alpha=alpha, batch=batch, page_size=page_size, select=select, dtype=dtype, device=device
             )
             self.paged_layers.append(layers[index])
-        self.paged_layers[0].first = True
+        self.paged_layers[0].checks_masks = True
+        self._attention_layers: list[Any] = [
+            layer for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin) and index not in across
+        ]
+        # The states of linear layers that took part in the last step, and all linear layers that ever did; the layer
+        # that was called last; the appends before the last step.
+        self._touched: set[tuple] = set()
+        self._linear: set[int] = set()
+        self._at, self._appends = -1, 0
         super().__init__(layers=layers)
+
+    def __repr__(self) -> str:
+        first = self.paged_layers[0]
+        rows = f"{first.paged.batch} rows" if first.is_initialized else f"{first.batch or 'any number of'} rows"
+        size = sum(layer.paged.nbytes for layer in self.paged_layers if layer.is_initialized)
+        return (
+            f"EntmaxCache({len(self.paged_layers)} of {len(self.layers)} layers in pages, {self.get_seq_length()} of "
+            f"{self.max_tokens} tokens, {rows}, alpha={self.alpha:g}, select={self.select}, {size / 2**20:.1f} MiB)"
+        )
 
     @property
     def select(self) -> Selector | None:
@@ -328,6 +377,7 @@ class EntmaxCache(Cache):
 
     @select.setter
     def select(self, select: Selector | None) -> None:
+        check_select("EntmaxCache", select)
         for layer in self.paged_layers:
             layer.read_by(select)
 
@@ -337,16 +387,60 @@ class EntmaxCache(Cache):
         """Announces a layer's new tokens; see `EntmaxLayer.update`.
 
         Raises:
-            RuntimeError: an earlier step was interrupted, so that the layers hold different numbers of tokens.
+            RuntimeError: the last step was interrupted, so that some layers have done it and others have not.
+            ValueError: the model has more layers than the cache.
         """
-        if self.layers[layer_idx] is self.paged_layers[0]:
-            lengths = {layer.seen for layer in self.paged_layers}
-            if len(lengths) > 1:
-                raise RuntimeError(
-                    f"EntmaxCache: expected as many tokens in every layer, got {min(lengths)} to {max(lengths)}: a "
-                    f"step was interrupted; crop({min(lengths)}) or reset() makes the layers equal"
-                )
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"EntmaxCache: expected a model of {len(self.layers)} layers, got one of more")
+        if self.layers[layer_idx] is self._attention_layers[0]:
+            self._check_last_step(linear=False)
+        self._at = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_conv_state`; raises like `update`."""
+        self._touch(layer_idx, "conv", *args, *kwargs.values())
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Cache.update_recurrent_state`; raises like `update`."""
+        self._touch(layer_idx, "recurrent", *args, *kwargs.values())
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _touch(self, layer_idx: int, *state: Any) -> None:
+        """Notes that a state of linear attention, which has no length, takes part in a step.
+
+        An earlier layer than the last one that was called, or the same state again, starts a new step.
+        """
+        if layer_idx < self._at or (layer_idx, *state) in self._touched:
+            self._check_last_step(linear=True)
+            self._touched, self._appends = set(), self.paged_layers[0].appends
+        self._at = layer_idx
+        self._touched.add((layer_idx, *state))
+        self._linear.add(layer_idx)
+
+    def _check_last_step(self, *, linear: bool) -> None:
+        """Raises if some layers have done the last step and others have not."""
+        lengths = [layer.get_seq_length() for layer in self._attention_layers]
+        whole = len({*lengths}) == 1 and not any(layer.torn for layer in self.paged_layers)
+        if linear and self._touched:
+            whole &= {layer for layer, *_ in self._touched} == self._linear and self.paged_layers[
+                0
+            ].appends > self._appends
+        if not whole:
+            all_paged = len(self.paged_layers) == len(self.layers) and min(lengths) > 0
+            raise RuntimeError(
+                f"EntmaxCache: expected all layers to have done the last step, got layers of {min(lengths)} to "
+                f"{max(lengths)} tokens: it was interrupted; {f'crop({min(lengths)}) or ' * all_paged}reset() mends it"
+            )
+
+    def _forget_steps(self) -> None:
+        self._touched, self._linear, self._at, self._appends = set(), set(), -1, self.paged_layers[0].appends
+
+    def reset(self) -> None:
+        """Empties every layer."""
+        super().reset()
+        self._forget_steps()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens of every row.
@@ -354,19 +448,36 @@ class EntmaxCache(Cache):
         Args:
             tokens_to_remove: minus their number. A positive number is the number of tokens to keep, padding included;
                 it also makes layers equal that an interrupted step has left at different lengths.
+
+        Raises:
+            RuntimeError: a window has let go of what would have to come back. Calling `activate_past_recording()`
+                before the tokens come that are to be removed prevents that.
         """
-        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # some versions pass a tensor
-        keep = max(0, tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove)
-        layer: Any
-        for layer in self.layers:
-            if isinstance(layer, EntmaxLayer):
-                layer.keep(keep)
-                continue
-            held = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else length
+        keep = _tokens_to_keep(self.get_seq_length(), int(tokens_to_remove))  # some versions pass a tensor
+        others: list[tuple[Any, int]] = [
+            (layer, layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else self.get_seq_length())
+            for layer in self.layers
+            if not isinstance(layer, EntmaxLayer)
+        ]
+        for layer, held in others:
+            window = getattr(layer, "sliding_window", held + 1)
+            if held > keep and window <= held and not getattr(layer, "record_past", False):
+                raise RuntimeError(
+                    f"EntmaxCache: expected to crop no window that is full, got {held} tokens to be cropped to {keep} "
+                    f"and a window of {window}; call activate_past_recording() before the tokens come"
+                )
+        for layer, held in others:
             if held > keep:
                 layer.crop(keep - held)
             elif hasattr(layer, "record_past"):
                 layer.crop(0)  # lets go of the past that it has recorded to be cropped
+        for layer in self.paged_layers:
+            layer.keep(keep)
+        self._forget_steps()
+
+
+def _tokens_to_keep(held: int, tokens_to_remove: int) -> int:
+    return max(0, tokens_to_remove if tokens_to_remove > 0 else held + tokens_to_remove)
 
 
 def _transformers_layers(config: PreTrainedConfig) -> list[Any]:

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from entmaxkv.hf.models import refuse_owners
+from entmaxkv.hf.models import refuse_config
+
+PADDING = torch.int8  # dtype of padding masks, which tells them from a pattern of one query
 
 
 def mask(
@@ -29,16 +31,16 @@ def mask(
     `attention` cannot compute is not refused here.
 
     Returns:
-        None where every query sees every key up to its own; [batch, 1, 1, keys] bool, which keys are no padding, where
-        it sees those of them; [batch, 1, queries, keys] bool for any other pattern, such as a window that some key has
-        left.
+        None where every query sees every key up to its own; the padding mask [batch, 1, 1, keys] int8, 1 for the keys
+        that are no padding, where it sees those of them; [batch, 1, queries, keys] bool for any other pattern, such as
+        a window that some key has left. (Masks that a user passes in four dimensions are bool or floats.)
 
     Raises:
         ValueError: a model that computes attention by itself or chooses keys, a static cache, or a mask of fewer tokens
             than there are.
     """
-    if config is not None:
-        refuse_owners(config)
+    if config is not None and not torch.compiler.is_compiling():
+        refuse_config(config)
     tokens = int(q_offset) + q_length
     if mask_function is not causal_mask_function:
         kwargs["allow_is_bidirectional_skip"] = False  # None is causal here, and of as many keys as there are tokens
@@ -60,7 +62,7 @@ def mask(
         causal = seen <= torch.arange(q_length, device=pattern.device)[:, None] + q_offset
         if not torch.equal(pattern, newest & causal):
             return pattern
-        return None if newest.all() else newest
+        return None if newest.all() else newest.to(PADDING)
 
     if attention_mask is not None and attention_mask.shape[1] < tokens:
         raise ValueError(
@@ -75,5 +77,5 @@ def mask(
     if attention_mask is None:
         return None
     padding = attention_mask[:, kv_offset:tokens].bool()
-    # Of a longer mask it is `attention` that finds out whether there are more keys than columns, in a static cache.
-    return None if padding.all() and kv_offset + kv_length == tokens else padding[:, None, None]
+    # With a mask of more columns than tokens, `attention` finds out whether a static cache has as many keys.
+    return None if padding.all() and kv_offset + kv_length == tokens else padding[:, None, None].to(PADDING)

@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "entmaxkv"
+# What transformers computes softmax by.
+SOFTMAX = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"})
 
 # Keywords that reach attention functions and change no score. Any other one may, and is refused where it is set.
 HARMLESS = frozenset(
@@ -37,8 +40,8 @@ MEANINGS = {
     "softcap": "softcap (a soft cap of the scores)",
 }
 
-# What the source of a model says: that it has attention of its own, that this goes through the AttentionInterface, and
-# that it looks up a class of its own for each implementation that it knows.
+# Patterns in the source of a model: it has attention of its own; its attention goes through the AttentionInterface; it
+# looks up a class of its own for each implementation that it knows.
 OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\)", re.MULTILINE)
 INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(\.get_interface\(|\[)")
 OWN_CLASSES = re.compile(r"_CLASSES\[[\w.]*config\._attn_implementation\]")
@@ -80,50 +83,61 @@ def refuse_foreign(model: type[PreTrainedModel]) -> None:
         )
 
 
-def at_construction(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Looks at a model with this implementation while it is built (a hook of torch, for every module).
+def check_when_built(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Looks at a transformers model while it is built; a hook of torch, which calls it for every module.
 
-    Calls `refuse_foreign`, but not for a model that is made of others, whose attention is that of these. Makes the
-    config of an entmax model name the implementation wherever it is saved, as softmax is not what the model has learnt.
+    Calls `refuse_foreign` where the model has this implementation. A model that is composed of others is not looked at:
+    the others are. The config of an entmax model gets to name the implementation wherever it is saved, and a warning
+    tells who builds such a model with softmax.
     """
-    if not isinstance(module, PreTrainedModel):
+    config: Any = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
+    if config is None:
         return
-    config: Any = getattr(module, "config", None)
-    if getattr(config, "_attn_implementation", None) != NAME:
-        return
-    if config.get_text_config(decoder=True) is config:
-        refuse_foreign(type(module))
-    if getattr(config, "entmax_alpha", 1) != 1:
+    implementation = config._attn_implementation
+    if implementation == NAME and config.get_text_config(decoder=True) is config:
+        refuse_foreign(type(module))  # type: ignore[arg-type]
+    alpha = getattr(config, "entmax_alpha", 1)
+    if alpha != 1:
         config.attn_implementation = NAME
+        if implementation in SOFTMAX:
+            warnings.warn(
+                f"entmaxkv: {type(module).__name__} has entmax attention (entmax_alpha {alpha}), but is built with "
+                f"attn_implementation={implementation!r}, which is softmax",
+                stacklevel=2,
+            )
 
 
-def refuse_owners(config: PreTrainedConfig) -> None:
-    """Calls `refuse_foreign` for the model classes that have such a config, and refuses those that choose keys.
+def refuse_config(config: PreTrainedConfig) -> None:
+    """Refuses the configs of models that `attention` never sees, or sees too late.
 
-    The latter compute with the mask before any attention function sees it.
+    These are models with attention of their own that got the implementation after they were built, and models that
+    choose keys, which compute with the mask first.
     """
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"entmaxkv attention: expected layers that look at every key, got the indexed_attention of a "
             f"{type(config).__name__}, which chooses them"
         )
-    for model in _owners(type(config)):  # type: ignore[arg-type]
-        refuse_foreign(model)
+    models = _models_of(type(config))  # type: ignore[arg-type]  # classes are hashable, whatever mypy says
+    if models and not any(_uses_interface(model) for model in models):  # type: ignore[arg-type]
+        refuse_foreign(models[0])
 
 
 @functools.cache
-def _owners(config: Any) -> tuple[type[PreTrainedModel], ...]:
+def _models_of(config: Any) -> tuple[type[PreTrainedModel], ...]:
     def below(model: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
         for each in model.__subclasses__():
             yield each
             yield from below(each)
 
-    return tuple(model for model in below(PreTrainedModel) if model.config_class is config)
+    package = config.__module__.rpartition(".")[0]
+    owners = [model for model in below(PreTrainedModel) if model.config_class is config]
+    return tuple(model for model in owners if model.__module__.rpartition(".")[0] == package)
 
 
 @functools.cache
 def _uses_interface(model: Any) -> bool:
-    """Whether a class says so in its source; one without source is what the class says that it is made from."""
+    """Whether the source of a class says so. Where there is none, as in a notebook, that of its base class counts."""
     for base in model.__mro__:
         if base is PreTrainedModel:
             break
