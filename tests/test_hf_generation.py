@@ -88,7 +88,8 @@ def test_crop_and_continue(models, prompts, select):
         if cache is not None:
             assert cache.get_seq_length() == rows.shape[1] + TOKENS - 1
             cache.crop(-7)
-        again = torch.cat([first[:, : 1 - 7 - 1], torch.full((len(rows), 5), 10)], dim=1)
+        kept = first[:, : rows.shape[1] + TOKENS - 1 - 7]  # the newest token was never read
+        again = torch.cat([kept, torch.full((len(rows), 5), 10)], dim=1)
         ones = torch.cat([mask, mask.new_ones(len(rows), again.shape[1] - mask.shape[1])], dim=1)
         texts.append(model.generate(again, attention_mask=ones, past_key_values=cache, **options))
     assert torch.equal(*texts)

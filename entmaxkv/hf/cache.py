@@ -424,9 +424,8 @@ class EntmaxCache(Cache):
         lengths = [layer.get_seq_length() for layer in self._attention_layers]
         whole = len({*lengths}) == 1 and not any(layer.torn for layer in self.paged_layers)
         if linear and self._touched:
-            whole &= {layer for layer, *_ in self._touched} == self._linear and self.paged_layers[
-                0
-            ].appends > self._appends
+            appended = self.paged_layers[0].appends > self._appends
+            whole &= appended and {layer for layer, *_ in self._touched} == self._linear
         if not whole:
             all_paged = len(self.paged_layers) == len(self.layers) and min(lengths) > 0
             raise RuntimeError(
