@@ -176,7 +176,7 @@ def test_compiled_step_takes_any_alpha(device, select):
     def backend(module, inputs):
         nonlocal compilations
         compilations += 1
-        return torch._inductor.compile(module, inputs)
+        return module.forward  # test_compiled_step_equals_eager generates code
 
     def step(q, alpha):
         out, info = entmaxkv.decode(q, cache, alpha=alpha, select=select, return_info=True)
