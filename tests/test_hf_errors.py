@@ -478,7 +478,7 @@ ERRORS = {
         r"config: expected .*, got a SmolLM3ForCausalLM",
     ),
     "fewer layers": (fewer_layers, ValueError, r"expected a model of 2 layers, got one of more"),
-    "float64": (lambda m: call(m, dtype=torch.float64), ValueError, r"expected float32, float16 .* got torch.float64"),
+    "float64": (lambda m: call(m, dtype=torch.float64), ValueError, r"expected keys of float32, .* got torch.float64"),
     "linear attention": (linear_layers, ValueError, r"expected full attention in some layer, got .*use a DynamicCache"),
     "training on the CPU": (
         lambda m: m(input_ids=ids(TEXT[:4])[0], use_cache=False),

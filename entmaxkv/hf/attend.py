@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import entmaxkv
-from entmaxkv.hf.cache import announced, needs
+from entmaxkv.hf.cache import DTYPES, announced, needs
 from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
@@ -18,7 +18,6 @@ PREFILL_ROWS = 1024
 # And few enough that the kernel's workspace stays below a gigabyte: on a GPU about 9 bytes for each query head and slot
 # of a row's page table.
 PREFILL_SLOTS = 100_000_000
-DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
 def attention(
@@ -66,8 +65,6 @@ def attention(
         raise ValueError(
             "entmaxkv attention: expected causal attention, got is_causal=False, as in encoders and cross attention"
         )
-    if value.dtype not in DTYPES:
-        raise ValueError(f"entmaxkv attention: expected float32, float16 or bfloat16, got {value.dtype}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens, width = query.shape[2], value.shape[3]
     keys = key.shape[2] if step is None else step.keys
@@ -165,6 +162,11 @@ def _scatter(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
 def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
     """A cache that holds just these keys and values [batch, kv_heads, tokens, head_dim]."""
     batch, kv_heads, tokens, head_dim = key.shape
+    if key.dtype not in DTYPES or head_dim > 256:
+        raise ValueError(
+            "entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most 256 dimensions, got "
+            f"{key.dtype} and {head_dim}"
+        )
     cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **needs(None))
     cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
     return cache

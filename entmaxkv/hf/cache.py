@@ -13,6 +13,8 @@ from entmaxkv.check import is_count
 from entmaxkv.hf.models import alpha_of
 from entmaxkv.select import Selector, check_select
 
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
 
 def needs(select: Selector | None) -> dict[str, bool]:
     """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
@@ -140,15 +142,19 @@ class EntmaxLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the page pool for keys and values like these [batch, kv_heads, tokens, head_dim]."""
         head_dim = max(key_states.shape[3], value_states.shape[3])
-        if head_dim > 256:
-            raise ValueError(f"EntmaxCache: expected keys and values of at most 256 dimensions, got {head_dim}")
+        dtype = self.dtype or key_states.dtype
+        if head_dim > 256 or dtype not in DTYPES:
+            raise ValueError(
+                "EntmaxCache: expected keys and values of float32, float16 or bfloat16 and at most 256 dimensions, got "
+                f"{dtype} and {head_dim}"
+            )
         self.paged = entmaxkv.PagedKVCache(
             key_states.shape[0],
             self.max_tokens,
             key_states.shape[1],
             head_dim,
             page_size=self.page_size,
-            dtype=self.dtype or key_states.dtype,
+            dtype=dtype,
             device=self.device or key_states.device,
             **needs(self.select),
         )
@@ -312,7 +318,7 @@ class EntmaxCache(Cache):
                 raise ValueError(f"EntmaxCache: {name}: expected a whole number of at least {least}, got {value!r}")
         if page_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"EntmaxCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
-        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        if dtype not in (None, *DTYPES):
             raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
         check_select("EntmaxCache", select)
         config = config.get_text_config(decoder=True)
