@@ -447,7 +447,7 @@ ERRORS = {
         ValueError,
         r"expected batch 1, got 2",
     ),
-    "transformers 4": (old_transformers, ImportError, r"expected transformers >= 5.5"),
+    "transformers 4": (old_transformers, ImportError, r"expected transformers >= 5.17"),
     "windows everywhere": (
         sliding_layers,
         ValueError,

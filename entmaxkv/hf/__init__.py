@@ -1,4 +1,4 @@
-"""Entmax attention and its paged cache for Hugging Face transformers (5.5 and later), without patching it.
+"""Entmax attention and its paged cache for Hugging Face transformers (5.17 and later), without patching it.
 
 Importing this module registers the attention implementation `entmaxkv` and its mask:
 
@@ -22,9 +22,9 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.utils.versions import require_version
 
-    require_version("transformers>=5.5")
+    require_version("transformers>=5.17")
 except ImportError as error:
-    wanted = "transformers >= 5.5 (pip install 'transformers>=5.5,<5.40')"
+    wanted = "transformers >= 5.17 (pip install 'transformers>=5.17,<5.40')"
     raise ImportError(f"entmaxkv.hf: expected {wanted}, got {type(error).__name__}: {error}") from error
 
 from entmaxkv.hf.attend import attention

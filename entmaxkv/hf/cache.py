@@ -321,7 +321,7 @@ class EntmaxCache(Cache):
         if dtype not in (None, *DTYPES):
             raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
         check_select("EntmaxCache", select)
-        config = config.get_text_config(decoder=True)
+        self._config = config = config.get_text_config(decoder=True)
         self.max_tokens, self.alpha = max_tokens, alpha_of(config, alpha)
         layers = _transformers_layers(config)
         across = getattr(config, "cross_attention_layers", None) or ()
@@ -357,15 +357,19 @@ class EntmaxCache(Cache):
             )
             self.paged_layers.append(layers[index])
         self.paged_layers[0].checks_masks = True
-        self._attention_layers: list[Any] = [
-            layer for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin) and index not in across
-        ]
         # The states of linear layers that took part in the last step, and all linear layers that ever did; the layer
         # that was called last; the appends before the last step.
         self._touched: set[tuple] = set()
         self._linear: set[int] = set()
         self._at, self._appends = -1, 0
         super().__init__(layers=layers)
+        self._attention_layers = self._layers_of_attention()
+
+    def _layers_of_attention(self) -> list[Any]:
+        """The layers whose tokens every step extends, in order."""
+        across = getattr(self._config, "cross_attention_layers", None) or ()
+        layers = enumerate(self.layers)
+        return [layer for index, layer in layers if isinstance(layer, CacheLayerMixin) and index not in across]
 
     def __repr__(self) -> str:
         first = self.paged_layers[0]
@@ -444,7 +448,13 @@ class EntmaxCache(Cache):
 
     def reset(self) -> None:
         """Empties every layer."""
-        super().reset()
+        fresh = _transformers_layers(self._config)  # some versions zero the keys of their own and keep their number
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, EntmaxLayer):
+                layer.reset()
+            elif index < len(fresh):
+                self.layers[index] = fresh[index]
+        self._attention_layers = self._layers_of_attention()
         self._forget_steps()
 
     def crop(self, tokens_to_remove: int) -> None:
