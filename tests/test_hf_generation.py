@@ -53,7 +53,7 @@ def shallow(model):
     """A worse model to guess ahead: some guesses are right and some are not."""
     assistant = copy.deepcopy(model)
     assistant.model.layers = assistant.model.layers[:4]
-    assistant.config.num_hidden_layers = assistant.model.config.num_hidden_layers = 4
+    assistant.config.num_hidden_layers, assistant.config.layer_types = 4, assistant.config.layer_types[:4]
     return assistant
 
 
