@@ -28,7 +28,8 @@ except ImportError as error:
     raise ImportError(f"entmaxkv.hf: expected {wanted}, got {type(error).__name__}: {error}") from error
 
 from entmaxkv.hf.attend import attention
-from entmaxkv.hf.cache import EntmaxCache, EntmaxLayer
+from entmaxkv.hf.cache import EntmaxCache
+from entmaxkv.hf.layer import EntmaxLayer
 from entmaxkv.hf.masking import mask
 from entmaxkv.hf.models import NAME, check_when_built
 

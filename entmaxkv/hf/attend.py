@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import entmaxkv
-from entmaxkv.hf.cache import DTYPES, announced, needs
+from entmaxkv.hf.layer import DTYPES, announced, needs
 from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
