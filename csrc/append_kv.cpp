@@ -35,9 +35,10 @@ class RowLocks {
   std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
-/// On the host: the pages of the tokens first(row) ... end(row) - 1, which are written, are in use in that row alone, and
-/// there once. Full pages of a shared prefix may be in use in many rows. Looking at the ids of all pages in use took 40 us for 16 rows
-/// of 32K tokens (one core of an AMD EPYC), where the rest of the append took 330 us and a dense decode step 370 ms.
+/// On the host: the pages of the tokens first(row) ... end(row) - 1, which are written, are in use in that row alone,
+/// and there once. Full pages of a shared prefix may be in use in many rows. Looking at the ids of all pages in use
+/// took 40 us for 16 rows of 32K tokens (one core of an AMD EPYC), where the rest of the append took 330 us and a dense
+/// decode step 370 ms.
 template <typename First, typename End>
 void check_own_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   const int page_size = args["page_size"], rows = args["batch"];
