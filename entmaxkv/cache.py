@@ -191,11 +191,13 @@ class PagedKVCache:
             kept = torch.full_like(self.seq_lens, min(int(lengths), self.max_tokens))
         else:
             kept = self._row_numbers("truncate: lengths", lengths, most=None, count=self.batch)
+        kept = torch.minimum(self.seq_lens, kept.clamp(min=0))
+        if self.k_min is None and self.k_mean is None:
+            self.seq_lens.copy_(kept)
+            return
         uses = self._uses()
         # seq_lens moves first. Statistics of more keys than a page then holds are still bounds; of fewer they are not.
-        self.seq_lens.copy_(torch.minimum(self.seq_lens, kept.clamp(min=0)))
-        if self.k_min is None and self.k_mean is None:
-            return
+        self.seq_lens.copy_(kept)
         last = ((self.seq_lens - 1) // self.page_size).clamp(0, self.page_table.shape[1] - 1)
         last_pages = self.page_table.gather(1, last[:, None].long())  # [batch, 1]
         # A page that another row uses keeps its statistics, which are bounds for both.

@@ -101,7 +101,7 @@ def append_kv(
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._any_requires_grad(k, v, *cache):
         _ops.append_kv(k, v, lengths, *cache)
         return
-    with torch._C._AutoDispatchBelowAutograd():  # spares the look at every argument below, 20 us a call
+    with torch._C._AutoDispatchBelowAutograd():  # spares the look at every argument below
         _ops.append_kv(k, v, lengths, *cache)
 
 
