@@ -101,7 +101,7 @@ struct AppendKv : Sizes {
 };
 
 /// Renews the sketch of every key in the cache.
-struct KeySketch : Sizes {
+struct BuildSketch : Sizes {
   Dtype dtype;
   Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
   Sketch sketch;

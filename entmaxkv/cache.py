@@ -136,7 +136,7 @@ class PagedKVCache:
         if new_statistics:
             ops.page_stats(self.k_pages, *table, self.k_min, self.k_max, self.k_mean, self.k_std)
         if new_sketch and self.codes is not None and self.norms is not None:
-            ops.key_sketch(self.k_pages, *table, self.codes, self.norms)
+            ops.build_sketch(self.k_pages, *table, self.codes, self.norms)
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends new tokens, a whole prompt or a single one, to every row in place.

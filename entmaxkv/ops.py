@@ -26,7 +26,7 @@ Threads, on the CPU. Ops run without the interpreter's lock, and each reads the 
 - A step of several ops, such as `select_sketch` and then `sparse_decode`, reads the lengths once in each. Give all of
   them the same copy, `seq_lens.clone()`, where the step must see one state of the cache, as `entmaxkv.decode` does.
 - Appends to the same rows (the same memory of `seq_lens`) wait for each other, and each claims its room or raises.
-- `page_stats`, `key_sketch`, and whatever else writes to the tensors of a cache, such as clearing or shortening rows
+- `page_stats`, `build_sketch`, and whatever else writes to the tensors of a cache, such as clearing or shortening rows
   or changing `page_table`, must not run beside any op on the same rows. Nor may another thread write to `selected`
   while an op reads it.
 
@@ -92,7 +92,7 @@ def append_kv(
         k_mean, k_std: [pages, kv_heads, head_dim] in the cache's dtype, or both None. Written.
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32. Written.
-        codes, norms: the key sketch, as in `key_sketch`, or both None. Written.
+        codes, norms: the key sketch, as in `build_sketch`, or both None. Written.
 
     Raises:
         RuntimeError: a row would outgrow its page table, among others; nothing is written then.
@@ -105,7 +105,7 @@ def append_kv(
         _ops.append_kv(k, v, lengths, *cache)
 
 
-def key_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Tensor, norms: Tensor) -> None:
+def build_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Tensor, norms: Tensor) -> None:
     """Rebuilds the sketch of every key in the cache, for caches that were filled without `append_kv`.
 
     A key is rotated, r = H S k, with random signs S and orthonormal Hadamard blocks H, and each coordinate of r gets a
@@ -121,7 +121,7 @@ def key_sketch(k_pages: Tensor, page_table: Tensor, seq_lens: Tensor, codes: Ten
         codes: [pages, kv_heads, 2, page_size, ceil(head_dim / 64) * 16] uint8, the planes. Written.
         norms: [pages, kv_heads, 3, page_size] uint8: scale, coarse, fine. Written.
     """
-    _ops.key_sketch(k_pages, page_table, seq_lens, codes, norms)
+    _ops.build_sketch(k_pages, page_table, seq_lens, codes, norms)
 
 
 def page_stats(
@@ -296,7 +296,7 @@ def select_sketch(
     Args:
         q: [batch, q_heads, head_dim].
         k_pages: [pages, kv_heads, page_size, head_dim], q's dtype.
-        codes, norms: the key sketch, as in `key_sketch`.
+        codes, norms: the key sketch, as in `build_sketch`.
         page_table: [batch, max_pages] int32.
         seq_lens: [batch] int32.
         alpha: in [1, 2]; with 1 every token is a candidate, of a row of more than max_tokens those whose bounds are
@@ -481,9 +481,9 @@ def _(
     _one_device("append_kv", locals())
 
 
-@torch.library.register_fake("entmaxkv::key_sketch")
+@torch.library.register_fake("entmaxkv::build_sketch")
 def _(k_pages, page_table, seq_lens, codes, norms):
-    _one_device("key_sketch", locals())
+    _one_device("build_sketch", locals())
 
 
 @torch.library.register_fake("entmaxkv::page_stats")
@@ -672,5 +672,5 @@ def _register_autograd(name: str, *, writes: bool) -> None:
 _library = torch.library.Library("entmaxkv", "IMPL")
 for _name in ("score_pages", "score_gaussian", "select_sketch", "sparse_decode", "dense_decode", "decode"):
     _register_autograd(_name, writes=False)
-for _name in ("append_kv", "page_stats", "key_sketch"):
+for _name in ("append_kv", "page_stats", "build_sketch"):
     _register_autograd(_name, writes=True)

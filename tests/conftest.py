@@ -193,7 +193,7 @@ class Cache:
 
     def sketch(self) -> tuple[Tensor, Tensor]:
         sketch = self.blank_sketch()
-        torch.ops.entmaxkv.key_sketch(self.k_pages, self.page_table, self.seq_lens, *sketch)
+        torch.ops.entmaxkv.build_sketch(self.k_pages, self.page_table, self.seq_lens, *sketch)
         return sketch
 
     def dense(self, q: Tensor, alpha: float = 1.5, scale: float | None = None, **options: Tensor | None) -> "Decoded":

@@ -19,7 +19,7 @@ def run(dtype: torch.dtype, head_dim: int, group: int) -> None:
     for tokens in (1, 16):
         cache.append(k[:, :tokens], v[:, :tokens])
     OPS.page_stats(cache.k_pages, cache.page_table, cache.seq_lens, *statistics)
-    OPS.key_sketch(cache.k_pages, cache.page_table, cache.seq_lens, cache.codes, cache.norms)
+    OPS.build_sketch(cache.k_pages, cache.page_table, cache.seq_lens, cache.codes, cache.norms)
     for strength in (1.0, 0.01):
         q = (torch.randn(2, 2 * group, head_dim, device="cuda") * strength).to(dtype)
         for alpha in (1.5, 1.0, 1.05, 2.0):

@@ -77,7 +77,7 @@ def test_the_copy_is_what_runs(environment):
     "op",
     [
         "append_kv",
-        "key_sketch",
+        "build_sketch",
         "page_stats",
         "score_pages",
         "score_gaussian",

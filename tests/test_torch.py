@@ -14,7 +14,7 @@ SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, Tensor? lengths, Tensor(a!) k_pages, Tensor(b!) v_pages, "
     "Tensor(c!)? k_min, Tensor(d!)? k_max, Tensor(e!)? k_mean, Tensor(f!)? k_std, Tensor "
     "page_table, Tensor(g!) seq_lens, Tensor(h!)? codes=None, Tensor(i!)? norms=None) -> ()",
-    "key_sketch": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!) codes, Tensor(b!) norms) -> ()",
+    "build_sketch": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!) codes, Tensor(b!) norms) -> ()",
     "page_stats": "(Tensor k_pages, Tensor page_table, Tensor seq_lens, Tensor(a!)? k_min, Tensor(b!)? "
     "k_max, Tensor(c!)? k_mean, Tensor(d!)? k_std) -> ()",
     "score_pages": "(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tensor seq_lens, int "
@@ -79,7 +79,7 @@ def samples(device: str, dtype: torch.dtype) -> dict[str, list[tuple]]:
     none = (None,) * 4
     return {
         "append_kv": [(k, v, None, *cache.tensors), (k, v, lengths, *pool, *none, *table, *sketch)],
-        "key_sketch": [(pool[0], *table, *sketch)],
+        "build_sketch": [(pool[0], *table, *sketch)],
         "page_stats": [(pool[0], *table, *cache.statistics), (pool[0], *table, *bounds, None, None)],
         "score_pages": [(q, *bounds, *table, page), (q, *bounds, *table, page, 0.3, slopes, 0.25)],
         "score_gaussian": [(q, *moments, *table, page), (q, *moments, *table, page, 0.3, slopes)],
@@ -226,7 +226,7 @@ def test_results_do_not_follow_the_defaults(default):
     assert all(x.device.type == "cpu" for x in got)
 
 
-DERIVED = ["append_kv", "key_sketch", "page_stats", "score_pages", "score_gaussian"]
+DERIVED = ["append_kv", "build_sketch", "page_stats", "score_pages", "score_gaussian"]
 DERIVED += ["select_sketch", "sparse_decode", "dense_decode", "decode"]
 derived = pytest.mark.parametrize("name", DERIVED)
 
@@ -266,7 +266,7 @@ def test_a_tangent_is_never_lost(name, device):
 @derived
 def test_a_gradient_is_never_lost(name, device):
     """Ops that write raise where gradients are recorded; results of the others can be used, but not differentiated."""
-    writes = name in ("append_kv", "key_sketch", "page_stats")
+    writes = name in ("append_kv", "build_sketch", "page_stats")
     for arguments in samples(device, torch.float32)[name]:
         before = [x.clone() for x in arguments if isinstance(x, torch.Tensor)]
         for place in float_inputs(name, arguments):

@@ -6,7 +6,7 @@
 namespace entmaxkv::cpu {
 
 void append_kv(const AppendKv& op);
-void key_sketch(const KeySketch& op);
+void build_sketch(const BuildSketch& op);
 void page_stats(const PageStats& op);
 void score_gaussian(const ScoreGaussian& op);
 void score_pages(const ScorePages& op);

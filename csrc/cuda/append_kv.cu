@@ -6,7 +6,7 @@
 //   2. summarise: the page's keys, old ones included, are read back, so that the statistics depend on the page's
 //      content alone
 //   3. advance: seq_lens moves when all have read the old length
-// The codes of new keys come before that, in a launch of their own (key_sketch.cu).
+// The codes of new keys come before that, in a launch of their own (build_sketch.cu).
 // Up to a page of tokens: a cluster of blocks does all of that for a row, in one launch. More: a block per page and KV
 // head, and seq_lens moves in a second launch.
 #include "cluster.cuh"

@@ -14,7 +14,7 @@ int64_t workspace_bytes(const SelectSketch& op);
 int64_t workspace_bytes(const SparseDecode& op);
 
 void append_kv(const AppendKv& op, cudaStream_t stream);
-void key_sketch(const KeySketch& op, cudaStream_t stream);
+void build_sketch(const BuildSketch& op, cudaStream_t stream);
 void page_stats(const PageStats& op, cudaStream_t stream);
 void score_gaussian(const ScoreGaussian& op, cudaStream_t stream);
 void score_pages(const ScorePages& op, cudaStream_t stream);

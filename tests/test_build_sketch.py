@@ -1,4 +1,4 @@
-"""key_sketch: codes by the formula, norms that bound the distance from above and closely, only slots in use."""
+"""build_sketch: codes by the formula, norms that bound the distance from above and closely, only slots in use."""
 
 import pytest
 import torch

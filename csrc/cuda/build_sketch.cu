@@ -1,4 +1,4 @@
-// key_sketch on the GPU, and what append_kv has of it.
+// build_sketch on the GPU, and what append_kv has of it.
 //   keys -> codes [pages, kv_heads, 2, page_size, row_bytes], norms [pages, kv_heads, 3, page_size]
 // Grid (tokens of a row / kTokens, KV head, row); a warp codes a few keys at a time.
 #include "kernels.h"
@@ -47,7 +47,7 @@ __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors
 }
 
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(KeySketch op, bool vectors) {
+__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(BuildSketch op, bool vectors) {
   take_turn();
   const int64_t row = blockIdx.z;
   code<T, kDims>(op, row, 0, length_of(op, row), vectors, [&](int token, int64_t page) {
@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_new(Appen
 
 }  // namespace
 
-void key_sketch(const KeySketch& op, cudaStream_t stream) {
+void build_sketch(const BuildSketch& op, cudaStream_t stream) {
   if (op.batch == 0 || op.max_pages == 0) return;
   const dim3 grid(ceil_div(op.max_pages * op.page_size, kTokens), op.kv_heads, op.batch);
   const bool vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
   sketch::dispatch_blocks(op.head_dim, [&](auto blocks) {
     dispatch_element(op.dtype, [&](auto element) {
       constexpr int kDims = blocks * sketch::kBlock;
-      launch("key_sketch", code_cache<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
+      launch("build_sketch", code_cache<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
     });
   });
 }

@@ -1,4 +1,4 @@
-// key_sketch on the CPU: one task per (row, KV head, page in use), key by key.
+// build_sketch on the CPU: one task per (row, KV head, page in use), key by key.
 //   1. rotate the key
 //   2. the step that suits its root mean square; where its norms do not fit, one that its largest coordinate fits;
 //      where that does not fit either, no sketch
@@ -81,7 +81,7 @@ template void sketch_key<float>(const Sizes&, const Rows&, const Sketch&, int64_
 template void sketch_key<Float16>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
 template void sketch_key<BFloat16>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
 
-void key_sketch(const KeySketch& op) {
+void build_sketch(const BuildSketch& op) {
   parallel_for(int64_t{op.batch} * op.kv_heads * op.max_pages, [&](int64_t task) {
     const int page = task % op.max_pages;
     const int kv_head = task / op.max_pages % op.kv_heads;
