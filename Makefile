@@ -26,7 +26,7 @@ bench: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/decode.py $(ARGS)
 
 figures: $(VENV)/entmaxkv-bench.installed
-	$(RUN) bench/plot.py $(ARGS)
+	$(RUN) bench/report/plot.py $(ARGS)
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy

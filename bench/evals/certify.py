@@ -12,15 +12,12 @@ much, values and what the selectors look at included. That is measured on the fi
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from activations import load
-from inputs import DTYPES, Case, drawn, head_dim, positive
-from model_text import ModelText
-from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,6 +25,12 @@ from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
 from entmaxkv.select import Selector, selection
+
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.evals.files import load
+from bench.inputs import DTYPES, Case, drawn, head_dim, positive
+from bench.model_text import ModelText
+from bench.report.document import check, machine, report, wide_console
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
 AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores

@@ -7,14 +7,21 @@ A table stands between <!-- bench:NAME --> and <!-- /bench -->.
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tables import TABLES, load, load_certified
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.report.tables import TABLES, load, load_certified
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README.md, and the pages of docs/ that have a table to write."""
+    return [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if BLOCK.search(page.read_text()))]
 
 
 def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
@@ -35,16 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    pages = [HERE.parent / "README.md", HERE.parent / "docs" / "accuracy.md"]
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="folder of JSON; the figures go there too"
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON; the figures go there too"
     )
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="whose tables to write")
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages(), help="whose tables to write")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
     args = parser.parse_args()
     try:
-        import accuracy
-        import figures
+        from bench.report import accuracy, figures
     except ImportError as error:
         parser.error(f"expected matplotlib, got {error}; pip install --no-build-isolation '.[bench]' installs it")
     for page in args.pages:
