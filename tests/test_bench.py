@@ -237,7 +237,7 @@ def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, cap
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
     said = refused("report.plot", monkeypatch, capsys, *recorded_results)
-    assert "expected bench:NAME to be one of steps, ops, peers, authors, shapes, cpu, " in said
+    assert "expected bench:NAME to be one of steps, ops, peers, authors, cpu, " in said
     assert said.strip().endswith("got bench:speed")
     (tmp_path / "gpu.json").unlink()
     readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")

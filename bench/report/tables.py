@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table but `shapes`
+SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table
 CASE = (*SHAPE, "dtype", "keys", "batch", "context")
 KEYS = {
     "model": "model",
@@ -212,24 +212,6 @@ def table_of_authors(rows: list[Row]) -> str:
     return table(["keys, tokens", "step", "µs", "tokens read", "output error"], lines, used)
 
 
-def table_of_shapes(rows: list[Row]) -> str:
-    """Other shapes and dtypes: µs, how many times as fast as softmax, and δ."""
-    others: dict[tuple, list[Row]] = {}
-    for row in rows:
-        case = tuple(row[name] for name in CASE)
-        if row["device"] == "gpu" and not row["beside_authors"] and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
-            others.setdefault(case, []).append(row)
-    used = [row for here in others.values() for row in here]
-    own = measured(OWN, used)
-    lines = []
-    for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
-        shape = f"{heads}/{kv_heads} heads of {head_dim}, page {page_size}, {dtype}"
-        found = [steps(here).get(name) for name in own]
-        cells = [f"{us(row)} ({speed(row)} {TIMES}, δ {digits(row['delta'])})" if row else "" for row in found]
-        lines.append([shape, where(*place), us(best_softmax(here)), *cells])
-    return table(["query/KV heads", "keys, tokens", "softmax µs", *(OWN[name] for name in own)], lines, used)
-
-
 def table_of_cpu(rows: list[Row]) -> str:
     """The longest context on the CPU: times with the keys that come first, δ with all."""
     by_dtype = {dtype: places(standard(rows, "cpu", dtype)) for dtype in ("fp32", "bf16")}
@@ -258,6 +240,5 @@ TABLES = {
     "ops": table_of_ops,
     "peers": table_of_peers,
     "authors": table_of_authors,
-    "shapes": table_of_shapes,
     "cpu": table_of_cpu,
 }
