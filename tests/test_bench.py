@@ -117,7 +117,7 @@ def test_certify_says_what_it_expected(monkeypatch, capsys):
 
 
 def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
-    """Results of before it was there."""
+    """Results from before KeySketch existed still give figures and tables."""
     for name in ("gpu", "cpu"):
         report = json.loads((tmp_path / f"{name}.json").read_text())
         report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]

@@ -186,7 +186,7 @@ def test_programs_say_what_they_expected(monkeypatch, capsys):
             assert expected in told(program, monkeypatch, capsys, *arguments)
     for program, first in ((quality, "'dense', 'KeySketch()', "), (tune, "'bound, 256', ")):
         refused = told(program, monkeypatch, capsys, MODEL, "--select", "box")
-        assert f"--select: expected some of {first}" in refused and "got 'box'" in refused
+        assert f"--select: expected names out of {first}" in refused and "got 'box'" in refused
     if not torch.cuda.is_available():
         assert "expected a CUDA GPU, got none" in told(train, monkeypatch, capsys, "twin")
         assert "expected a CUDA GPU, got none" in told(end_to_end, monkeypatch, capsys, MODEL)

@@ -1,6 +1,7 @@
-"""Tables and figures of what selectors lose: rows of bench/quality.py, tune.py, end_to_end.py, and training logs.
+"""Makes the tables and figures of what selectors lose, from the other programs of bench/evals and from training logs.
 
-`TABLES` and `FIGURES` are functions of all reports under bench/results, which return nothing where rows are missing.
+The rows are those of quality.py, tune.py and end_to_end.py, and of the logs of examples/train/train.py. `TABLES` and
+`FIGURES` hold functions of all rows under bench/results, which return "" or None if there are no rows for them.
 """
 
 import json
@@ -14,20 +15,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.report.tables import Row, digits, machine_line, size, table
+from bench.report.document import Row
+from bench.report.tables import digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072
 KINDS = ("quality", "tune", "end to end", "training")
 COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
-RANKED = ", 1024"  # ends the names of tune.py's merits with that budget
+RANKED = ", 1024"  # the end of the names of tune.py's merits with this budget
 ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)", "Gaussian()")
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of the reports that say what kind they are of, each with its machine.
+    """The rows of the kinds in `KINDS`, each with its machine.
 
-    Where two files hold the same row, that of the last by name.
+    If several files have the same row, the last file by name counts.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):
@@ -40,16 +42,17 @@ def load(folder: Path) -> list[Row]:
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows that have all of the wanted values."""
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
 def family(select: str) -> str:
-    """The last of COLORS' names in it."""
+    """The last name of `COLORS` that is part of the selector's name."""
     return next(name for name in reversed(COLORS) if name in select)
 
 
 def name(select: str) -> str:
-    """As the pages call it."""
+    """The selector as the pages write it."""
     return select if select == "dense" else f"`{select}`"
 
 
@@ -58,7 +61,7 @@ def contexts(rows: list[Row]) -> list[int]:
 
 
 def by_context(rows: list[Row], cell: Callable[[Row], str], **wanted: Any) -> list[str]:
-    """A cell for each context of the rows, empty where those that are wanted have none."""
+    """A cell for each context of the rows; it is empty if no wanted row has this context."""
     found = {row["context"]: row for row in of(rows, **wanted)}
     return [cell(found[context]) if context in found else "" for context in contexts(rows)]
 
@@ -68,7 +71,7 @@ def percent(share: float) -> str:
 
 
 def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
-    """Every selector's losses and costs at one context."""
+    """A table of every selector's losses and costs at one context."""
 
     def made(rows: list[Row]) -> str:
         here = of(rows, kind="quality", model=model, context=context)
@@ -94,7 +97,7 @@ def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
 
 
 def table_of_contexts(rows: list[Row]) -> str:
-    """Bits, passkey and recall against context, of both twins."""
+    """Bits per byte, passkey and recall of both twins, by context."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
 
     def results(row: Row) -> str:
@@ -110,7 +113,7 @@ def table_of_contexts(rows: list[Row]) -> str:
 
 
 def table_of_twins(rows: list[Row]) -> str:
-    """What top pages drop of entmax and of softmax at the same budgets."""
+    """δ and output error of top pages, with entmax and with softmax, at the same budgets."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
     here = [row for row in here if row["select"].startswith("TopPages")]
 
@@ -126,7 +129,7 @@ def table_of_twins(rows: list[Row]) -> str:
 
 
 def table_of_gaussian(rows: list[Row]) -> str:
-    """`Gaussian` with the paper's quantile, and passkeys, as the paper has them."""
+    """Figures that the paper has, too: `Gaussian` with the paper's quantile, and passkeys."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
 
     def losses(row: Row) -> str:
@@ -143,7 +146,7 @@ def table_of_gaussian(rows: list[Row]) -> str:
 
 
 def table_of_end_to_end(rows: list[Row]) -> str:
-    """Tokens per second of the whole model, and where a step's time goes."""
+    """Tokens per second of the whole model, and the parts of a step's time."""
     here = of(rows, kind="end to end")
     parts = ("graph", "attention", "append", "other", "eager")
     lines = [
@@ -186,7 +189,10 @@ def table_of_training(rows: list[Row]) -> str:
 
 
 def table_of_merits(rows: list[Row]) -> str:
-    """What top pages drop by other ranks, on training text, where one would be chosen, and on held-out text."""
+    """What top pages lose when ranked by other merits.
+
+    A merit would be chosen on training text; held-out text shows what the choice is worth.
+    """
     here = [row for row in of(rows, kind="tune", model=ENTMAX) if row["select"].endswith(RANKED)]
     places = [
         (context, text)
@@ -232,7 +238,7 @@ def finish(figure: Figure, rows: list[Row]) -> Figure:
 
 
 def draw_quality(rows: list[Row]) -> Figure | None:
-    """What is lost against the bytes that are read, at the longest context."""
+    """Losses against the bytes that are read, at the longest context."""
     here = of(rows, kind="quality", model=ENTMAX, context=LONGEST)
     if not here:
         return None
@@ -259,7 +265,7 @@ def draw_quality(rows: list[Row]) -> Figure | None:
 
 
 def draw_contexts(rows: list[Row]) -> Figure | None:
-    """Loss and dropped mass against context, entmax beside softmax."""
+    """Bits per byte, δ and recall against context, with entmax and with softmax."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
     if not here:
         return None
@@ -281,7 +287,7 @@ def draw_contexts(rows: list[Row]) -> Figure | None:
 
 
 def draw_heads(rows: list[Row]) -> Figure | None:
-    """Tokens with weight of each layer's heads, and what top pages drop of them, for each context."""
+    """The size of each head's support, and δ of top pages for each head, by context."""
     here = sorted(of(rows, kind="quality", model=ENTMAX, select="dense"), key=lambda row: row["context"])
     if not here:
         return None
@@ -306,7 +312,7 @@ def draw_heads(rows: list[Row]) -> Figure | None:
 
 
 def draw_training(rows: list[Row]) -> Figure | None:
-    """Held-out loss and recall of the twins against steps, at the context trained on and at the longest."""
+    """Held-out loss and recall of the twins against training steps, for the trained and the longest context."""
     here = [row for row in of(rows, kind="training") if "train_bits" in row]
     if not here:
         return None
@@ -330,7 +336,7 @@ def draw_training(rows: list[Row]) -> Figure | None:
 
 
 def draw_tuning(rows: list[Row]) -> Figure | None:
-    """`Gaussian`'s quantiles and margins, and top pages by some merits, against the keys that they read."""
+    """What `Gaussian` loses, by quantile and margin, and top pages by some merits, against the keys that are read."""
     here = of(rows, kind="tune", model=ENTMAX, text="held-out")
     here = of(here, context=max(contexts(here), default=0))
     if not here:
