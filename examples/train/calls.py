@@ -1,16 +1,16 @@
-"""How a transformers model is called."""
+"""How to pass a cache to a transformers model, under the argument name of the installed version."""
 
 import functools
 import inspect
 from typing import Any
 
 
-@functools.cache  # a look at a signature takes as long as a few ops
+@functools.cache  # inspecting a signature takes as long as a few ops
 def cache_argument(model: type) -> str:
-    """What a model's forward pass calls its cache: `cache` in later versions 5, `past_key_values` before."""
+    """The name of the cache argument of a model's forward: `past_key_values`, or `cache` from transformers 5.40 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The argument by which a forward pass takes a cache."""
+    """The keyword argument that passes `cache` to a model's forward."""
     return {cache_argument(type(model)): cache}
