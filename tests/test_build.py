@@ -70,7 +70,7 @@ def test_every_kernel_takes_its_turn():
     """A kernel that did not wait for those before it would still pass most tests."""
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         bodies = re.findall(r"__global__[^;{]*\{\s*(\S+)", source.read_text())
-        assert bodies and set(bodies) == {"take_turn();"}, source.name
+        assert bodies and set(bodies) == {"wait_for_previous_kernel();"}, source.name
 
 
 @with_nvcc
