@@ -1,11 +1,10 @@
 // select_gaussian on the GPU.
 //   mean, std [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_pages] ascending, counts [batch, kv_heads]
 //   1. select_for_heads: a bit for each page that a query head selects. Grid (blocks of a cluster, query head, row): a
-//      cluster per head, a block per slice of the pages. A page is selected if its expected best score exceeds
-//      the head's threshold by the margin. The threshold tau is where the expected weights of the page mixture sum to
-//      1: sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2) (gaussian.h). Each
-//      block solves this for a sample of the pages. The search over all pages, by the cluster, starts at the sample's
-//      tau.
+//      cluster per head, a block per slice of the pages. A page is selected if its expected best score is above the
+//      head's threshold less the margin. At the threshold tau, the expected weights of the page mixture sum to 1:
+//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2) (gaussian.h). Each block
+//      solves this for a sample of the pages. The search over all pages, by the cluster, starts at the sample's tau.
 //   2. list: lists the pages that any head of a group selects, in ascending order. A block per (row, KV head).
 #include "../gaussian.h"
 #include "common/cluster.cuh"

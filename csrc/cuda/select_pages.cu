@@ -2,16 +2,13 @@
 //   scores [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_selected] ascending, counts [batch, kv_heads]
 // Grid (blocks of a cluster, KV head, row): a cluster per list of pages, a block per slice of the list. Scores are read
 // once, if the shared memory holds those of a slice.
-//   1. rate: merit of a page = max_h (score_h - best_h - excess_h), the logarithm of its page softmax (page_softmax.h)
-//   in
-//      the best head, up to a constant of the group. The last page's merit is infinite, as it is always selected.
-//   2. find_threshold: the worst selected page, which has rank `count` in the order of falling merit, ties by rising
-//   page
-//      a. Candidates are a slice's pages no worse than the page of that rank among the threads' best pages. A page that
-//         is no candidate is not selected. All blocks send each other their candidates.
+//   1. rate: merit of a page = max_h (score_h - best_h - excess_h). This is the logarithm of its page softmax
+//      (page_softmax.h) in the best head, up to a constant. The last page is always selected: its merit is infinite.
+//   2. find_threshold: finds the worst selected page, which has rank `count` in the order of falling merit.
+//      a. In each slice, pages no worse than the page of that rank among the threads' best pages are candidates. Other
+//         pages cannot be selected. All blocks send each other their candidates.
 //      b. Each block finds the page of that rank among the candidates (page_ranks.cuh). If there are too many
-//      candidates,
-//         the blocks first narrow all pages down together.
+//         candidates, the blocks first narrow all pages down together.
 //   3. collect: writes the pages up to the threshold in ascending order.
 #include "../page_softmax.h"
 #include "common/copy.cuh"

@@ -1,17 +1,15 @@
 // select_sketch on the GPU.
 //   q, sketch [pages, kv_heads, ...] -> selected tokens [batch, kv_heads, max_selected] ascending, counts
 //   1. scan: a warp bounds the scores of a chunk of tokens by plane 0 of their codes, for up to 4 query heads. It
-//   writes
-//      the bounds in fp16, rounded up, and the best token of each class of the chunk. Token t is in class t / 4 % kClasses, so
-//      neighbours, which often have weight together, can all be among the best tokens.
-//   2. find_floors: a block per query head scores kExact of the best tokens exactly. The floor is the threshold of these
-//      tokens, which is at most the threshold of all. For alpha = 1 it is kBelow under their logsumexp, or none if all
-//      tokens of the row may be selected.
-//   3. refine: for tokens whose bound is above a floor, plane 1 tightens the bound. Tokens that are still above a floor
-//   are
-//      candidates: each has a bit.
-//   4. cap, if at most max_selected tokens of the row may be listed: keeps the candidates of the highest merits.
-//   5. list_selected: lists the tokens of the bits.
+//      writes the bounds in fp16, rounded up, and the best token of each class of the chunk. Token t is in class
+//      t / 4 % kClasses. So neighbours, which often have weight together, can all be among the best tokens.
+//   2. find_floors: a block per query head scores kExact of the best tokens exactly. The floor is the threshold of
+//      these tokens, which is at most the threshold of all. For alpha = 1 it is kBelow under their logsumexp; there is
+//      no floor if all tokens of the row may be selected.
+//   3. refine: for tokens whose bound is above a floor, plane 1 tightens the bound. Tokens whose bound is still above a
+//      floor are candidates. Each candidate has a bit.
+//   4. cap, only if max_selected is less than a row can have: keeps the candidates with the highest merits.
+//   5. list_selected: lists the tokens whose bits are set.
 #include "kernels.h"
 #include "select_sketch/floors.cuh"
 #include "select_sketch/refine.cuh"

@@ -1,12 +1,11 @@
 // sparse_decode and dense_decode on the GPU where alpha = 1.
-//   s_i = scale q . k_i + bias,  p_i = exp(s_i - best) / mass,  best = max s,  mass = sum_i exp(s_i - best),
+//   s_i = scale q . k_i + bias,  p_i = exp(s_i - best) / mass,  best = max s,  mass = sum_i exp(s_i - best)
 //   out = sum_i p_i v_i
 // Every key and every value is read once per group of up to 8 query heads. Values of tokens with weight 0 are read,
 // too: if one is infinite, the output is NaN.
 //   1. attend: the blocks of a fixed grid divide the chunks of all lists (chunks.cuh) evenly. A warp multiplies tiles
-//   of
-//      32 tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the value
-//      sums relative to that score. The block adds up its warps' results for each chunk.
+//      of 32 tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the
+//      value sums relative to that score. The block adds up its warps' results for each chunk.
 //   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks in order, and counts the tokens with
 //      weight. It scores a chunk's tokens again if only some of them have weight.
 #include "sparse_decode/chunks.cuh"

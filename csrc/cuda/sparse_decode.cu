@@ -1,15 +1,14 @@
 // sparse_decode and dense_decode on the GPU.
 //   s_i = scale q . k_i + bias,  p_i = [(alpha-1) s_i - tau]_+^beta with sum p_i = 1,  out = sum_i p_i v_i
-//   q, k_pages, v_pages, selection -> out [batch, q_heads, head_dim], tau, support [batch, q_heads], tokens
+//   q, out [batch, q_heads, head_dim], k_pages, v_pages [pages, kv_heads, page_size, head_dim]
 // A (row, KV head) reads a list of tokens in tiles of 32: each key once per 8 query heads, a value only where p > 0.
 // Short lists (at most kShort tokens), decode_short: a cluster per list; its warps score tiles and send the scores of a
 // head to one of its blocks, which finds the threshold and the output.
 // Long lists:
 //   1. score: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores
-//      of candidates, and a bit for each token that says whether it is a candidate (candidates.cuh).
-//   2. solve: a block or a cluster per (row, query head) finds the near tokens among the candidates, then the
-//   threshold,
-//      and adds up the values of the tokens with p > 0. One block does this if there are few near tokens.
+//      of candidates, and for each token a bit that says whether it is a candidate (candidates.cuh).
+//   2. solve: a block or a cluster per (row, query head) finds the near tokens among the candidates and then the
+//      threshold, and adds up the values of the tokens with p > 0. Few near tokens are left to one block.
 // Which tokens are candidates depends on timing. But every near token is a candidate, and the sums depend neither on
 // other candidates, nor on other rows, nor on the number of blocks per head. So a row always gets the same bits.
 #include "common/work_split.cuh"

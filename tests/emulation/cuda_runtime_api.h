@@ -1,7 +1,7 @@
-// The part of CUDA that the kernels of csrc/cuda use, for a C++ compiler. The kernels then run on the CPU: one block after
-// the other, each thread of a block on a stack of its own (emulation.cpp). The emulation finds wrong results, deadlocks,
-// and warp functions that not all lanes call. It does not find races or reads of uninitialised shared memory. Every
-// cluster has one block, and there are no dependent launches.
+// The part of CUDA that the kernels of csrc/cuda use, for a C++ compiler. The kernels then run on the CPU: one block
+// after the other, each thread of a block on a stack of its own (emulation.cpp). The emulation finds wrong results,
+// deadlocks, and warp functions that not all lanes call. It does not find races or reads of uninitialised shared
+// memory. Every cluster has one block, and there are no dependent launches.
 #pragma once
 
 #include <algorithm>

@@ -40,7 +40,7 @@ struct WorkSplit {
     return s_split;
   }
 
-  /// Calls body(list, first, items) for each list of which this block has items; count as in of_block.
+  /// Calls body(list, first, items) for each list in which this block has items. `count` is as in of_block.
   template <typename Count, typename Body>
   __device__ void visit(Count count, Body body) const {
     int first = item, left = items;

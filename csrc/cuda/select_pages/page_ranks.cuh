@@ -92,8 +92,8 @@ __device__ void find_places(const int (&own)[kValues], Place (&places)[kValues])
   }
 }
 
-/// The bin that holds the item of a given rank: its index, how many items it has, and the item's rank among them,
-/// from 1.
+/// The bin that holds the item of a given rank: the bin's index, how many items it has, and the item's rank in it, from
+/// 1.
 struct Bin {
   int index, count, target_rank;
 };

@@ -12,7 +12,7 @@ struct RefinedHead {
   float floor, slope;
   sketch::Worth worth;
 
-  /// Returns the h-th of `heads`. If there are fewer, returns a head with an infinite floor, which has no candidates.
+  /// Returns the h-th of `heads`. If there are fewer heads, the floor is infinite, so there are no candidates.
   static __device__ RefinedHead of(const SelectSketch& op, const Scratch& scratch, const CodeHeads& heads, int h) {
     const int head = heads.first + min(h, heads.count - 1);
     return {h < heads.count ? scratch.floors[heads.row * op.q_heads + head] : -kNothing,

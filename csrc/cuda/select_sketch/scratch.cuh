@@ -21,7 +21,7 @@ constexpr int kOccupancy = kBlocks<kWords>;
 constexpr int kMostChunks = 512;  // most chunks of a row
 constexpr int kClasses = 8;       // token t is in class t / 4 % kClasses
 constexpr int kSegment = 256;     // tokens of a segment
-constexpr int kBins = 256;        // merits 0 ... kBins - 1, of which sketch::kMerits are used
+constexpr int kBins = 256;        // one for each merit; the last is not used
 
 /// Returns how many tokens a chunk of a row has, a multiple of kTokens.
 __host__ __device__ inline int chunk_of(int seq_len) {

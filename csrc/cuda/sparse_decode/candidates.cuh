@@ -1,4 +1,4 @@
-// The candidates of long lists: which tokens no bound known so far has ruled out, found while tokens are scored.
+// Finds the candidates of long lists while their tokens are scored: the tokens that no bound known so far rules out.
 #pragma once
 
 #include "near_tokens.cuh"

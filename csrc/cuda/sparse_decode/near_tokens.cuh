@@ -141,7 +141,7 @@ class Levels {
   float per_level_;
 };
 
-/// Finds the near tokens of a list of at most kShort tokens, of which scores [tokens] has all scores in shared memory.
+/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory.
 /// The near tokens go to `few`, if they fit, else to the front of scores and places. All threads of the block call and
 /// all get the result.
 __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
