@@ -33,9 +33,9 @@ __host__ __device__ bool in_float(const Entmax<double>& entmax) { return entmax.
 /// where m > -6 t.
 template <int kBeta>
 __device__ void add_expected(Expected<float>& expected, float m, float t, float count) {
-  // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2). For r <
-  // 0 the recurrence is evaluated downwards, where all terms are positive. It starts at a rational approximation of A_4
-  // / A_3 that is exact to within 5e-7.
+  // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2).
+  // For r < 0 the recurrence is evaluated downwards, where all terms are positive. It starts from a rational
+  // approximation of the ratio A_4 / A_3, which is exact to within 5e-7.
   t = fmaxf(t, fmaxf(1e-6f * m, 1e-30f));  // a smaller spread makes no difference
   const float per_t = reciprocal(t), r = m * per_t, u = fminf(fabsf(r), 12);
   float a[6];  // a[k + 1] = A_k, k = -1 ... 4

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kTeamThreads) cap(SelectSketch op, Scratch scr
   if (blockIdx.x == 0) {
     const int left_out = merit < least ? count : merit == least ? max(0, upto - room) : 0;
     const double lost = sum<kTeamThreads>(left_out > 0 ? left_out * sketch::most_weight(merit) : 0.0);
-    // A token that is left out may be below the floor of one head, and have its merit from another head.
+    // A token that is left out may have its merit from one head and be below the floor of another. So every token that
+    // is not selected adds most_below to each head's bound.
     const int others = length_of(op, row) - total + sum<kTeamThreads>(left_out);
     for (int h = thread; h < op.group; h += kTeamThreads) {
       const int head = static_cast<int>(blockIdx.y) * op.group + h;

@@ -60,7 +60,7 @@ struct WorkSplit {
 /// them choose different lists. All threads call and all get the result.
 template <int kBlock, typename Tiles, typename Taken>
 __device__ int list_with_work_left(int lists, Tiles tiles_of, Taken taken_of) {
-  constexpr int kWorthIt = 16;  // tiles
+  constexpr int kWorthIt = 16;  // least number of tiles for which help pays
   __shared__ unsigned long long s_most;
   __syncthreads();  // all threads have read the result of an earlier call
   if (threadIdx.x == 0) s_most = 0;
@@ -90,7 +90,8 @@ class TileQueue {
     ask();
   }
 
-  /// Returns whether the warp has an nth tile. All lanes call, with n = 0, 1, ..., or an n that they have asked for.
+  /// Returns whether the warp has an nth tile. All lanes call. n is at most one above the largest n so far, and one of
+  /// the last kHeld.
   __device__ bool more(int n) {
     if (n == known_) {
       if (left_ == 0) {

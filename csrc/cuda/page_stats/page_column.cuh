@@ -70,7 +70,7 @@ __device__ void summarise_moments(const Rows& k_pages, const PageStatistics& sta
   column.visit([&](float key, bool) { sum += key; });
   // The mean distance from `centre`, added to it, corrects the rounding of the first sum.
   const float centre = sum / tokens;
-  float drift = 0, squares = 0, odd_squares = 0;  // two short sums round less than one long one
+  float drift = 0, squares = 0, odd_squares = 0;  // two short sums have less rounding than one long sum
   column.visit([&](float key, bool odd) {
     const float distance = key - centre;
     drift += distance;

@@ -73,7 +73,7 @@ struct PageTiles : HeadGroup {
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float its_value = value(i, j);  // no branch
+        const float its_value = value(i, j);  // computed always, which avoids a branch
         if (Products::head(j) < heads && its_page + i < op.max_pages) {
           to_page[j * op.max_pages + i] = its_page + i < used ? its_value : unused;
         }

@@ -39,8 +39,8 @@ struct Word {
   __device__ void store(float* to) const { *reinterpret_cast<float4*>(to) = float4{of[0], of[1], of[2], of[3]}; }
 };
 
-/// Divides merits <= 0 into kBins steps that are finer towards 0: kBins / 8 steps for each power of two of 1 - merit /
-/// unit.
+/// Divides merits <= 0 into kBins steps, which are finer towards 0. With a unit of merit, there are kBins / 8 steps for
+/// each power of two of 1 - merit / unit.
 class Steps {
  public:
   /// Merits from -range on take 3/4 of the steps; lower merits take the others.
@@ -92,8 +92,8 @@ __device__ void find_places(const int (&own)[kValues], Place (&places)[kValues])
   }
 }
 
-/// The bin that holds the item of a given rank: the bin's index, how many items it has, and the item's rank in it, from
-/// 1.
+/// The bin that holds the item of a given rank: the bin's index, the number of its items, and the item's rank among
+/// these (from 1).
 struct Bin {
   int index, count, target_rank;
 };

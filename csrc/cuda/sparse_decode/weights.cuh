@@ -78,7 +78,7 @@ template <bool kSquare, typename Real>
 __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
   const Real y = x - threshold;
   if constexpr (kSquare) {
-    excess.add(max(y, Real(0)), Real(2));  // no branch
+    excess.add(max(y, Real(0)), Real(2));  // max avoids a branch
   } else if (y > 0) {
     excess.add(y, beta);
   }
@@ -215,8 +215,7 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
     if (few) return take(solve_few<square>(real, near));  // so few tokens: mass >= 2^-10 slope
     constexpr float kClose = 0x1p-8f;
     Solution<float> solution = solve_many<square>(team, real, near);
-    if (solution.mass <
-        kClose * solution.slope) {  // many tokens are just above: fp32 needs an origin closer to the threshold
+    if (solution.mass < kClose * solution.slope) {  // many tokens just above the threshold: fp32 needs a closer origin
       const float below = 0x1p-21f * (fabsf(origin) + real.beta);
       weights.origin = near.origin = origin + solution.threshold * real.beta - below;
       solution = solve_many<square>(team, real, near);
