@@ -84,12 +84,12 @@ def outputs(case: Case, device: str) -> Named:
     cache = entmaxkv.PagedKVCache(
         batch, most + 100, kv_heads, head_dim, page_size=case.page_size, dtype=case.dtype, device=device
     )
+    names = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms", "seq_lens"
+    kept = {name: getattr(cache, name).zero_() for name in names}  # a cache does not clear what it has not filled
     keys, values = (x.to(device, case.dtype) for x in (keys, values))
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     cache.append(keys, values, lengths)
     cache.append(keys[:, :1], values[:, :1])
-    names = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms", "seq_lens"
-    kept = {name: getattr(cache, name) for name in names}
     for name, tensor in kept.items():
         yield f"append_kv {name}", tensor
     table = cache.page_table, cache.seq_lens
