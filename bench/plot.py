@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tables import TABLES, load, load_certified
+from tables import TABLES, TABLES_OF_CERTIFIED, load, load_certified
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -55,6 +55,8 @@ def main() -> None:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
     tables = {name: partial(made, rows) for name, made in TABLES.items()}
     tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
+    certified = load_certified(args.results)
+    tables |= {name: partial(made, certified) for name, made in TABLES_OF_CERTIFIED.items()}
     texts = {page: with_tables(page, tables) for page in args.pages}
     for page, text in texts.items():
         if args.check and text != page.read_text():
@@ -64,7 +66,7 @@ def main() -> None:
     for page, text in texts.items():
         page.write_text(text)
     drawn = {name: draw(rows) for name, draw in figures.FIGURES.items()}
-    drawn["sketch.png"] = figures.draw_sketch(load_certified(args.results))
+    drawn["sketch.png"] = figures.draw_sketch(certified)
     drawn |= {name: draw(lost) for name, draw in accuracy.FIGURES.items()}
     for name, figure in drawn.items():
         if figure:
