@@ -6,6 +6,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,11 +14,25 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from tables import KEYS, OWN, SKETCH, TOP, Row, best_softmax, load, machine_line, places, size, standard, steps
 
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.report.tables import (
+    KEYS,
+    OWN,
+    SKETCH,
+    TOP,
+    Row,
+    best_softmax,
+    load,
+    machine_line,
+    places,
+    size,
+    standard,
+    steps,
+)
 from entmaxkv import reference
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 WAYS = ("softmax", "dense entmax", SKETCH, "Gaussian()", TOP)
 CONTEXTS = (131072, 1048576)
 EXACT, LOSSY, PALE, SOFT = "#1b7837", "#c0392b", "#e8e8e8", "0.45"

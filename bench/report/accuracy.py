@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import Row, digits, machine_line, size, table
+
+from bench.report.tables import Row, digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072

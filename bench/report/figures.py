@@ -4,7 +4,22 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import KEYS, OPS, OWN, SKETCH, TOP, TUNED, Row, machine_line, measured, places, size, standard, steps
+
+from bench.report.tables import (
+    KEYS,
+    OPS,
+    OWN,
+    SKETCH,
+    TOP,
+    TUNED,
+    Row,
+    machine_line,
+    measured,
+    places,
+    size,
+    standard,
+    steps,
+)
 
 plt.rcParams["font.size"] = 8
 
