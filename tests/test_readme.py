@@ -1,6 +1,8 @@
 """README.md, docs and the examples' pages: every Python block runs, every path and link exists."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,13 @@ def test_links_of_a_page(page):
 
 def test_every_page_is_linked_from_the_readme():
     assert not [page.name for page in DOCS if f"](docs/{page.name})" not in README]
+
+
+def test_pictures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    program = ROOT / "bench" / "report" / "pictures.py"
+    subprocess.run([sys.executable, program, "--out", tmp_path], check=True, capture_output=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in ROOT.glob("docs/pictures/*.png")}
+    assert all(f"(docs/pictures/{name})" in README for name in drawn)
+    assert all(path.stat().st_size < 100_000 for path in tmp_path.iterdir())

@@ -5,15 +5,14 @@
 `cost.png` and `step.png` take their numbers from bench/decode.py's JSON. `weights.png` computes its own.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.report.tables import (
@@ -32,6 +31,10 @@ from bench.report.tables import (
 )
 from entmaxkv import reference
 
+if TYPE_CHECKING:  # --help needs no matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ROOT = Path(__file__).parents[2]
 WAYS = ("softmax", "dense entmax", SKETCH, "Gaussian()", TOP)
 CONTEXTS = (131072, 1048576)
@@ -41,6 +44,8 @@ CELLS = 56  # tokens that the picture of a step shows
 
 def draw_cost(rows: list[Row]) -> Figure:
     """For each way of decoding, the time of a step to the left and the mass that it drops to the right."""
+    import matplotlib.pyplot as plt
+
     rows = standard(rows, "gpu", "bf16")
     figure, panels = plt.subplots(
         1, 4, figsize=(9.6, 2.9), sharey=True, layout="constrained", width_ratios=[1.25, 1, 1.25, 1]
@@ -74,6 +79,8 @@ def draw_cost(rows: list[Row]) -> Figure:
 
 def draw_weights() -> Figure:
     """Softmax and 1.5-entmax weights of the same scores, largest first, on a scale that shows 0."""
+    import matplotlib.pyplot as plt
+
     tokens = 64
     scores = 1.7 * torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(tokens).double().flip(0) + 0.5) / tokens)
     softmax = scores.softmax(dim=0)
@@ -109,15 +116,17 @@ def draw_weights() -> Figure:
 def strip(panel: Axes, y: float, name: str, read: list[int], color: str, note: str) -> None:
     """One row of cells, a cell per token, of which those in `read` are coloured."""
     for cell in range(CELLS):
-        panel.add_patch(
-            Rectangle((0.255 + cell * 0.0078, y), 0.0062, 0.042, color=color if cell in read else PALE, linewidth=0)
-        )
+        color_of = color if cell in read else PALE
+        panel.broken_barh([(0.255 + cell * 0.0078, 0.0062)], (y, 0.042), color=color_of, linewidth=0)
     panel.text(0.247, y + 0.021, name, ha="right", va="center", fontsize=9)
     panel.text(0.70, y + 0.021, note, ha="left", va="center", fontsize=9)
 
 
 def draw_step(rows: list[Row]) -> Figure:
     """What each stage of a `KeySketch()` step reads of the cache."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
+
     here = places(standard(rows, "gpu", "bf16"))["model", 1, CONTEXTS[0]]
     found = steps(here)
     row = found[SKETCH]
@@ -175,12 +184,6 @@ def draw_step(rows: list[Row]) -> Figure:
     return figure
 
 
-def draw(rows: list[Row]) -> dict[str, Figure]:
-    """The pictures by the names of their files."""
-    with plt.rc_context({"font.size": 9}):
-        return {"cost.png": draw_cost(rows), "weights.png": draw_weights(), "step.png": draw_step(rows)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -188,11 +191,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="folder of the pictures")
     args = parser.parse_args()
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        parser.error(f"expected matplotlib, got {error}; pip install --no-build-isolation '.[bench]' installs it")
     rows = load(args.results)
     if not rows:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw(rows).items():
+    with mpl.rc_context({"font.size": 9}):
+        drawn = {"cost.png": draw_cost(rows), "weights.png": draw_weights(), "step.png": draw_step(rows)}
+    for name, figure in drawn.items():
         figure.savefig(args.out / name, dpi=108, metadata={"Software": None})
         print(args.out / name)
 
