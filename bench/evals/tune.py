@@ -2,7 +2,7 @@
 
     python bench/tune.py examples/stdlib-entmax --context 4096 16384 --text training
 
-Under a budget, pages are ranked by the merit that their best head gives them; z = (alpha - 1) s as in the README, tau
+Under a budget, pages are ranked by the merit that their best head gives them; z = (alpha - 1) s as in docs/ops.md, tau
 is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` reads follows its quantile and margin.
 """
 

@@ -1,4 +1,4 @@
-"""The figures of README.md, drawn from the results of bench/decode.py and bench/certify.py."""
+"""The figures of docs/performance.md and docs/certificates.md, drawn from the results of bench/decode.py and bench/certify.py."""
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Fig
 
 
 def present(rows: list[Row]) -> list[str]:
-    """The kinds of keys that were measured, in the README's order."""
+    """The kinds of keys that were measured, in the order of the pages."""
     return [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
 
 

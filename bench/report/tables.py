@@ -1,4 +1,4 @@
-"""The rows of bench/decode.py under bench/results, and the README's tables of them.
+"""The rows of bench/decode.py under bench/results, and the pages' tables of them.
 
 `TABLES` holds a function for each name that may stand in <!-- bench:NAME -->; it returns "" where there are no rows.
 """
@@ -15,12 +15,12 @@ KEYS = {
     "clustered": "clustered",
     "normal": "i.i.d.",
     "outlier": "outlier",
-}  # as the README calls them, in its order
+}  # as the pages call them, in their order
 TIMES = "\N{MULTIPLICATION SIGN}"
 BUDGET = 2048
 TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
 SKETCH = "KeySketch()"
-OWN = {  # our steps, as the README calls them
+OWN = {  # our steps, as the pages call them
     "dense entmax": "dense entmax",
     SKETCH: f"`{SKETCH}`",
     TOP: f"`{TOP}`",
