@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md and docs/certificates.md, drawn from the results of bench/decode.py and bench/certify.py."""
+"""The figures of steps and selectors, drawn from the results of bench/decode.py and bench/evals/certify.py."""
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
