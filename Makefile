@@ -27,6 +27,7 @@ bench: $(VENV)/entmaxkv-bench.installed
 
 figures: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/report/plot.py $(ARGS)
+	$(RUN) bench/report/pictures.py
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy

@@ -226,7 +226,19 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     assert "a processor, torch 2, commit abc, 4000 GB/s" in text
     assert "| model, 1K | dense entmax | 8.0 | 1024 | 0.10 |" in text
     assert "| model, 1K | authors, dense entmax | 70.0 | 1024 | 0.10 |" in text
+    assert "| `KeySketch()` | yes, proved | 10.0 | 2.00 | 100% | 0.25 | 10.0 | 2.00 | 100% | 0.25 |" in text
     run("report.plot", monkeypatch, *recorded_results, "--check")
+
+
+def test_tables_of_certificates():
+    row = {"kind": "exact", "keys": "normal", "tokens": 1024, "select": "certain", "cases": 100, "certified": 1.0}
+    row |= {"misses": 0, "candidates_share": 0.25, "bytes_share": 0.5, "machine": {"gpu": "a GPU", "torch": "2"}}
+    rows = [row, row | {"cases": 300, "misses": 2, "certified": 0.5}]
+    for select in ("KeySketch", "TopPages", "Gaussian"):
+        rows.append(row | {"kind": "delta", "select": select, "max_tokens": 64, "delta": 0.125})
+    made = {name: table(rows) for name, table in tables.TABLES_OF_CERTIFIED.items()}
+    assert "| i.i.d. | 1K | `KeySketch()` | 400 | 62.5% | 2 | 25.0% | 50.0% |" in made["certified"]
+    assert "| i.i.d. | 1K | 64 | 50.0% | 0.12 | 50.0% | 0.12 | 50.0% | 0.12 |" in made["equal_bytes"]
 
 
 def test_the_pages_have_the_committed_figures(monkeypatch):
@@ -237,7 +249,7 @@ def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, cap
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
     said = refused("report.plot", monkeypatch, capsys, *recorded_results)
-    assert "expected bench:NAME to be one of steps, ops, peers, authors, cpu, " in said
+    assert "expected bench:NAME to be one of summary, steps, ops, peers, authors, cpu, " in said
     assert said.strip().endswith("got bench:speed")
     (tmp_path / "gpu.json").unlink()
     readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")

@@ -3,8 +3,8 @@
     python bench/evals/tune.py examples/stdlib-entmax --context 4096 16384 --text training
 
 Under a budget, pages are ranked by merit; a page has the best merit that a head of its group gives to it. Formulas use
-z = (alpha - 1) s, where s is the score. tau is the threshold of the mixture of all pages' Gaussians. What `Gaussian`
-reads follows from its quantile and its margin.
+z = (alpha - 1) s, where s is the score (docs/ops.md). tau is the threshold of the mixture of all pages' Gaussians. What
+`Gaussian` reads follows from its quantile and its margin.
 """
 
 import math

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.report.document import Help
-from bench.report.tables import TABLES, load, load_certified
+from bench.report.tables import TABLES, TABLES_OF_CERTIFIED, load, load_certified
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -62,16 +62,18 @@ def main() -> None:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
     tables = {name: partial(made, rows) for name, made in TABLES.items()}
     tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
+    certified = load_certified(args.results)
+    tables |= {name: partial(made, certified) for name, made in TABLES_OF_CERTIFIED.items()}
     texts = {page: with_tables(page, tables) for page in args.pages}
     for page, text in texts.items():
         if args.check and text != page.read_text():
-            raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/plot.py")
+            raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/report/plot.py")
     if args.check:
         return
     for page, text in texts.items():
         page.write_text(text)
     drawn = {name: draw(rows) for name, draw in figures.FIGURES.items()}
-    drawn["sketch.png"] = figures.draw_sketch(load_certified(args.results))
+    drawn["sketch.png"] = figures.draw_sketch(certified)
     drawn |= {name: draw(lost) for name, draw in accuracy.FIGURES.items()}
     for name, figure in drawn.items():
         if figure:
