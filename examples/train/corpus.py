@@ -39,7 +39,7 @@ def held_out(name: str) -> bool:
 
 def package_texts(packages: Path) -> list[bytes]:
     """The source and documentation files under packages, each once, in the order of their paths."""
-    found = {}
+    found: dict[bytes, bytes] = {}
     for path in sorted(packages.rglob("*")):
         if path.suffix in SUFFIXES and path.is_file() and 0 < path.stat().st_size <= MOST_BYTES:
             text = path.read_bytes()
