@@ -59,7 +59,7 @@ def oracle(inputs: Inputs, alpha: float) -> Tensor:
 
 def error(out: Tensor, truth: Tensor) -> float:
     """||out - truth|| / ||truth||, the mean over rows and heads."""
-    return ((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean().item()
+    return float(((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean())
 
 
 def ways(q: Tensor, paged: PagedKVCache, args: argparse.Namespace) -> dict[str, tuple[Select | None, float]]:

@@ -56,15 +56,15 @@ class ModelText:
             device
         )
         config = model.config
-        self.head_dim = config.head_dim
-        self.heads = config.num_hidden_layers * config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+        self.heads: int = config.num_hidden_layers * config.num_key_value_heads
         for case in cases:
             if case.head_dim % self.head_dim:
                 raise SystemExit(
                     f"--keys model: expected --head-dim to be a multiple of {self.head_dim}, got {case.head_dim}"
                 )
         longest = max(case.context for case in cases)
-        self.window = max(64, min(config.max_position_embeddings, longest))
+        self.window: int = max(64, min(config.max_position_embeddings, longest))
         group = config.num_attention_heads // config.num_key_value_heads
         steps = max(-(-case.heads // (case.kv_heads * group)) for case in cases)
         windows = max(case.batch * self._texts(case) * self._windows(case) for case in cases)
@@ -118,7 +118,9 @@ class ModelText:
 
         def joined(pieces: list[Tensor]) -> Tensor:
             """The case's heads [..., KV heads, head_dim] from the texts' [..., heads, head_dim]."""
-            return torch.cat(pieces, dim=-2)[..., :taken, :].unflatten(-2, (case.kv_heads, parts)).flatten(-2)
+            heads = torch.cat(pieces, dim=-2)[..., :taken, :]
+            wide: Tensor = heads.unflatten(-2, (case.kv_heads, parts)).flatten(-2)
+            return wide
 
         def tokens(windowed: Tensor, ends: list[int]) -> Tensor:
             """k or v [context, KV heads, head_dim] from the texts whose windows end at `ends`."""

@@ -22,7 +22,7 @@ from bench.steps import stages
 WARM_UP = 3
 
 
-def ranged(name: str, device: str) -> AbstractContextManager:
+def ranged(name: str, device: str) -> AbstractContextManager[object]:
     return torch.cuda.nvtx.range(name) if device == "cuda" else torch.profiler.record_function(name)
 
 

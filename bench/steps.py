@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -15,24 +16,34 @@ MOST_HALVINGS = 30
 Select = KeySketch | TopPages | Gaussian
 
 
+def kept(part: Tensor | None) -> Tensor:
+    """A part of a cache that the selector needs, and which the cache therefore keeps."""
+    assert part is not None
+    return part
+
+
 def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) -> dict[str, Callable[[], object]]:
     """The ops of a step by name; each is called on the results of the ops before it."""
     lengths, sizes = (cache.page_table, cache.seq_lens), (cache.seq_lens, cache.kv_heads, cache.page_size)
     if select is None:
         return {"dense_decode": partial(ops.dense_decode, q, cache.k_pages, cache.v_pages, *lengths, alpha)}
     if isinstance(select, KeySketch):
-        options = {"bits": select.bits, "certainty": select.certainty, "max_tokens": select.max_tokens}
-        sketch = cache.codes, cache.norms
+        options: dict[str, Any] = {"bits": select.bits, "certainty": select.certainty, "max_tokens": select.max_tokens}
+        sketch = kept(cache.codes), kept(cache.norms)
         choose = partial(ops.select_sketch, q, cache.k_pages, *sketch, *lengths, alpha, **options)
         read = partial(
             ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *choose()[:2], alpha, by_token=True
         )
         return {"select_sketch": choose, "sparse_decode": read}
+    score: Callable[[], Any]
+    pick: Callable[[], Any]
     if isinstance(select, TopPages):
-        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size, lower=select.LOWER)
+        score = partial(
+            ops.score_pages, q, kept(cache.k_min), kept(cache.k_max), *lengths, cache.page_size, lower=select.LOWER
+        )
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
     else:
-        score = partial(ops.score_gaussian, q, cache.k_mean, cache.k_std, *lengths, cache.page_size)
+        score = partial(ops.score_gaussian, q, kept(cache.k_mean), kept(cache.k_std), *lengths, cache.page_size)
         pick = partial(ops.select_gaussian, *score(), *sizes, alpha, select.quantile, select.margin)
     decode = partial(ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *pick(), alpha)
     kind = "pages" if isinstance(select, TopPages) else "gaussian"
@@ -69,7 +80,8 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
 
     If there are no more tokens than that, its margin is infinite and it selects every page.
     """
-    mean, std = ops.score_gaussian(q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size)
+    table = cache.page_table, cache.seq_lens, cache.page_size
+    mean, std = ops.score_gaussian(q, kept(cache.k_mean), kept(cache.k_std), *table)
 
     def read(margin: float) -> float:
         sizes = cache.kv_heads, cache.page_size

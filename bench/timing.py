@@ -81,7 +81,7 @@ def stopwatch(call: Callable[[], object], device: str) -> Stopwatch:
         run()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
     return Stopwatch(on_gpu, of)
 

@@ -49,8 +49,8 @@ def measure(activations: tuple[torch.Tensor, ...], dtype: str, budget: int, devi
             for key, value in values.items():
                 found[name].setdefault(key, []).append(value.cpu())
     rows = []
-    for name, values in found.items():
-        all_steps = {key: torch.cat(value) for key, value in values.items()}
+    for name, by_step in found.items():
+        all_steps = {key: torch.cat(x) for key, x in by_step.items()}
         support, error = all_steps["support"], all_steps["error"]
         row = {"dtype": dtype, "select": name, "cases": support.numel()}
         row |= {f"support_{what}": int(getattr(support, what)()) for what in ("min", "median", "max")}

@@ -66,7 +66,8 @@ class Context:
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after ids [rows, 1] at positions [1, 1]."""
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": UNMASKED}
-        return self.model(**inputs, **with_cache(self.model, self.cache)).logits[:, -1]
+        logits: Tensor = self.model(**inputs, **with_cache(self.model, self.cache)).logits
+        return logits[:, -1]
 
 
 class Stepper:

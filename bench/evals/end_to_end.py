@@ -64,7 +64,7 @@ def kernels(stepper: Stepper) -> dict[str, float]:
         torch.cuda.synchronize()
     found = {"attention": 0.0, "append": 0.0, "other": 0.0}
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             ours = "entmaxkv" in event.name
             appends = any(name in event.name for name in ("append_", "advance", "code_new"))
             found["append" if ours and appends else "attention" if ours else "other"] += event.device_time_total / WARM

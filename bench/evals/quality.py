@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import entmaxkv
@@ -30,7 +31,7 @@ from entmaxkv.select import Selector
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals import suites
-from bench.evals.decoding import Context, Stepper, load
+from bench.evals.decoding import Context, Decoded, Stepper, load
 from bench.evals.options import check_contexts, chosen, comparing_parser
 from bench.evals.suites import Suite, answering, facts_of, held_out_text, probed, tensor
 from bench.report.document import Row, machine, report, wide_console
@@ -65,11 +66,12 @@ def decode_text(
     read = Context(model, tensor(suite.read, model.device), room=suites.STEPS)
     follows = tensor(suite.follows, model.device)
     rows = len(follows)
-    dense = written = None
+    dense: Decoded | None = None
+    written: Tensor | None = None
     for method, select in methods.items():
         stepper = Stepper(read, select)
         decoded, mine = stepper.read(follows), stepper.write(follows[:, :1], suites.STEPS)
-        if dense is None:
+        if dense is None or written is None:
             dense, written = decoded, mine
         above = (decoded.bits - dense.bits).double().mean(1)
         found[method] = {

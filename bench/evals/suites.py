@@ -103,7 +103,8 @@ def answering(
     """`answered` for each method, decoding `at_a_time` rows together."""
     found = dict.fromkeys(methods, 0.0)
     for start in range(0, len(suite.read), at_a_time):
-        part = Suite(*(x[start : start + at_a_time] for x in suite))
+        rows = slice(start, start + at_a_time)
+        part = Suite(suite.read[rows], suite.follows[rows], suite.answers[rows])
         read = Context(model, tensor(part.read, model.device), room=part.follows.shape[1])
         follows = tensor(part.follows, model.device)
         for method, select in methods.items():

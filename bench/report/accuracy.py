@@ -322,7 +322,7 @@ def draw_quality(rows: list[Row]) -> Figure | None:
         return None
     figure, axes = panels(3)
     (dense,) = of(here, select="dense")
-    measures = (
+    measures: tuple[tuple[str, Callable[[Row], float]], ...] = (
         ("bits per byte, above dense", lambda row: row["bits"] - dense["bits"]),
         ("values recalled, of 32 in the context", lambda row: row["recall"]),
         ("δ, mass dropped", lambda row: row["delta"]),
@@ -424,9 +424,10 @@ def draw_tuning(rows: list[Row]) -> Figure | None:
     for row in here:
         quantile = re.match(r"Gaussian\(quantile=(.*), margin=", row["select"])
         merit = re.match(r"(bound - best|box at 0.6 - best|box at 0.6 - all), ", row["select"])
-        if quantile or merit:
-            label = f"Gaussian, quantile {float(quantile[1]):.6g}" if quantile else f"pages by {merit[1]}"
-            lines.setdefault(label, []).append(row)
+        if quantile:
+            lines.setdefault(f"Gaussian, quantile {float(quantile[1]):.6g}", []).append(row)
+        elif merit:
+            lines.setdefault(f"pages by {merit[1]}", []).append(row)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, sum(label.startswith("Gaussian") for label in lines)))
     for panel, what in zip(axes, ("delta", "passkey", "recall"), strict=True):
         of_quantile = iter(colors)

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
 from bench.report.document import Row
@@ -79,7 +80,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
     grid[0][0].set_yticks(range(len(methods)), [method.removeprefix("softmax ") for method in methods])
     grid[0][0].invert_yaxis()
     grid[0][0].set_xlim(0, MOST_SHOWN + 0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
     labels = ["whole step", "score pages", "select pages or tokens", "decode them"]
     figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
     figure.suptitle(f"time of a step, softmax = 1\n{machine_line(rows)}")
@@ -169,7 +170,7 @@ def draw_cpu(rows: list[Row]) -> Figure | None:
 
 def draw_sketch(rows: list[Row]) -> Figure | None:
     """δ of the selectors against the bytes that they read, one panel for each report of certify.py."""
-    reports: dict[tuple, list[Row]] = {}
+    reports: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         if row["kind"] == "delta":
             reports.setdefault((machine_line([row]), row["keys"], row["tokens"]), []).append(row)

@@ -28,7 +28,7 @@ def pages() -> list[Path]:
 def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
     """The text of the page, with new contents for each of its tables."""
 
-    def block(match: re.Match) -> str:
+    def block(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in tables:
             raise SystemExit(f"{page}: expected bench:NAME to be one of {', '.join(tables)}, got bench:{name}")
@@ -60,7 +60,7 @@ def main() -> None:
     rows, lost = load(args.results), accuracy.load(args.results)
     if not rows:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
-    tables = {name: partial(made, rows) for name, made in TABLES.items()}
+    tables: dict[str, Callable[[], str]] = {name: partial(made, rows) for name, made in TABLES.items()}
     tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
     certified = load_certified(args.results)
     tables |= {name: partial(made, certified) for name, made in TABLES_OF_CERTIFIED.items()}

@@ -113,11 +113,11 @@ def measured(names: Iterable[str], rows: list[Row]) -> list[str]:
 
 
 def by_sdpa(row: Row) -> bool:
-    return row["method"].startswith("softmax SDPA")
+    return bool(row["method"].startswith("softmax SDPA"))
 
 
 def by_authors(row: Row) -> bool:
-    return row["method"].startswith("authors")
+    return bool(row["method"].startswith("authors"))
 
 
 def size(batch: int, context: int) -> str:
@@ -290,7 +290,7 @@ def table_of_certified(rows: list[Row]) -> str:
 def table_of_equal_bytes(rows: list[Row]) -> str:
     """δ and bytes of `KeySketch` with each cap, and of the page selectors that read as many bytes."""
     rows = [row for row in rows if row["kind"] == "delta"]
-    found: dict[tuple, dict[str, Row]] = {}
+    found: dict[tuple[str, int, int | None], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["keys"], row["tokens"], row["max_tokens"]), {})[row["select"]] = row
     ways = ("KeySketch", "TopPages", "Gaussian")

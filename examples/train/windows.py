@@ -29,7 +29,7 @@ class Windows:
 
     def digest(self) -> str:
         """The SHA-256 of the text, documents in their order."""
-        return hashlib.sha256(self.text).hexdigest()
+        return hashlib.sha256(self.text.tobytes()).hexdigest()
 
     def _size(self, context: int) -> int:
         """The number of windows in one pass over the text. A pass starts at a random place in the first window."""
