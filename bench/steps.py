@@ -44,7 +44,8 @@ def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) 
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
     else:
         score = partial(ops.score_gaussian, q, kept(cache.k_mean), kept(cache.k_std), *lengths, cache.page_size)
-        pick = partial(ops.select_gaussian, *score(), *sizes, alpha, select.quantile, select.margin)
+        mean, std = score()
+        pick = partial(ops.select_gaussian, mean, std, *sizes, alpha, select.quantile, select.margin)
     decode = partial(ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *pick(), alpha)
     kind = "pages" if isinstance(select, TopPages) else "gaussian"
     return {f"score_{kind}": score, f"select_{kind}": pick, "sparse_decode": decode}

@@ -231,7 +231,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
     table.caption = (
         f"{args.dtype} on {where}, torch {torch.__version__}. "
-        f"tok/s: tokens per second of the whole model, from the median time of {args.tokens - 1} steps. "
+        f"tok/s: tokens per second of the whole model, by the median time of {args.tokens - 1} steps. "
         "keys read: per step and KV head. "
         "KV bytes: bytes read, as a share of the cache. Page statistics or sketch count, values without weight do not; "
         "in a short context this can exceed 100 %. "

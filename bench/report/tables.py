@@ -269,7 +269,7 @@ def table_of_summary(rows: list[Row]) -> str:
 def table_of_certified(rows: list[Row]) -> str:
     """What bench/evals/certify.py counted, over all its reports: cases, certified heads, misses, and what was read."""
     rows = [row for row in rows if row["kind"] == "exact"]
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple[str, int, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["keys"], row["tokens"])):
         found.setdefault((row["keys"], row["tokens"], row["select"]), []).append(row)
     lines = []
