@@ -1,6 +1,7 @@
 # make demo   an entmax language model continues a source file, with each way of reading its cache
 # make test   lint, types, build (CUDA too where nvcc is found) and all tests that need no GPU
-# Both set themselves up, in the active virtual environment or else in .venv. TORCH names the torch to install where
+# make docs   the pages of docs and the API reference, into build/docs/html, and the reference's examples
+# All set themselves up, in the active virtual environment or else in .venv. TORCH names the torch to install where
 # there is none. Where torch has no CUDA only the tests need the CUDA library: other targets leave it out then, and
 # ENTMAXKV_CUDA=1 asks for it.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulation -type f)
 
-.PHONY: demo test bench figures clean
+.PHONY: demo test bench figures docs clean
 
 demo: $(VENV)/entmaxkv-demo.installed
 	$(RUN) examples/generate.py $(ARGS)
@@ -27,6 +28,10 @@ bench: $(VENV)/entmaxkv-bench.installed
 
 figures: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/plot.py $(ARGS)
+
+docs: $(VENV)/entmaxkv-docs.installed
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b html docs build/docs/html
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b doctest docs build/docs/doctest
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
