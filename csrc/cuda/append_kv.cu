@@ -9,9 +9,12 @@
 // The codes of new keys come before that, in a launch of their own (build_sketch.cu).
 // Up to a page of tokens: a cluster of blocks does all of that for a row, in one launch. More: a block per page and KV
 // head, and seq_lens moves in a second launch.
-#include "cluster.cuh"
+#include "append_kv/new_tokens.cuh"
+#include "common/cluster.cuh"
+#include "common/copy.cuh"
+#include "common/element.cuh"
 #include "kernels.h"
-#include "page_stats.cuh"
+#include "page_stats/page_column.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -26,11 +29,11 @@ __device__ int page_of(const AppendKv& op, int token) { return token >> log2_of(
 /// Copies to the nth page that the row's new tokens touch, and summarises it. All threads of the block call, thread
 /// 0 ... 2 head_dim - 1 for each KV head; one that does not exist is left out.
 template <typename T>
-__device__ void append_page(const AppendKv& op, int64_t row, const Span& span, int nth, int kv_head, int thread) {
+__device__ void append_page(const AppendKv& op, int64_t row, const NewTokens& added, int nth, int kv_head, int thread) {
   const bool keys = thread < op.head_dim;
   const int d = keys ? thread : thread - op.head_dim;
-  const int page = page_of(op, span.first) + nth, page_begin = page * op.page_size;
-  const int start = max(span.first, page_begin), stop = min(span.end, page_begin + op.page_size);
+  const int page = page_of(op, added.first) + nth, page_begin = page * op.page_size;
+  const int start = max(added.first, page_begin), stop = min(added.end, page_begin + op.page_size);
   const bool works = start < stop && d < op.head_dim && kv_head < op.kv_heads;
   int64_t physical = 0;
   if (works) {
@@ -38,7 +41,7 @@ __device__ void append_page(const AppendKv& op, int64_t row, const Span& span, i
     const Rows &from = keys ? op.k : op.v, &to = keys ? op.k_pages : op.v_pages;
 #pragma unroll 1
     for (int token = start; token < stop; ++token) {
-      to.at<T>(physical, kv_head, token - page_begin)[d] = from.at<T>(row, token - span.first, kv_head)[d];
+      to.at<T>(physical, kv_head, token - page_begin)[d] = from.at<T>(row, token - added.first, kv_head)[d];
     }
   }
   __syncthreads();  // the keys are in their slots
@@ -57,29 +60,29 @@ __global__ void __launch_bounds__(kMostThreads) append_row(AppendKv op) {
   const int width = head_threads(op.head_dim), heads = blockDim.x / width, head = threadIdx.x / width;
   const int thread = threadIdx.x - head * width, place = blockIdx.x * blockDim.x + threadIdx.x;
   if (place * 32 < op.max_pages) prefetch(op.page_table.row(row) + place * 32);
-  const Span span(op, row);
+  const NewTokens added(op, row);
   cluster::arrive();
-  const int touched = page_of(op, span.first) < page_of(op, span.end - 1) ? 2 : 1;
+  const int touched = page_of(op, added.first) < page_of(op, added.end - 1) ? 2 : 1;
 #pragma unroll 1
   for (int first = blockIdx.x * heads; first < op.kv_heads; first += gridDim.x * heads) {
 #pragma unroll 1
-    for (int nth = 0; nth < touched; ++nth) append_page<T>(op, row, span, nth, first + head, thread);
+    for (int nth = 0; nth < touched; ++nth) append_page<T>(op, row, added, nth, first + head, thread);
   }
   cluster::wait();  // all have read the old length
-  if (place == 0) op.new_seq_lens[row] = span.end;
+  if (place == 0) op.new_seq_lens[row] = added.end;
 }
 
 template <typename T>
 __global__ void append_pages(AppendKv op) {
   take_turn();
   const int64_t row = blockIdx.z;
-  append_page<T>(op, row, Span(op, row), blockIdx.x, blockIdx.y, threadIdx.x);
+  append_page<T>(op, row, NewTokens(op, row), blockIdx.x, blockIdx.y, threadIdx.x);
 }
 
 __global__ void advance(AppendKv op) {
   take_turn();
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row < op.batch) op.new_seq_lens[row] = Span(op, row).end;
+  if (row < op.batch) op.new_seq_lens[row] = NewTokens(op, row).end;
 }
 
 }  // namespace

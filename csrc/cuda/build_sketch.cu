@@ -1,14 +1,15 @@
 // build_sketch on the GPU, and what append_kv has of it.
 //   keys -> codes [pages, kv_heads, 2, page_size, row_bytes], norms [pages, kv_heads, 3, page_size]
 // Grid (tokens of a row / kTokens, KV head, row); a warp codes a few keys at a time.
+#include "append_kv/new_tokens.cuh"
+#include "build_sketch/key_coder.cuh"
 #include "kernels.h"
-#include "key_coder.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kCodeThreads = 128;
 constexpr int kTokens = 256;  // of a block
 
 /// How many of them registers must suffice for: later compilations need a few more.
@@ -33,7 +34,7 @@ __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors
   if (begin >= end) return;
   const Coder coder(op.head_dim, vectors);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kThreads / 32 * Coder::kKeys) {
+  for (int first = begin; first < end; first += kCodeThreads / 32 * Coder::kKeys) {
     KeyPlace<T> places[Coder::kOfLane];
 #pragma unroll
     for (int n = 0; n < Coder::kOfLane; ++n) {
@@ -47,7 +48,7 @@ __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors
 }
 
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(BuildSketch op, bool vectors) {
+__global__ void __launch_bounds__(kCodeThreads, kOccupancy<T, kDims>) code_cache(BuildSketch op, bool vectors) {
   take_turn();
   const int64_t row = blockIdx.z;
   code<T, kDims>(op, row, 0, length_of(op, row), vectors, [&](int token, int64_t page) {
@@ -56,12 +57,12 @@ __global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(Bui
 }
 
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_new(AppendKv op, bool vectors) {
+__global__ void __launch_bounds__(kCodeThreads, kOccupancy<T, kDims>) code_new(AppendKv op, bool vectors) {
   take_turn();
   const int64_t row = blockIdx.z;
-  const Span span(op, row);
-  code<T, kDims>(op, row, span.first, span.end, vectors,
-                 [&](int token, int64_t) { return op.k.at<T>(row, token - span.first, blockIdx.y); });
+  const NewTokens added(op, row);
+  code<T, kDims>(op, row, added.first, added.end, vectors,
+                 [&](int token, int64_t) { return op.k.at<T>(row, token - added.first, blockIdx.y); });
 }
 
 }  // namespace
@@ -73,7 +74,7 @@ void build_sketch(const BuildSketch& op, cudaStream_t stream) {
   sketch::dispatch_blocks(op.head_dim, [&](auto blocks) {
     dispatch_element(op.dtype, [&](auto element) {
       constexpr int kDims = blocks * sketch::kBlock;
-      launch("build_sketch", code_cache<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
+      launch("build_sketch", code_cache<decltype(element), kDims>, {grid, kCodeThreads}, stream, op, vectors);
     });
   });
 }
@@ -84,7 +85,7 @@ void sketch_new_keys(const AppendKv& op, cudaStream_t stream) {
   sketch::dispatch_blocks(op.head_dim, [&](auto blocks) {
     dispatch_element(op.dtype, [&](auto element) {
       constexpr int kDims = blocks * sketch::kBlock;
-      launch("append_kv", code_new<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
+      launch("append_kv", code_new<decltype(element), kDims>, {grid, kCodeThreads}, stream, op, vectors);
     });
   });
 }

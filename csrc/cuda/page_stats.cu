@@ -1,8 +1,10 @@
 // page_stats on the GPU.
 //   k_pages [pages, kv_heads, page_size, head_dim] -> k_min, k_max, k_mean, k_std [pages, kv_heads, head_dim]
 // Grid (logical page, KV head, row); a block owns one page of one KV head, a thread one dimension.
+#include "common/launch.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
-#include "page_stats.cuh"
+#include "page_stats/page_column.cuh"
 
 namespace entmaxkv::cuda {
 

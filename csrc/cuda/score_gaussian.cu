@@ -4,23 +4,13 @@
 // Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
 // so that the statistics are read once per KV head. A square of a bf16 is the sum of two bf16, which tensor cores
 // multiply; other squares are multiplied in fp32.
+#include "common/fast_math.cuh"
 #include "kernels.h"
-#include "page_tile.cuh"
+#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
-
-/// To within 2^-23, without branches.
-__device__ float square_root(float x) {
-#ifdef EMULATE_CUDA
-  return std::sqrt(x);
-#else
-  float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-#endif
-}
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScoreGaussian op) {

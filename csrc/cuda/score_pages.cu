@@ -5,7 +5,7 @@
 // so that the statistics are read once per KV head. Reads k_min and k_max of the pages in use, writes a score for every
 // page.
 #include "kernels.h"
-#include "page_tile.cuh"
+#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 

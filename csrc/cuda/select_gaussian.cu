@@ -6,14 +6,18 @@
 //      (gaussian.h). Each block finds it for a sample of the pages, that of all begins there.
 //   2. list: the pages that any head of a group wants, in ascending order. A block per list.
 #include "../gaussian.h"
-#include "cluster.cuh"
+#include "common/cluster.cuh"
+#include "common/copy.cuh"
+#include "common/fast_math.cuh"
+#include "common/reduce.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // to mark
+constexpr int kHeadThreads = 256, kWarps = kHeadThreads / 32;  // to mark
 constexpr int kListThreads = 512;
 constexpr int kSample = 1024;  // pages, each of which stands for others, or all
 constexpr int kSlice = 4096;   // pages of a block, while the cluster can grow
@@ -23,27 +27,6 @@ constexpr int kMostShared = 96 << 10;  // bytes, that a block has on every GPU, 
 
 /// Larger powers of wide spreads may leave fp32's range.
 __host__ __device__ bool in_float(const Entmax<double>& entmax) { return entmax.beta <= 4; }
-
-/// To within 2^-22, for normal numbers.
-__device__ float reciprocal(float x) {
-#ifdef EMULATE_CUDA
-  return 1 / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
-__device__ float power_of_two(float x) {
-#ifdef EMULATE_CUDA
-  return std::exp2(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 /// add_expected for a whole beta up to 4, without branches, with a relative error of 1e-5 at most, and 2e-6 where
 /// m > -6 t.
@@ -89,18 +72,18 @@ struct Mixture {
     constexpr int kRun = kBeta ? 4 : 1;  // pages at once
     Expected<Real> own;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += kRun * kThreads) {
+    for (int first = threadIdx.x; first < count; first += kRun * kHeadThreads) {
       float means[kRun], stds[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const bool there = first + i * kThreads < count;
-        means[i] = there ? mean[first + i * kThreads] : kNothing;
-        stds[i] = there ? std[first + i * kThreads] : 0;
+        const bool there = first + i * kHeadThreads < count;
+        means[i] = there ? mean[first + i * kHeadThreads] : kNothing;
+        stds[i] = there ? std[first + i * kHeadThreads] : 0;
       }
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         const Real m = entmax.gap * (means[i] - centre) - tau, t = entmax.gap * stds[i];
-        const float tokens = first + i * kThreads == last ? last_tokens : page_tokens;
+        const float tokens = first + i * kHeadThreads == last ? last_tokens : page_tokens;
         if constexpr (kBeta) {
           add_expected<kBeta>(own, m, t, tokens);
         } else {
@@ -116,16 +99,16 @@ struct Mixture {
   __device__ void mark(float page_best, float least, int room, uint32_t* marks) const {
     constexpr int kRun = 4;  // pages at once
 #pragma unroll 1
-    for (int first = threadIdx.x; first < ceil_div(room, 32) * 32; first += kRun * kThreads) {
+    for (int first = threadIdx.x; first < ceil_div(room, 32) * 32; first += kRun * kHeadThreads) {
       float best[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int page = first + i * kThreads;
+        const int page = first + i * kHeadThreads;
         best[i] = page < count ? mean[page] + std[page] * page_best : kNothing;
       }
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int page = first + i * kThreads;
+        const int page = first + i * kHeadThreads;
         const bool wanted = page < count && (least == kNothing || page == last || best[i] > least);
         const uint32_t mask = __ballot_sync(kAllLanes, wanted);
         if (threadIdx.x % 32 == 0 && page < room) marks[page / 32] = mask;
@@ -195,7 +178,7 @@ __device__ double find_threshold(const Entmax<double>& entmax, const Mixture& sa
 template <typename Page>
 __device__ void load(float* s_mean, float* s_std, const float* mean, const float* std, int count, Page page) {
 #pragma unroll 1  // here and below: small kernels wait for their instructions
-  for (int i = threadIdx.x; i < count; i += kThreads) {
+  for (int i = threadIdx.x; i < count; i += kHeadThreads) {
     copy_async(s_mean[i], mean + page(i));
     copy_async(s_std[i], std + page(i));
   }
@@ -204,7 +187,7 @@ __device__ void load(float* s_mean, float* s_std, const float* mean, const float
 
 /// kInFloat: every head's powers are in fp32's range.
 template <bool kInFloat>
-__global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
+__global__ void __launch_bounds__(kHeadThreads, kInFloat ? 4 : 2)
     mark(SelectGaussian op, int slice_pages, int held_pages, uint32_t* marks) {
   take_turn();
   const int64_t row = blockIdx.z, head = row * op.q_heads + blockIdx.y;
@@ -238,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
   const int group_head = blockIdx.y % static_cast<unsigned>(op.group);
   int32_t* selected = op.selection.row(row * op.kv_heads + blockIdx.y / static_cast<unsigned>(op.group));
 #pragma unroll 1
-  for (int to = (group_head * cluster::size() + cluster::rank()) * kThreads + static_cast<int>(threadIdx.x);
-       to < op.max_pages; to += op.group * cluster::size() * kThreads) {
+  for (int to = (group_head * cluster::size() + cluster::rank()) * kHeadThreads + static_cast<int>(threadIdx.x);
+       to < op.max_pages; to += op.group * cluster::size() * kHeadThreads) {
     selected[to] = -1;
   }
 
@@ -248,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
     wait_for_copies<1>();
     float best = kNothing;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < sample.count; i += kThreads) best = fmaxf(best, sample.mean[i]);
-    best = reduce<kThreads>(best, [](float a, float b) { return fmaxf(a, b); });
+    for (int i = threadIdx.x; i < sample.count; i += kHeadThreads) best = fmaxf(best, sample.mean[i]);
+    best = reduce<kHeadThreads>(best, [](float a, float b) { return fmaxf(a, b); });
     sample.centre = own.centre = best;
     const double tau = find_threshold<kInFloat>(entmax, sample, own, sample_is_all);
     least = static_cast<float>(own.centre + (tau - op.margin) * entmax.beta);
@@ -319,7 +302,8 @@ void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t str
   const bool all_in_float = !op.alpha.per_head && in_float(Entmax<double>(op.alpha.value));
   auto* marks = static_cast<uint32_t*>(workspace);
   launch("select_gaussian", all_in_float ? mark<true> : mark<false>,
-         {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages, held_pages, marks);
+         {dim3(blocks, op.q_heads, op.batch), kHeadThreads, blocks, shared}, stream, op, slice_pages, held_pages,
+         marks);
   launch("select_gaussian", list, {dim3(op.kv_heads, op.batch), kListThreads}, stream, op, marks);
 }
 

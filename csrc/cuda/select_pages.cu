@@ -10,9 +10,11 @@
 //      survivors. Each block counts them by equal steps, then by the next bits, until few are left to compare. Where
 //      there are too many survivors (a large budget, many ties) the blocks together first count all pages like that.
 //   4. collect: the pages up to the threshold in ascending order
-#include "../page_share.h"
+#include "../page_softmax.h"
+#include "common/copy.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
-#include "page_ranks.cuh"
+#include "select_pages/page_ranks.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -36,7 +38,7 @@ struct Part {
     const int warp = threadIdx.x / 32, size_bits = __ffs(cluster::size()) - 1;
     rank = warp & (cluster::size() - 1);
     first = (warp >> size_bits) * 32 + threadIdx.x % 32;
-    step = kThreads >> size_bits;
+    step = kRankThreads >> size_bits;
   }
 };
 
@@ -115,7 +117,7 @@ struct Rating {
   float best, range;
 };
 
-using Sum = unsigned long long;  // of page_share::weight
+using Sum = unsigned long long;  // of page_softmax::weight
 
 /// A list of pages, as a block of the cluster sees it.
 struct Scores {
@@ -140,7 +142,7 @@ struct Scores {
       const float* head = data + int64_t{h} * max_pages + begin;
       float* s_head = s_scores + h * tile_pages;
 #pragma unroll 1
-      for (int i = from + kRun * static_cast<int>(threadIdx.x); i < to; i += kRun * kThreads) {
+      for (int i = from + kRun * static_cast<int>(threadIdx.x); i < to; i += kRun * kRankThreads) {
         if (kAligned) {
           copy_async(*reinterpret_cast<uint4*>(s_head + i), head + i, true);
         } else {
@@ -156,7 +158,7 @@ struct Scores {
   __device__ void finish_reading(int to) const {
     wait_for_copies<0>();
     if (!kAligned) __syncthreads();
-    if (to % 4 == 0 || to / 4 % kThreads != static_cast<int>(threadIdx.x)) return;
+    if (to % 4 == 0 || to / 4 % kRankThreads != static_cast<int>(threadIdx.x)) return;
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
       for (int i = to; i % 4; ++i) s_scores[h * tile_pages + i] = kUndefined;
@@ -191,7 +193,7 @@ struct Scores {
       for (int i = 4 * static_cast<int>(threadIdx.x); i < pages; i += kStride) {
         const Word word = Word::load(s_scores + h * tile_pages + i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum += page_share::weight(page_share::distance(word.of[j], best));
+        for (int j = 0; j < 4; ++j) sum += page_softmax::weight(page_softmax::distance(word.of[j], best));
       }
       sum = sum_upto(sum);
       if (threadIdx.x % 32 == 31) atomicAdd(&s_sums[h], sum);
@@ -201,12 +203,12 @@ struct Scores {
   /// From the sums of all.
   __device__ void find_excess(const Sum* s_sum) const {
 #pragma unroll 1
-    for (int h = threadIdx.x; h < group; h += kThreads) {
-      const int32_t own = page_share::logarithm(s_sum[h]);
+    for (int h = threadIdx.x; h < group; h += kRankThreads) {
+      const int32_t own = page_softmax::logarithm(s_sum[h]);
       int32_t least = own;
 #pragma unroll 4
-      for (int other = 0; other < group; ++other) least = min(least, page_share::logarithm(s_sum[other]));
-      s_excess[h] = page_share::excess(own, least);
+      for (int other = 0; other < group; ++other) least = min(least, page_softmax::logarithm(s_sum[other]));
+      s_excess[h] = page_softmax::excess(own, least);
     }
   }
 
@@ -221,7 +223,7 @@ struct Scores {
         const float best = s_best[h], excess = s_excess[h];
         const Word word = Word::load(s_scores + h * tile_pages + (page - begin));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) merit.of[i] = fmaxf(merit.of[i], page_share::distance(word.of[i], best) - excess);
+        for (int i = 0; i < 4; ++i) merit.of[i] = fmaxf(merit.of[i], page_softmax::distance(word.of[i], best) - excess);
       }
       if (page + 4 > last) {
 #pragma unroll
@@ -271,7 +273,7 @@ struct Scores {
               [&](int to) { s.extremes_box.announce(to, extremes * static_cast<int>(sizeof(float))); });
           s.extremes_box.wait(0);
         }
-        for (int i = threadIdx.x; i < extremes; i += kThreads)
+        for (int i = threadIdx.x; i < extremes; i += kRankThreads)
           s_best[i] = from_ordered(s_ordered(of_all * extremes + i));
       } else {
         if (size > 1) {
@@ -342,7 +344,7 @@ __device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared&
 }
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kRankThreads, 1)
     select(SelectPages op, int slice_pages, int tile_pages, float* workspace) {
   take_turn();
   __shared__ Shared s;
@@ -357,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     s.list_box.open();
   }
 #pragma unroll 1
-  for (int i = thread; i < 4 * op.group; i += kThreads) {
+  for (int i = thread; i < 4 * op.group; i += kRankThreads) {
     s_extremes[i] = 0;  // below all that ordered() gives
     if (i < 2 * op.group) s_sums[i] = 0;
   }
@@ -395,8 +397,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                   [&](int place, int page) { to[place] = page; });
   }
 #pragma unroll 1
-  for (int to = (choice ? count : 0) + rank * kThreads + thread; to < op.selection.max_selected;
-       to += size * kThreads) {
+  for (int to = (choice ? count : 0) + rank * kRankThreads + thread; to < op.selection.max_selected;
+       to += size * kRankThreads) {
     selected[to] = to >= count ? -1 : others > 0 ? to : last;
   }
   if (rank == 0 && thread == 0) op.selection.counts[list] = count;
@@ -435,7 +437,7 @@ void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream) {
       kListed * static_cast<int>(sizeof(Order)) + (kOfHead + pages * static_cast<int>(sizeof(float))) * op.group;
   const bool aligned = op.max_pages % 4 == 0 && reinterpret_cast<uintptr_t>(op.scores) % 16 == 0;
   launch("select_pages", aligned ? select<true> : select<false>,
-         {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages(op), pages,
+         {dim3(blocks, op.kv_heads, op.batch), kRankThreads, blocks, shared}, stream, op, slice_pages(op), pages,
          static_cast<float*>(workspace));
 }
 

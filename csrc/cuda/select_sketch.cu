@@ -10,9 +10,9 @@
 //   4. list: the tokens of these bits.
 //   If no more than max_tokens may be listed, cap comes before that: the bits of whole steps of merit go.
 #include "kernels.h"
-#include "sketch_floors.cuh"
-#include "sketch_refine.cuh"
-#include "sketch_scan.cuh"
+#include "select_sketch/floors.cuh"
+#include "select_sketch/refine.cuh"
+#include "select_sketch/scan.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -28,29 +28,29 @@ __device__ void write_bound(const SelectSketch& op, int64_t row, int head, doubl
 
 /// Of more marked tokens than there is room for, leaves those of the best whole steps of merit, and says how much
 /// weight the others can have. Grid (any, KV head, row).
-__global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch) {
+__global__ void __launch_bounds__(kTeamThreads) cap(SelectSketch op, Scratch scratch) {
   take_turn();
-  static_assert(kBins == kThreads);
+  static_assert(kBins == kTeamThreads);
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
   const int thread = threadIdx.x, lane = thread % 32, room = op.selection.max_selected;
   const int merit = kBins - 1 - thread, count = scratch.at_merit[list * kBins + merit];
   int total;
-  const int upto = exclusive_scan<kThreads>(count, total) + count;  // of that merit or a better one
+  const int upto = exclusive_scan<kTeamThreads>(count, total) + count;  // of that merit or a better one
   // The best merit that some token has stays, if need be not of all.
   const bool stays = total <= room || (count > 0 && (upto <= room || upto == count));
-  const auto least = static_cast<int>(-largest<kThreads>(stays ? static_cast<float>(-merit) : kNothing));
+  const auto least = static_cast<int>(-largest<kTeamThreads>(stays ? static_cast<float>(-merit) : kNothing));
   if (blockIdx.x == 0) {
     const int left_out = merit < least ? count : merit == least ? max(0, upto - room) : 0;
-    const double lost = sum<kThreads>(left_out > 0 ? left_out * sketch::most_weight(merit) : 0.0);
+    const double lost = sum<kTeamThreads>(left_out > 0 ? left_out * sketch::most_weight(merit) : 0.0);
     // A token that is left out may be below the floor of one head, and owe its merit to another.
-    const int others = length_of(op, row) - total + sum<kThreads>(left_out);
-    for (int h = thread; h < op.group; h += kThreads) {
+    const int others = length_of(op, row) - total + sum<kTeamThreads>(left_out);
+    for (int h = thread; h < op.group; h += kTeamThreads) {
       const int head = static_cast<int>(blockIdx.y) * op.group + h;
       write_bound(op, row, head, lost + others * sketch::most_below(Entmax<double>(op.alpha.of(head))));
     }
   }
   if (total <= room) return;
-  const int seq_len = length_of(op, row), warps = kThreads / 32;
+  const int seq_len = length_of(op, row), warps = kTeamThreads / 32;
 #pragma unroll 1
   for (int segment = static_cast<int>(blockIdx.x) * warps + thread / 32; segment * kSegment < seq_len;
        segment += static_cast<int>(gridDim.x) * warps) {
@@ -69,33 +69,33 @@ __global__ void __launch_bounds__(kThreads) cap(SelectSketch op, Scratch scratch
 }
 
 /// Lists the tokens of a block's words of marks, and pads what the list leaves of as many places. Grid (words of marks
-/// / kThreads, KV head, row).
-__global__ void __launch_bounds__(kThreads) list_marked(SelectSketch op, Scratch scratch) {
+/// / kTeamThreads, KV head, row).
+__global__ void __launch_bounds__(kTeamThreads) list_marked(SelectSketch op, Scratch scratch) {
   take_turn();
   const int64_t row = blockIdx.z, list = row * op.kv_heads + blockIdx.y;
   const int thread = threadIdx.x, room = op.selection.max_selected;
-  const int first_word = static_cast<int>(blockIdx.x) * kThreads, word = first_word + thread;
+  const int first_word = static_cast<int>(blockIdx.x) * kTeamThreads, word = first_word + thread;
   const int segments = ceil_div(length_of(op, row), kSegment), words = segments * Segment::kWords;
   if (blockIdx.x == 0 && !scratch.merits) {
-    for (int h = thread; h < op.group; h += kThreads) {
+    for (int h = thread; h < op.group; h += kTeamThreads) {
       write_bound(op, row, static_cast<int>(blockIdx.y) * op.group + h, 0);
     }
   }
   const int32_t* marked = scratch.marked + list * scratch.segments();
   int own_before = 0, own = 0;
 #pragma unroll 4
-  for (int i = thread; i < segments; i += kThreads) {
+  for (int i = thread; i < segments; i += kTeamThreads) {
     own += marked[i];
     if (i < first_word / Segment::kWords) own_before += marked[i];
   }
-  const int before = sum<kThreads>(own_before), count = min(sum<kThreads>(own), room);
+  const int before = sum<kTeamThreads>(own_before), count = min(sum<kTeamThreads>(own), room);
   uint32_t mask = word < words ? scratch.marks[list * (scratch.capacity / 32) + word] : 0;
   int total;
-  int to = before + exclusive_scan<kThreads>(__popc(mask), total);
+  int to = before + exclusive_scan<kTeamThreads>(__popc(mask), total);
   int32_t* selected = op.selection.row(list);
   for (; mask && to < room; mask &= mask - 1, ++to) selected[to] = word * 32 + __ffs(static_cast<int>(mask)) - 1;
-  const int end = min((first_word + kThreads) * 32, room);
-  for (int place = max(first_word * 32, count) + thread; place < end; place += kThreads) selected[place] = -1;
+  const int end = min((first_word + kTeamThreads) * 32, room);
+  for (int place = max(first_word * 32, count) + thread; place < end; place += kTeamThreads) selected[place] = -1;
   if (blockIdx.x == 0 && thread == 0) op.selection.counts[list] = count;
 }
 
@@ -116,7 +116,7 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
     const Grid grid{dim3(kBlocks<words> * multiprocessors()), kScanThreads};
     launch(name, scan<words>, grid, stream, op, scratch);
     dispatch_element(op.dtype, [&](auto element) {
-      launch(name, find_floors<decltype(element)>, {dim3(op.q_heads, op.batch), kThreads}, stream, op, scratch,
+      launch(name, find_floors<decltype(element)>, {dim3(op.q_heads, op.batch), kTeamThreads}, stream, op, scratch,
              vectors);
     });
     const auto refines = [&](auto capped) {
@@ -124,9 +124,9 @@ void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream)
     };
     scratch.merits ? refines(std::true_type{}) : refines(std::false_type{});
   });
-  const dim3 words(std::max(1, ceil_div(scratch.capacity / 32, kThreads)), op.kv_heads, op.batch);
-  if (scratch.merits) launch(name, cap, {words, kThreads}, stream, op, scratch);
-  launch(name, list_marked, {words, kThreads}, stream, op, scratch);
+  const dim3 words(std::max(1, ceil_div(scratch.capacity / 32, kTeamThreads)), op.kv_heads, op.batch);
+  if (scratch.merits) launch(name, cap, {words, kTeamThreads}, stream, op, scratch);
+  launch(name, list_marked, {words, kTeamThreads}, stream, op, scratch);
 }
 
 }  // namespace entmaxkv::cuda

@@ -8,9 +8,9 @@
 //      the block adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
 //   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks, in their order, and counts the tokens
 //      that have weight, for which it reads keys again of chunks that have such tokens and others.
-#include "chunks.cuh"
-#include "softmax_decode.cuh"
-#include "value_sums.cuh"
+#include "sparse_decode/chunks.cuh"
+#include "sparse_decode/softmax_decode.cuh"
+#include "sparse_decode/value_sums.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -149,14 +149,14 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const int thread = threadIdx.x, warp = thread / 32, groups = HeadGroup::per_row(op);
   TileScores& s_tile = s_total.tiles[warp];
   for (int i = blockIdx.x * kBlock + thread; i < op.batch * op.q_heads; i += gridDim.x * kBlock) op.support[i] = 0;
-  const auto share = Share::of_block<kBlock>(op.batch * groups, [&](int index) {
+  const auto work = WorkSplit::of_block<kBlock>(op.batch * groups, [&](int index) {
     return units_of(TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head));
   });
   Loader<Slots> loader(op, s_plan);
   int nth_slot = 0, queries_of = -1;
 #pragma unroll 1  // so that each part is there once
   for (int n = -Plan::kAhead;; ++n) {
-    if (thread == 0) s_plan.add(op, share, n + Plan::kAhead);
+    if (thread == 0) s_plan.add(op, work, n + Plan::kAhead);
     if (n < 0) continue;
     if (n == 0) {
       __syncthreads();

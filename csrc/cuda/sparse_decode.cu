@@ -13,11 +13,11 @@
 // What is alive depends on timing, but a token above the level from which the threshold is sought (near_tokens.cuh)
 // always is, and no sum depends on the others, on other rows, or on how many blocks there are for a head. So a row
 // always has the same bits.
-#include "head_output.cuh"
+#include "common/work_split.cuh"
 #include "kernels.h"
-#include "living.cuh"
-#include "share.cuh"
-#include "softmax_decode.cuh"
+#include "sparse_decode/candidates.cuh"
+#include "sparse_decode/head_output.cuh"
+#include "sparse_decode/softmax_decode.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -28,7 +28,7 @@ constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
 // Short lists.
 
 template <typename T, typename Layout>
-using ShortRing = Ring<T, Layout, kThreads / 32>;
+using ShortRing = Ring<T, Layout, kTeamThreads / 32>;
 
 /// Blocks of a cluster for each short list: fewer, if they would not all find room at once.
 int blocks_of_short(const SparseDecode& op) {
@@ -43,7 +43,7 @@ int score_bytes(const SparseDecode& op, int blocks) {
 }
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
+__global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
   take_turn();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   cluster::arrive();
   const int64_t row = blockIdx.z;
   const HeadGroup group(op, blockIdx.y);
-  const QueryLoad<T, Layout, kThreads> queries(op.q, row, group, op.head_dim);
+  const QueryLoad<T, Layout, kTeamThreads> queries(op.q, row, group, op.head_dim);
   const TokenList list(op, row, group.kv_head);
   const LaneScoring scoring(op, group);
   const int warp = threadIdx.x / 32, rank = cluster::rank(), blocks = cluster::size();
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const auto taken_of = [&](int index) {
     return static_cast<int>(__ldcg(scratch.taken + int64_t{index} * Scratch::kApart));
   };
-  const auto share = Share::of_block<kBlock>(lists, tiles_of);
-  for (int index = share.items > 0 ? share.list : -1; index >= 0;
+  const auto work = WorkSplit::of_block<kBlock>(lists, tiles_of);
+  for (int index = work.items > 0 ? work.list : -1; index >= 0;
        index = list_in_need<kBlock>(lists, tiles_of, taken_of)) {
     const int64_t row = index / groups;
     const HeadGroup group(op, index % groups);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
+__global__ void __launch_bounds__(kTeamThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   take_turn();
   __shared__ NearMemory s_near;
   __shared__ Chunk<T> s_chunk;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scra
   float best = kNothing;
   if (tell_bests(op, list)) {
     const uint32_t own = threadIdx.x < Scratch::kBests ? scratch.bests[at * Scratch::kBests + threadIdx.x] : 0;
-    best = largest<kThreads>(own ? from_ordered(own) : kNothing);
+    best = largest<kTeamThreads>(own ? from_ordered(own) : kNothing);
   }
   const NearTokens near =
       near_of_alive(team, entmax, best, scratch.alive + at * scratch.tiles(), list.tiles(),
@@ -226,8 +226,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       if (short_lists) {
         const int blocks = blocks_of_short(op), shared = ShortRing<T, Layout>::kBytes + score_bytes(op, blocks);
         launch(name, decode_short<T, Layout>,
-               {dim3(blocks, HeadGroup::per_row(op), op.batch), kThreads, blocks, shared}, stream, op, scratch.capacity,
-               value_vectors);
+               {dim3(blocks, HeadGroup::per_row(op), op.batch), kTeamThreads, blocks, shared}, stream, op,
+               scratch.capacity, value_vectors);
       } else {
         using Slots = ScanRing<T, Layout>;
         launch(name, score<T, Layout>,
@@ -239,8 +239,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       const int64_t most = 2 * kBlocks * multiprocessors();  // twice as many as run together: some end right away
       int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
       while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
-      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
-             scratch, value_vectors);
+      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, AliveTokens::kBytes}, stream,
+             op, scratch, value_vectors);
     }
   });
 }

@@ -1,11 +1,12 @@
 // From the scores of one head to its weights, by a team.
 #pragma once
 
+#include "../../entmax.h"
 #include "team.cuh"
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 4;           // entries, kThreads apart, that a thread takes at once
+constexpr int kRun = 4;           // entries, kTeamThreads apart, that a thread takes at once
 constexpr int kFewTokens = 1024;  // that one block holds
 constexpr int kOfWarp = 256;      // of which one warp finds the threshold, without barriers
 
@@ -22,17 +23,17 @@ template <typename Read, typename Write>
 __device__ int pack(int count, Read read, Write write) {
   int kept = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kThreads * kRun) {
+  for (int first = 0; first < count; first += kTeamThreads * kRun) {
     Entry entries[kRun];
     bool wanted[kRun];
 #pragma unroll
     for (int nth = 0; nth < kRun; ++nth) {
-      const int i = first + nth * kThreads + static_cast<int>(threadIdx.x);
+      const int i = first + nth * kTeamThreads + static_cast<int>(threadIdx.x);
       entries[nth] = {kNothing, 0};
       if (i < count) entries[nth] = read(i);
       wanted[nth] = entries[nth].value != kNothing;
     }
-    const Places<kThreads, kRun> to(wanted);
+    const Places<kTeamThreads, kRun> to(wanted);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (!wanted[i]) continue;
@@ -56,10 +57,11 @@ struct Candidates {
   template <typename Body>
   __device__ void visit(int part, Body body) const {
     const int begin = part > 0 ? ends[part - 1] : 0, end = parts > 1 ? ends[part] : count;
-    for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kThreads * kRun) {
+    for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kTeamThreads * kRun) {
       float run[kRun];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) run[i] = first + i * kThreads < end ? scores[first + i * kThreads] : kNothing;
+      for (int i = 0; i < kRun; ++i)
+        run[i] = first + i * kTeamThreads < end ? scores[first + i * kTeamThreads] : kNothing;
       body(run);
     }
   }
@@ -120,7 +122,7 @@ __device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candida
 /// By a block. Not inlined, as it is seldom needed: code that is run once takes time by its length (bench/NOTES.md).
 template <bool kSquare>
 __device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, Candidates candidates) {
-  return solve_held<kSquare, kThreads, kFewTokens / kThreads>(entmax, candidates);
+  return solve_held<kSquare, kTeamThreads, kFewTokens / kTeamThreads>(entmax, candidates);
 }
 
 /// Of few candidates, all in this block. All threads call.

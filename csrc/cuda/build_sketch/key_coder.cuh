@@ -1,8 +1,9 @@
 // Codes keys (sketch.h).
 #pragma once
 
-#include "../sketch.h"
-#include "tile.cuh"
+#include "../../sketch.h"
+#include "../common/matrix_product.cuh"
+#include "../common/reduce.cuh"
 
 namespace entmaxkv::cuda {
 

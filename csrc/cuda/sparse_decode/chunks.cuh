@@ -3,7 +3,7 @@
 // chunk.
 #pragma once
 
-#include "share.cuh"
+#include "../common/work_split.cuh"
 #include "token_list.cuh"
 
 namespace entmaxkv::cuda {
@@ -28,7 +28,7 @@ constexpr int most_chunks(int tokens) {
 /// Lists, one per row and group of heads, are divided in units of kLeastChunk.
 __device__ inline int units_of(const TokenList& list) { return ceil_div(list.tokens, kLeastChunk); }
 
-/// One of a block's chunks: of all those that begin in its share. In shared memory.
+/// One of a block's chunks: of all those that begin in its work. In shared memory.
 struct ListChunk {
   int64_t row;
   HeadGroup group;
@@ -45,10 +45,10 @@ struct ListChunk {
   __device__ bool is_there() const { return first < last; }
 
   /// Becomes the first one, or the one behind another; then call settle.
-  __device__ void begin(const SparseDecode& op, const Share& share) {
-    index = share.list;
-    left = share.items;
-    enter(op, share.item);
+  __device__ void begin(const SparseDecode& op, const WorkSplit& work) {
+    index = work.list;
+    left = work.items;
+    enter(op, work.item);
   }
   __device__ void follow(const ListChunk& before) {
     *this = before;
@@ -88,9 +88,9 @@ struct Plan {
   __device__ ListChunk& operator[](int n) { return chunks[n % (2 * kAhead)]; }
 
   /// By one thread.
-  __device__ void add(const SparseDecode& op, const Share& share, int n) {
+  __device__ void add(const SparseDecode& op, const WorkSplit& work, int n) {
     if (n == 0) {
-      (*this)[0].begin(op, share);
+      (*this)[0].begin(op, work);
     } else {
       (*this)[n].follow((*this)[n - 1]);
     }

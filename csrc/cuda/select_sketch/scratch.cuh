@@ -1,7 +1,7 @@
 // What the kernels of select_sketch leave for each other.
 #pragma once
 
-#include "sketch_tile.cuh"
+#include "tile.cuh"
 
 namespace entmaxkv::cuda::sketch_selection {
 

@@ -1,19 +1,20 @@
 // How the blocks of a fixed grid divide lists of any length.
 #pragma once
 
-#include "device.cuh"
+#include "reduce.cuh"
+#include "sizes.cuh"
 
 namespace entmaxkv::cuda {
 
 /// This block's even share of the items of several lists, a run of successive ones.
-struct Share {
+struct WorkSplit {
   int list, item;  // the first
   int items;
 
   /// All threads call.
   template <int kBlock, typename Count>
-  __device__ static Share of_block(int lists, Count count) {
-    __shared__ Share s_share;
+  __device__ static WorkSplit of_block(int lists, Count count) {
+    __shared__ WorkSplit s_split;
     const int each = ceil_div(lists, kBlock);
     const int first = min(static_cast<int>(threadIdx.x) * each, lists), end = min(first + each, lists);
     int own = 0;
@@ -31,10 +32,10 @@ struct Share {
         before += items;
         ++list;
       }
-      s_share = {list, begin - before, stop - begin};
+      s_split = {list, begin - before, stop - begin};
     }
     __syncthreads();
-    return s_share;
+    return s_split;
   }
 
   /// Calls body(list, first, items) for the share's part of each list, of which count says how many items it has.

@@ -1,7 +1,7 @@
 // Statistics of one page, shared by append_kv and page_stats: one thread per dimension and pair of statistics.
 #pragma once
 
-#include "device.cuh"
+#include "../common/element.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -1,9 +1,9 @@
 // select_sketch, step 2: the floor of a query head, from the exact scores of tokens that the scan has named.
 #pragma once
 
-#include "sketch_scratch.cuh"
-#include "tile.cuh"
-#include "weights.cuh"
+#include "../common/ring.cuh"
+#include "../sparse_decode/weights.cuh"
+#include "scratch.cuh"
 
 namespace entmaxkv::cuda::sketch_selection {
 
@@ -12,7 +12,7 @@ namespace entmaxkv::cuda::sketch_selection {
 __device__ inline void choose_exact(const Scratch& scratch, int64_t row_head, int chunks,
                                     int (&s_tokens)[sketch::kExact]) {
   constexpr int kOfClass = sketch::kExact / kClasses, kOwn = kMostChunks / 32;
-  static_assert(kClasses == kThreads / 32);
+  static_assert(kClasses == kTeamThreads / 32);
   const int lane = threadIdx.x % 32, its_class = threadIdx.x / 32;
   const Best* bests = scratch.bests_of(row_head, its_class);
   Best own[kOwn];
@@ -37,10 +37,10 @@ __device__ inline void choose_exact(const Scratch& scratch, int64_t row_head, in
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
+__global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
   take_turn();
-  constexpr int kLanes = 8, kCount = 16 / sizeof(T);        // of a key
-  constexpr int kOwn = sketch::kExact * kLanes / kThreads;  // keys of a lane
+  constexpr int kLanes = 8, kCount = 16 / sizeof(T);            // of a key
+  constexpr int kOwn = sketch::kExact * kLanes / kTeamThreads;  // keys of a lane
   __shared__ float s_q[kMaxHeadDim];
   __shared__ int s_tokens[sketch::kExact];
   __shared__ float s_scores[sketch::kExact];
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
     return;
   }
   float own_square = 0;
-  for (int d = thread; d < kMaxHeadDim; d += kThreads) {
+  for (int d = thread; d < kMaxHeadDim; d += kTeamThreads) {
     s_q[d] = d < op.head_dim ? op.scoring.scale * to_float(op.q.at<T>(row, head)[d]) : 0;
     own_square += s_q[d] * s_q[d];
   }
   choose_exact(scratch, at, ceil_div(seq_len, chunk_of(seq_len)), s_tokens);
-  const float q_norm = sqrtf(sum<kThreads>(own_square));  // the barrier in it: query and tokens are there
+  const float q_norm = sqrtf(sum<kTeamThreads>(own_square));  // the barrier in it: query and tokens are there
   const float slope = op.scoring.slope(head);
   const T* keys[kOwn];
   int tokens[kOwn];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int page_bits = log2_of(op.page_size);
-    const int token = tokens[i] = s_tokens[i * (kThreads / kLanes) + thread / kLanes];
+    const int token = tokens[i] = s_tokens[i * (kTeamThreads / kLanes) + thread / kLanes];
     keys[i] = op.k_pages.at<T>(op.page_table.row(row)[max(token, 0) >> page_bits], kv_head,
                                max(token, 0) & (op.page_size - 1));
   }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
     scores[i] = tokens[i] < 0 ? kNothing : products[i] + slope * static_cast<float>(tokens[i] - (seq_len - 1));
     best = larger(best, scores[i]);
   }
-  best = largest<kThreads>(best);
+  best = largest<kTeamThreads>(best);
   float floor = kNothing;
   if (best > kNothing && best < -kNothing) {
     const float depth = entmax.is_softmax() ? sketch::kBelow : static_cast<float>(entmax.beta);
@@ -104,12 +104,12 @@ __global__ void __launch_bounds__(kThreads, 2) find_floors(SelectSketch op, Scra
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (scores[i] > origin) most_square = fmaxf(most_square, squares[i]);
-      if (thread % kLanes == 0) s_scores[i * (kThreads / kLanes) + thread / kLanes] = scores[i];
+      if (thread % kLanes == 0) s_scores[i * (kTeamThreads / kLanes) + thread / kLanes] = scores[i];
     }
-    most_square = largest<kThreads>(most_square);  // the barrier in it: all scores are there
+    most_square = largest<kTeamThreads>(most_square);  // the barrier in it: all scores are there
     double found;
     if (entmax.is_softmax()) {
-      found = best + logf(sum<kThreads>(thread < sketch::kExact ? expf(s_scores[thread] - best) : 0)) - depth;
+      found = best + logf(sum<kTeamThreads>(thread < sketch::kExact ? expf(s_scores[thread] - best) : 0)) - depth;
     } else {
       const int near = pack(
           sketch::kExact, [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; },

@@ -1,11 +1,12 @@
 // The blocks that work together: a block alone, or those of a cluster, each with its part of the items.
 #pragma once
 
-#include "cluster.cuh"
+#include "../common/cluster.cuh"
+#include "../common/reduce.cuh"
 
 namespace entmaxkv::cuda {
 
-constexpr int kThreads = 256;  // of a block of a team
+constexpr int kTeamThreads = 256;  // of a block of a team
 
 /// Parts of a list, of which each block of a team takes one or more.
 constexpr int kMostParts = 8;
@@ -23,7 +24,7 @@ class Team {
   /// The combination of all threads' values, in a fixed order, for each of them.
   template <typename Value, typename Combine>
   __device__ Value reduce(Value value, Combine combine) {
-    value = cuda::reduce<kThreads>(value, combine);
+    value = cuda::reduce<kTeamThreads>(value, combine);
     if (size == 1) return value;
     const auto& each = gather(value);
     value = each.of[0];
@@ -38,7 +39,7 @@ class Team {
     __shared__ Value s_own[2][kMostParts], s_each[kMostParts];
     turn_ ^= 1;
     for (int nth = 0; nth < of_block; ++nth) {
-      const Value own = cuda::sum<kThreads>(part(nth));
+      const Value own = cuda::sum<kTeamThreads>(part(nth));
       if (threadIdx.x == 0) s_own[turn_][nth] = own;
     }
     sync();

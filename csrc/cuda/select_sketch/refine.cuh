@@ -2,8 +2,8 @@
 // a bit, with a cap a merit, too.
 #pragma once
 
-#include "share.cuh"
-#include "sketch_scratch.cuh"
+#include "../common/work_split.cuh"
+#include "scratch.cuh"
 
 namespace entmaxkv::cuda::sketch_selection {
 
@@ -204,21 +204,22 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords> - (kCapped &&
   Segment& s = s_segments[thread / 32];
   for (int i = thread % 32; i < kSegment; i += 32) s.marks[i % Segment::kWords] = s.merits[i] = 0;
   const auto units_of = [&](int list) { return ceil_div(length_of(op, list / op.kv_heads), kScanWarps * kSegment); };
-  Share::of_block<kScanThreads>(op.batch * op.kv_heads, units_of).visit(units_of, [&](int list, int unit, int of_list) {
-    const int64_t row = list / op.kv_heads;
-    const int kv_head = list % op.kv_heads;
-    const int begin = (unit * kScanWarps + thread / 32) * kSegment;
-    const int stop = min(length_of(op, row), (unit + of_list) * kScanWarps * kSegment);
-    const SketchPages<kWords> pages(op, row, kv_head);
+  WorkSplit::of_block<kScanThreads>(op.batch * op.kv_heads, units_of)
+      .visit(units_of, [&](int list, int unit, int of_list) {
+        const int64_t row = list / op.kv_heads;
+        const int kv_head = list % op.kv_heads;
+        const int begin = (unit * kScanWarps + thread / 32) * kSegment;
+        const int stop = min(length_of(op, row), (unit + of_list) * kScanWarps * kSegment);
+        const SketchPages<kWords> pages(op, row, kv_head);
 #pragma unroll 1
-    for (int part = 0; part < CodeHeads::parts(op); ++part) {
-      const CodeHeads heads(op, row, kv_head, part);
-      s_numbers.set(op, heads);
-      if (thread < kHeads) s_heads[thread] = RefinedHead::of(op, scratch, heads, thread);
-      __syncthreads();
-      mark<kWords, kFine, kCapped>(op, scratch, pages, heads, s_numbers, s_heads, s, begin, stop, part);
-    }
-  });
+        for (int part = 0; part < CodeHeads::parts(op); ++part) {
+          const CodeHeads heads(op, row, kv_head, part);
+          s_numbers.set(op, heads);
+          if (thread < kHeads) s_heads[thread] = RefinedHead::of(op, scratch, heads, thread);
+          __syncthreads();
+          mark<kWords, kFine, kCapped>(op, scratch, pages, heads, s_numbers, s_heads, s, begin, stop, part);
+        }
+      });
 }
 
 }  // namespace entmaxkv::cuda::sketch_selection

@@ -2,7 +2,7 @@
 // capability 9.0 on. Elsewhere each block is a cluster of its own.
 #pragma once
 
-#include "device.cuh"
+#include "launch.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #include <cooperative_groups.h>

@@ -1,7 +1,7 @@
 // How score_pages and score_gaussian divide their work, and read the two statistics of every page.
 #pragma once
 
-#include "tile.cuh"
+#include "../common/matrix_product.cuh"
 
 namespace entmaxkv::cuda {
 

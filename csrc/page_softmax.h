@@ -12,7 +12,7 @@
 
 #include "entmax.h"
 
-namespace entmaxkv::page_share {
+namespace entmaxkv::page_softmax {
 
 /// How far a score is below the best of its head; NaN of NaN.
 ENTMAXKV_HOST_DEVICE inline float distance(float score, float best) { return score == best ? 0 : score - best; }
@@ -38,4 +38,4 @@ ENTMAXKV_HOST_DEVICE inline float excess(int32_t logarithm, int32_t least) {
   return static_cast<float>((logarithm - least) * (0.6931471805599453 / (1 << 23)));
 }
 
-}  // namespace entmaxkv::page_share
+}  // namespace entmaxkv::page_softmax

@@ -2,7 +2,7 @@
 // or all.
 #pragma once
 
-#include "tile.cuh"
+#include "../common/matrix_product.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -6,7 +6,7 @@
 
 namespace entmaxkv::cuda {
 
-static_assert(kThreads >= kMaxHeadDim);
+static_assert(kTeamThreads >= kMaxHeadDim);
 
 /// Tokens whose values are added up together.
 template <typename T>
@@ -15,13 +15,13 @@ struct Chunk {
   static constexpr int kDims = 8;  // of a thread
   float weights[kTokens];
   const T* values[kTokens];
-  float sums[kThreads * kDims];
+  float sums[kTeamThreads * kDims];
 
   /// All threads call.
   __device__ void fill(const Rows& v_pages, const TokenList& list, int kv_head, const float* from_weights,
                        const int32_t* places, int count) {
     __syncthreads();  // the tokens of an earlier call have been read
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < count; i += kTeamThreads) {
       weights[i] = from_weights[i];
       values[i] = list.row<T>(v_pages, kv_head, places[i]);
     }
@@ -31,7 +31,7 @@ struct Chunk {
   /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call, and fill before they
   /// call again.
   __device__ float sum(int head_dim, bool vectors, int count) {
-    const int columns = ceil_div(head_dim, kDims), tokens_at_once = kThreads / columns;
+    const int columns = ceil_div(head_dim, kDims), tokens_at_once = kTeamThreads / columns;
     const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
     float own[kDims] = {};
     if (offset < tokens_at_once) {
@@ -107,12 +107,12 @@ struct HeadOutput {
     int support = 0;
     if (few) {
 #pragma unroll 1
-      for (int first = 0; first < near.count; first += kThreads) {
+      for (int first = 0; first < near.count; first += kTeamThreads) {
         const int i = first + static_cast<int>(threadIdx.x);
         if (first > 0) value = value_of(i);
         const float weight = value ? weights.of(near.scores[i]) : 0;
         const bool counts[] = {weight > 0};
-        const Places<kThreads, 1> to(counts);
+        const Places<kTeamThreads, 1> to(counts);
         if (counts[0]) {
           s_chunk.weights[support + to.place[0]] = weight;
           s_chunk.values[support + to.place[0]] = value;

@@ -2,17 +2,19 @@
 // are left to compare. A block does that alone, or the blocks of a cluster together.
 #pragma once
 
-#include "cluster.cuh"
+#include "../../entmax.h"
+#include "../common/cluster.cuh"
+#include "../common/reduce.cuh"
 
 namespace entmaxkv::cuda::page_ranks {
 
 constexpr int kBits = 9;
 constexpr int kBins = 1 << kBits;
-constexpr int kThreads = kBins;
-constexpr int kWarps = kThreads / 32;
-constexpr int kWords = 4;              // of four pages, that a thread looks at together
-constexpr int kStride = 4 * kThreads;  // pages from one of a thread's words to the next
-constexpr int kFew = 32;               // that are compared each with each
+constexpr int kRankThreads = kBins;
+constexpr int kWarps = kRankThreads / 32;
+constexpr int kWords = 4;                  // of four pages, that a thread looks at together
+constexpr int kStride = 4 * kRankThreads;  // pages from one of a thread's words to the next
+constexpr int kFew = 32;                   // that are compared each with each
 
 /// Where a page stands: smaller is better, no two are equal.
 using Order = unsigned long long;

@@ -2,8 +2,8 @@
 // high bounds.
 #pragma once
 
-#include "share.cuh"
-#include "sketch_scratch.cuh"
+#include "../common/work_split.cuh"
+#include "scratch.cuh"
 
 namespace entmaxkv::cuda::sketch_selection {
 
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectS
     return ceil_div(seq_len, chunk_of(seq_len));
   };
   const auto units_of = [&](int list) { return ceil_div(chunks_of(list), kScanWarps); };
-  Share::of_block<kScanThreads>(lists, units_of).visit(units_of, [&](int list, int unit, int of_list) {
+  WorkSplit::of_block<kScanThreads>(lists, units_of).visit(units_of, [&](int list, int unit, int of_list) {
     const CodeHeads heads(op, list / (op.kv_heads * parts), list / parts % op.kv_heads, list % parts);
     s_numbers.set(op, heads);
     const Lane<kWords> lane(s_numbers);

@@ -3,8 +3,9 @@
 // its dimensions: a lane multiplies a run of successive bytes of a row of codes.
 #pragma once
 
-#include "../sketch.h"
-#include "tile.cuh"
+#include "../../sketch.h"
+#include "../common/matrix_product.cuh"
+#include "../common/reduce.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -1,13 +1,13 @@
 // Which tokens of a head can have weight: those whose scores are within beta of the best one (entmax.h).
 #pragma once
 
-#include "tile.cuh"
+#include "../common/ring.cuh"
 #include "weights.cuh"
 
 namespace entmaxkv::cuda {
 
 constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
-static_assert(kShort % kThreads == 0);
+static_assert(kShort % kTeamThreads == 0);
 
 /// Parts that a list is divided in where many of its tokens are near: by its length alone.
 constexpr int kOnePart = 8 << 10, kFourParts = 128 << 10;  // tokens of the longest lists in so many
@@ -27,9 +27,9 @@ struct FewTokens {
 };
 
 struct ManyTokens {
-  int ends[kMostParts];              // of the block's parts, among its tokens
-  float sums[kMostParts][kThreads];  // of the first block: what the parts add up to
-  int counts[kMostParts];            // and their tokens
+  int ends[kMostParts];                  // of the block's parts, among its tokens
+  float sums[kMostParts][kTeamThreads];  // of the first block: what the parts add up to
+  int counts[kMostParts];                // and their tokens
 };
 
 /// What a block needs for near tokens.
@@ -134,14 +134,14 @@ class Levels {
 /// The near tokens of at most kShort with all their scores, by one block. All threads call.
 __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
                                            int32_t* places, FewTokens& few) {
-  constexpr int kOwn = kShort / kThreads;
+  constexpr int kOwn = kShort / kTeamThreads;
   const int thread = threadIdx.x;
   const Levels levels(entmax);
   float own[kOwn];
   float best = kNothing;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    own[i] = i * kThreads + thread < tokens ? scores[i * kThreads + thread] : kNothing;
+    own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
     best = larger(best, own[i]);
   }
   best = block.largest(best);
@@ -152,7 +152,7 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
   bool near[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= least;
-  const Places<kThreads, kOwn> to(near);
+  const Places<kTeamThreads, kOwn> to(near);
   if (to.count <= kFewTokens) {
     scores = few.scores;
     places = few.places;
@@ -161,7 +161,7 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
   for (int i = 0; i < kOwn; ++i) {
     if (!near[i]) continue;
     scores[to.place[i]] = own[i];
-    places[to.place[i]] = i * kThreads + thread;
+    places[to.place[i]] = i * kTeamThreads + thread;
   }
   __syncthreads();
   return {origin, to.count, to.count, scores, places};
@@ -193,7 +193,7 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
   int count = 0;
 #pragma unroll 1
   for (int from = kWords * static_cast<int>(threadIdx.x); from - kWords * static_cast<int>(threadIdx.x) < tiles;
-       from += kWords * kThreads) {
+       from += kWords * kTeamThreads) {
     uint32_t masks[kWords];
     int own = 0;
 #pragma unroll
@@ -202,7 +202,7 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
       own += __popc(masks[i]);
     }
     int more;
-    int to = count + exclusive_scan<kThreads>(own, more);
+    int to = count + exclusive_scan<kTeamThreads>(own, more);
     count += more;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
@@ -231,19 +231,19 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   const auto beyond_score = [&](int i) { return scores[beyond_places[i]]; };
   float own = kNothing;
 #pragma unroll 4
-  for (int i = thread; i < inside; i += kThreads) {
+  for (int i = thread; i < inside; i += kTeamThreads) {
     list.s_scores[i] = scores[list.s_places[i]];
     own = larger(own, list.s_scores[i]);
   }
   if (best == kNothing) {
 #pragma unroll 4
-    for (int i = thread; i < beyond; i += kThreads) own = larger(own, beyond_score(i));
+    for (int i = thread; i < beyond; i += kTeamThreads) own = larger(own, beyond_score(i));
     best = team.largest(own);
   }
 #pragma unroll 4
-  for (int i = thread; i < inside; i += kThreads) levels.count(best, list.s_scores[i]);
+  for (int i = thread; i < inside; i += kTeamThreads) levels.count(best, list.s_scores[i]);
 #pragma unroll 4
-  for (int i = thread; i < beyond; i += kThreads) levels.count(best, beyond_score(i));
+  for (int i = thread; i < beyond; i += kTeamThreads) levels.count(best, beyond_score(i));
   const float least = levels.least(team, best);
   const auto if_near = [=](float score, int32_t place) {
     return score >= least ? Entry{score, place} : Entry{kNothing, 0};
@@ -258,7 +258,7 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
     near.scores = list.scores;
     near.places = list.places;
 #pragma unroll 4
-    for (int i = thread; i < near.count; i += kThreads) {
+    for (int i = thread; i < near.count; i += kTeamThreads) {
       near.scores[i] = list.s_scores[i];
       near.places[i] = list.s_places[i];
     }
@@ -268,7 +268,7 @@ __device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& ent
   near.total = part.total;
   if (near.are_few()) {
 #pragma unroll 1
-    for (int i = thread; i < near.count; i += kThreads) {
+    for (int i = thread; i < near.count; i += kTeamThreads) {
       team.of(0, memory.few.scores[part.before + i]) = near.scores[i];
       team.of(0, memory.few.places[part.before + i]) = near.places[i];
     }

@@ -2,7 +2,7 @@
 // with its key.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace entmaxkv::cuda {
 

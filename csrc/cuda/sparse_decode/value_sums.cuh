@@ -1,7 +1,8 @@
 // Weighted sums of the values of a warp's tiles (tile.cuh), for the query heads of a group.
 #pragma once
 
-#include "tile.cuh"
+#include "../common/matrix_product.cuh"
+#include "../common/reduce.cuh"
 
 namespace entmaxkv::cuda {
 
