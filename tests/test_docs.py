@@ -1,11 +1,12 @@
-"""docs: the pages and the API reference are built without warnings, their examples run, and their paths exist."""
+"""docs: the pages and the API reference are built without warnings, and the reference's examples run."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from test_readme import ROOT, exists, paths
 
+DOCS = Path(__file__).parent.parent / "docs"
 BUILD = """
 import sys
 from sphinx.cmd.build import build_main
@@ -19,10 +20,5 @@ sys.exit(max([build_main([*options, "-b", builder, docs, f"{built}/{builder}"]) 
 def test_builds_without_warnings_and_examples_run(tmp_path):
     for module in ("sphinx", "myst_parser", "furo", "transformers"):
         pytest.importorskip(module)
-    built = subprocess.run([sys.executable, "-c", BUILD, ROOT / "docs", tmp_path], capture_output=True, text=True)
+    built = subprocess.run([sys.executable, "-c", BUILD, DOCS, tmp_path], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-
-
-@pytest.mark.parametrize("path", paths((ROOT / "docs/architecture.md").read_text()))
-def test_path_of_architecture_exists(path):
-    assert exists(path)

@@ -10,29 +10,18 @@ README = "".join(path.read_text() for path in ROOT.glob("README.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall(README)
 DOCS = sorted(ROOT.glob("docs/*.md"))
+PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
 SUFFIXES = r"py|cpp|h|cu|cuh|toml|txt|md|json|safetensors|yml"
 
 
-def links(page: str) -> list[str]:
-    """What the links of a page point to in the repository."""
-    return re.findall(r"\]\((?!http|#)([^)\s]+)\)", page)
-
-
-def paths(page: str) -> list[str]:
-    """Backticked words of a page that name a file, or something below a directory of the repository."""
-    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+def paths() -> list[str]:
+    """Backticked words that name a file, or something below a directory of the repository."""
     top = {path.name for path in ROOT.iterdir()}
-    found = set()
-    for word in re.findall(r"`([^`\s]+)`", prose):
+    found = []
+    for word in re.findall(r"`([^`\s]+)`", PROSE) + re.findall(r"\]\((?!http|#)([^)\s]+)\)", PROSE):
         if re.fullmatch(rf"[\w./-]+\.({SUFFIXES})", word) or ("/" in word and word.split("/")[0] in top):
-            found.add(word)
-    return sorted(found)
-
-
-def exists(path: str) -> bool:
-    """Whether a path names something from the root, or a name without a folder a file anywhere below one."""
-    anywhere = () if "/" in path else ROOT.glob(f"*/**/{path}")
-    return (ROOT / path).exists() or any(ROOT.glob(path)) or any(anywhere)
+            found.append(word)
+    return sorted(set(found))
 
 
 def test_has_a_quick_start():
@@ -45,9 +34,9 @@ def test_block_runs(block, monkeypatch):
     exec(compile(BLOCKS[block], f"README.md block {block}", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("path", sorted({*paths(README), *links(README)}))
+@pytest.mark.parametrize("path", paths())
 def test_path_exists(path):
-    assert exists(path)
+    assert (ROOT / path).exists() or list(ROOT.glob(path)) or ("/" not in path and list(ROOT.glob(f"*/**/{path}")))
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if BLOCK.search(page.read_text())], ids=lambda page: page.name)
@@ -58,5 +47,5 @@ def test_blocks_of_a_page_run_one_after_the_other(page, monkeypatch):
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_links_of_a_page(page):
-    found = links(page.read_text())
-    assert found and all((page.parent / link).exists() for link in found)
+    links = re.findall(r"\]\((?!http|#)([^)\s]+)\)", page.read_text())
+    assert links and all((page.parent / link).exists() for link in links)
