@@ -26,7 +26,8 @@ bench: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/decode.py $(ARGS)
 
 figures: $(VENV)/entmaxkv-bench.installed
-	$(RUN) bench/plot.py $(ARGS)
+	$(RUN) bench/report/plot.py $(ARGS)
+	$(RUN) bench/report/pictures.py
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
