@@ -39,5 +39,10 @@ $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+.PHONY: docs
+docs: $(VENV)/entmaxkv-docs.installed ## the pages of docs and the API reference, into build/docs/html; runs its examples
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b html docs build/docs/html
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b doctest docs build/docs/doctest
+
 clean:
 	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so $(VENV)/entmaxkv-*.installed
