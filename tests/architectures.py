@@ -1,6 +1,6 @@
 """Runs every causal language model of transformers, tiny and random, by entmaxkv at alpha = 1 and by `eager`.
 
-    python tests/architectures.py            runs all, prints what is wrong, and writes docs/architectures.md
+    python tests/architectures.py            runs all, prints what is wrong, and writes docs/models.md
     python tests/architectures.py llama opt  runs these and prints each of their results
 
 A case is right if entmaxkv gives eager's logits, or if it refuses the model with an error that says why.
@@ -27,7 +27,7 @@ from transformers.masking_utils import eager_mask
 import entmaxkv
 from entmaxkv import hf
 
-PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 EQUAL, REFUSED, SKIPPED = "equal", "refused", "skipped"
 CLEAR = (EQUAL, REFUSED, SKIPPED)
@@ -236,9 +236,9 @@ def verdict(dynamic: dict[str, str], paged: dict[str, str], layers: set[type]) -
 
 
 def page(outcomes: list[Outcome]) -> str:
-    """docs/architectures.md: the model types by outcome and reason."""
+    """docs/models.md: the model types by outcome and reason."""
     lines = [
-        "# Architectures",
+        "# Models of transformers",
         "",
         "What `entmaxkv.hf` does with each causal language model of transformers. Each was built tiny, with random",
         "weights, and run at alpha = 1 against `eager`. `python tests/architectures.py` does so and writes this page.",

@@ -223,10 +223,10 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     assert "old" not in text
     assert "| model, 2K | 10.0 | 10.0 | 2.00 | 10.0 | 2.00 | 0.25 |" in text
     assert "| model, 1K | 10.0 (50%) |" in text
-    assert "a processor, torch 2, commit abc, 4000 GB/s" in text
+    assert "a processor, torch 2, commit abc, measured read bandwidth 4000 GB/s" in text
     assert "| model, 1K | dense entmax | 8.0 | 1024 | 0.10 |" in text
     assert "| model, 1K | authors, dense entmax | 70.0 | 1024 | 0.10 |" in text
-    assert "| `KeySketch()` | yes, proved | 10.0 | 2.00 | 100% | 0.25 | 10.0 | 2.00 | 100% | 0.25 |" in text
+    assert "| `KeySketch()` | yes, proved | 10.0 | 50 % | 100 % | 25 % | 10.0 | 50 % | 100 % | 25 % |" in text
     run("report.plot", monkeypatch, *recorded_results, "--check")
 
 

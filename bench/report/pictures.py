@@ -17,13 +17,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.report.document import Help, Row
 from bench.report.tables import (
-    KEYS,
+    LOSSY,
     OWN,
     SKETCH,
-    TOP,
     best_softmax,
     load,
     machine_line,
+    percent,
     places,
     size,
     standard,
@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # --help needs no matplotlib
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
-WAYS = ("softmax", "dense entmax", SKETCH, "Gaussian()", TOP)
+WAYS = ("softmax", *OWN)  # in the order of README.md's table
 CONTEXTS = (131072, 1048576)
-EXACT, LOSSY, PALE, SOFT = "#1b7837", "#c0392b", "#e8e8e8", "0.45"
+EXACT, RED, PALE, SOFT = "#1b7837", "#c0392b", "#e8e8e8", "0.45"
 CELLS = 56  # tokens that the picture of a step shows
 
 
@@ -48,37 +48,43 @@ def draw_cost(rows: list[Row]) -> Figure:
 
     rows = standard(rows, "gpu", "bf16")
     figure, panels = plt.subplots(
-        1, 4, figsize=(9.6, 2.9), sharey=True, layout="constrained", width_ratios=[1.25, 1, 1.25, 1]
+        1, 4, figsize=(9.6, 3.4), sharey=True, layout="constrained", width_ratios=[1.3, 1, 1.3, 1]
     )
     for context, (time, loss) in zip(CONTEXTS, (panels[:2], panels[2:]), strict=True):
         here = places(rows)["model", 1, context]
         found = steps(here) | {"softmax": best_softmax(here)}
         for y, way in enumerate(WAYS):
             row = found[way]
-            dropped = 100 * row.get("delta", 0.0)
-            color = SOFT if way == "softmax" else LOSSY if dropped else EXACT
+            dropped = row.get("delta", 0.0)
+            color = SOFT if way == "softmax" else RED if way in LOSSY else EXACT
             time.barh(y, row["ratio"], color=color, height=0.62)
-            time.text(row["ratio"] + 0.03, y, f"{row['ratio']:.2f}", va="center")
+            time.text(row["ratio"] + 0.03, y, percent(row["ratio"]), va="center")
             loss.barh(y, dropped, color=color, height=0.62)
-            loss.text(dropped + 0.4, y, f"{dropped:.1f} %" if dropped else "0, exact", va="center", color=color)
-        time.set_xlim(0, 1.3)
-        time.set_xticks([0, 0.5, 1])
-        loss.set_xlim(0, 26)
-        loss.set_xticks([0, 10, 20], ["0", "10 %", "20 %"])
-        time.set_title(f"{size(1, context)} tokens: time of a step\n(softmax = 1)", fontsize=9)
-        loss.set_title(f"{size(1, context)} tokens: weight\nthat is lost", fontsize=9)
+            said = "baseline" if way == "softmax" else percent(dropped) if way in LOSSY else "0, exact"
+            loss.text(dropped + 0.004, y, said, va="center", color=color)
+        time.set_xlim(0, 1.4)
+        time.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+        loss.set_xlim(0, 0.26)
+        loss.set_xticks([0, 0.1, 0.2], ["0", "10 %", "20 %"])
+        time.set_title(f"{size(1, context)} tokens: time\n(softmax = 100 %)", fontsize=9.5)
+        loss.set_title(f"{size(1, context)} tokens: attention\nweight that is lost", fontsize=9.5)
     panels[0].set_yticks(range(len(WAYS)), [OWN.get(way, way).replace("`", "") for way in WAYS])
     panels[0].invert_yaxis()
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
     used = [row for row in rows if row["keys"] == "model" and row["context"] in CONTEXTS]
-    figure.supxlabel(f"{KEYS['model']} keys, one row; {machine_line(used)}", fontsize=6.5, color="0.35")
+    gpu = machine_line(used).split(",")[0]
+    figure.supxlabel(
+        f"One attention step of one sequence, not the whole model. {gpu}, keys of the shipped model.\n"
+        "Grey: softmax. Green: exact. Red: some tokens with weight above 0 are not read.",
+        fontsize=9,
+    )
     return figure
 
 
 def draw_weights() -> Figure:
-    """Softmax and 1.5-entmax weights of the same scores, largest first, on a scale that shows 0."""
+    """Softmax and 1.5-entmax weights of the same scores, largest first, on a logarithmic scale that also shows 0."""
     import matplotlib.pyplot as plt
 
     tokens = 64
@@ -95,7 +101,7 @@ def draw_weights() -> Figure:
     )
     panel.plot(x[support:], entmax[support:], "s", mfc="white", mec=EXACT, ms=4.5)
     panel.annotate(
-        f"1.5-entmax: {tokens - support} tokens have weight exactly 0.\nTheir values are never read.",
+        f"1.5-entmax: {tokens - support} tokens have weight exactly 0.\nTheir value vectors are not read.",
         ((support + tokens) / 2, 1e-8),
         ((support + tokens) / 2, 2e-6),
         ha="center",
@@ -106,8 +112,8 @@ def draw_weights() -> Figure:
     panel.set_ylim(-6e-8, 1.5)
     ticks = [0, 1e-6, 1e-4, 1e-2, 1]
     panel.set_yticks(ticks, ["0", "10⁻⁶", "10⁻⁴", "0.01", "1"])
-    panel.set_xlabel("tokens, by falling score")
-    panel.set_ylabel("weight")
+    panel.set_xlabel("tokens, highest score first")
+    panel.set_ylabel("weight (log scale, and 0)")
     panel.legend(loc="upper right", frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
     return figure
@@ -130,56 +136,58 @@ def draw_step(rows: list[Row]) -> Figure:
     here = places(standard(rows, "gpu", "bf16"))["model", 1, CONTEXTS[0]]
     found = steps(here)
     row = found[SKETCH]
-    share, of_tokens = row["bytes"] / best_softmax(here)["bytes"], row["tokens"] / row["context"]
+    read, of_tokens = row["bytes"] / best_softmax(here)["bytes"], row["tokens"] / row["context"]
     everything = list(range(CELLS))
+    new = [CELLS - 1]
     sampled, candidates, support = [9, 30, 44, 54], [9, 17, 30, 38, 53, 54, 55], [9, 30, 54, 55]
-    figure, panel = plt.subplots(figsize=(9.6, 4.2))
+    figure, panel = plt.subplots(figsize=(9.6, 4.4))
     figure.subplots_adjust(0, 0, 1, 1)
     panel.set_axis_off()
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1)
     stages = (
-        ("1  sketch", "once, when a token\nis appended", 0.80, "#4c78a8"),
-        ("2  select", "which tokens can\nhave weight for q?", 0.50, "#e08214"),
-        ("3  decode", "threshold, weights,\noutput", 0.20, EXACT),
+        ("1  sketch", "once per token,\nwhen it is appended", 0.79, "#4c78a8"),
+        ("2  select", "which tokens can have\nweight for this query?", 0.50, "#e08214"),
+        ("3  decode", "threshold, weights,\noutput", 0.21, EXACT),
     )
     for title, what, y, color in stages:
         panel.add_patch(
-            FancyBboxPatch((0.015, y - 0.085), 0.155, 0.2, boxstyle="round,pad=0.005", fc="white", ec=color, lw=1.6)
+            FancyBboxPatch((0.015, y - 0.085), 0.16, 0.2, boxstyle="round,pad=0.005", fc="white", ec=color, lw=1.6)
         )
-        panel.text(0.0925, y + 0.065, title, ha="center", weight="bold", color=color, fontsize=10.5)
-        panel.text(0.0925, y - 0.055, what, ha="center", fontsize=9)
-    for y in (0.80, 0.50):
-        panel.annotate("", (0.0925, y - 0.18), (0.0925, y - 0.09), arrowprops={"arrowstyle": "->", "linewidth": 1.4})
+        panel.text(0.095, y + 0.065, title, ha="center", weight="bold", color=color, fontsize=10.5)
+        panel.text(0.095, y - 0.055, what, ha="center", fontsize=9)
+    for y in (0.79, 0.50):
+        panel.annotate("", (0.095, y - 0.17), (0.095, y - 0.09), arrowprops={"arrowstyle": "->", "linewidth": 1.4})
     blue, orange = stages[0][3], stages[1][3]
-    strip(panel, 0.85, "keys", everything, blue, "read: each new key, once")
-    strip(panel, 0.75, "codes", everything, blue, "written: 4 bits per coordinate,\nand a norm of what they lose")
+    strip(panel, 0.84, "keys", new, blue, "read: the key of the new token")
+    strip(panel, 0.74, "codes", new, blue, "written: its code, 4 bits per coordinate")
     strip(
         panel,
         0.55,
         "codes",
         everything,
         orange,
-        "read: 2 bits of all, the other 2 where they\nare needed. They bound every score.",
+        "read: 2 bits of all, 2 more where needed.\nThey bound every score.",
     )
-    strip(panel, 0.45, "keys", sampled, orange, "read: 64 per query head at most.\nThey give a floor of the threshold.")
-    strip(panel, 0.25, "keys", candidates, EXACT, "read: those of candidates, whose\nbound is above the floor")
-    strip(panel, 0.15, "values", support, EXACT, "read: those of the support, the\ntokens with weight above 0")
+    strip(panel, 0.45, "keys", sampled, orange, "read: at most 64 per query head.\nThey give a floor of the threshold.")
+    strip(panel, 0.26, "keys", candidates, EXACT, "read: keys of candidates, the tokens\nwith a bound above the floor")
+    strip(panel, 0.16, "values", support, EXACT, "read: values of the tokens with\nweight above 0")
     panel.text(
         0.255,
-        0.045,
+        0.065,
+        "A token whose bound is not above the floor has weight 0, even if its key was read in stage 2. "
+        "So nothing is lost.\n"
         f"On the shipped model's keys at {size(1, CONTEXTS[0])} tokens {100 * of_tokens:.1f} % of the tokens are "
-        f"candidates, and stages 2 and 3\nread {100 * share:.1f} % of the bytes that softmax reads. Nothing is lost: "
-        "a token whose bound is below the floor has weight 0.",
+        f"candidates. Stages 2 and 3 read\n{100 * read:.0f} % of the bytes that softmax reads.",
         fontsize=8.5,
         va="center",
     )
     panel.text(
         0.255,
-        0.94,
-        "one cell is one token of the cache; coloured cells are read or written",
-        fontsize=7.5,
-        color="0.35",
+        0.93,
+        "One cell is one token of the cache, the newest on the right. "
+        "Coloured cells are read or written. Not to scale.",
+        fontsize=8.5,
     )
     return figure
 

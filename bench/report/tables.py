@@ -29,7 +29,7 @@ OWN = {  # our steps, as the pages call them
     "Gaussian()": "`Gaussian()`",
 }
 LOSSY = (TOP, TUNED, "Gaussian()")
-SUMMARY_COLUMNS = ("µs", TIMES, "bytes", "δ")
+SUMMARY_COLUMNS = ("µs", "time", "bytes read", "δ")
 OWN_STEPS = ("dense softmax", *OWN)
 CERTIFIED = {  # the names of bench/evals/certify.py, as the documents call them
     "certain": f"`{SKETCH}`",
@@ -136,7 +136,7 @@ def machine_line(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         processor = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-        rate = f", {facts['read_gb_per_s']:.0f} GB/s" if "read_gb_per_s" in facts else ""
+        rate = f", measured read bandwidth {facts['read_gb_per_s']:.0f} GB/s" if "read_gb_per_s" in facts else ""
         commit = f", commit {facts['commit']}" if "commit" in facts else ""
         lines[f"{processor}, torch {facts['torch']}{commit}{rate}"] = None
     return "; ".join(lines)
@@ -154,6 +154,11 @@ def us(row: Row | None) -> str:
 def speed(row: Row | None) -> str:
     """How many times as fast as softmax the row is."""
     return f"{1 / row['ratio']:.2f}" if row else ""
+
+
+def percent(fraction: float) -> str:
+    """A percentage of two significant digits, or of all digits before the point."""
+    return f"{100 * fraction:.0f} %" if fraction >= 0.1 or fraction == 0 else f"{100 * fraction:.2g} %"
 
 
 def delta(row: Row | None) -> str:
@@ -247,7 +252,7 @@ def table_of_cpu(rows: list[Row]) -> str:
 
 
 def table_of_summary(rows: list[Row]) -> str:
-    """Each way of decoding at the two longest contexts: µs, speed, bytes and δ."""
+    """Each way of decoding at the two longest contexts: µs, time and bytes where softmax has 100 %, and δ."""
     whole = places(standard(rows, "gpu", "bf16"))
     first = next(iter(whole), ("", 0, 0))[0]
     longest = [place for place in whole if place[:2] == (first, 1)][-2:]
@@ -257,11 +262,12 @@ def table_of_summary(rows: list[Row]) -> str:
     for name in ("softmax", *OWN) if longest else ():
         if not all(name in found for found in columns):
             continue
-        line = [OWN.get(name, name), "yes, proved" if name == SKETCH else "no" if name in LOSSY else "yes"]
+        exact = {"softmax": "(baseline)", SKETCH: "yes, proved"} | dict.fromkeys(LOSSY, "no")
+        line = [OWN.get(name, name), exact.get(name, "yes")]
         for found in columns:
             row, softmax = found[name], found["softmax"]
-            dropped = delta(row) if row.get("delta") else "0"
-            line += [us(row), speed(row), f"{row['bytes'] / softmax['bytes']:.0%}", dropped]
+            shares = (row["ratio"], row["bytes"] / softmax["bytes"], row.get("delta", 0.0))
+            line += [us(row), *map(percent, shares)]
         lines.append(line)
     return table(titles, lines, [row for found in columns for row in found.values()])
 
