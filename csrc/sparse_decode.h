@@ -1,11 +1,11 @@
-// The front door that sparse_decode and dense_decode share: without a selection, every page is read.
+// The front door that sparse_decode and dense_decode share. dense_decode has no selection, and reads every page.
 #pragma once
 
 #include "backend.h"
 
 namespace entmaxkv {
 
-/// On the host: every selection is an ascending list of pages or tokens in use.
+/// On the host: checks that every selection is an ascending list of pages or tokens in use.
 inline void check_selection(const Arguments& args, const SparseDecode& op) {
   for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
     const int count = op.selection.counts[row_head];

@@ -67,12 +67,6 @@ struct Candidates {
   }
 };
 
-/// A threshold, and sum y^beta and sum y^(beta-1) over the tokens that are y above it.
-template <typename Real>
-struct Solution {
-  Real threshold, mass, slope;  // threshold from (alpha-1) origin on
-};
-
 /// Adds a token with x = (alpha-1)(score - origin) to those above a threshold.
 template <bool kSquare, typename Real>
 __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
@@ -84,22 +78,6 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
   }
 }
 
-/// Newton's steps from the left (entmax.h), with a function that returns the excess of all tokens above a threshold.
-template <typename Real, typename ExcessAbove>
-__device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_above) {
-  constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
-  Solution<Real> solution{0, 1, 1};
-  for (int step = 0; step < kMostSteps; ++step) {
-    const auto all = excess_above(solution.threshold);
-    solution.mass = static_cast<Real>(all.mass);
-    solution.slope = static_cast<Real>(all.slope);
-    const Real next = solution.threshold + entmax.step({solution.mass, solution.slope});
-    if (!(next > solution.threshold)) break;
-    solution.threshold = next;
-  }
-  return solution;
-}
-
 /// By kSolvers threads, a block or a warp, each of which holds up to kHeld of the candidates. They all call.
 template <bool kSquare, int kSolvers, int kHeld>
 __device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candidates& candidates) {
@@ -109,7 +87,7 @@ __device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candida
     const int entry = i * kSolvers + static_cast<int>(threadIdx.x);
     held[i] = entry < candidates.count ? entmax.gap * (candidates.scores[entry] - candidates.origin) : -1.0f;
   }
-  return solve(entmax, [&](float threshold) {
+  return find_threshold(entmax, 0.0f, 0.0f, [&](float threshold) {
     Excess<float> own;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -142,7 +120,7 @@ __device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidat
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax,
                                                        const Candidates& candidates) {
-  return solve(entmax, [&](Real threshold) {
+  return find_threshold(entmax, Real(0), Real(0), [&](Real threshold) {
     return team.sum_of_parts<Excess<double>>(candidates.parts, [&](int part) {
       Excess<double> own;
       candidates.visit(part, [&](const float (&run)[kRun]) {
