@@ -1,4 +1,5 @@
-// One function per op; every function takes the params struct that its front door has filled and checked.
+// The CPU kernels: one function per op. Each takes the params struct (ops.h) that its front door has filled and
+// checked.
 #pragma once
 
 #include "../ops.h"
