@@ -379,7 +379,7 @@ inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Op
 template <typename Op>
 void take_queries(Arguments& args, Op& op, const Tensor& q, const Tensor& page_table, const Tensor& seq_lens,
                   const Tensor& like, std::optional<double> scale, const Optional& alibi_slopes) {
-  args.shape(page_table, "page_table [batch, max_pages]");
+  args.shape(page_table, "page_table [batch, max_pages]");  // first: an error in the batch of q refers to it
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", like);
   take_cache(args, op, page_table, seq_lens);
   op.scoring = scoring_of(args, scale, alibi_slopes);

@@ -60,9 +60,8 @@ struct PageStatistics {
 /// The key sketch: a code of 4 bits for each coordinate of each rotated key, and bounds of what the codes lose
 /// (sketch.h). Plane 0 holds the high 2 bits of each code, plane 1 the low 2 bits. The pointers are null together.
 struct Sketch {
-  uint8_t* codes = nullptr;  // [pages, kv_heads, 2 planes, page_size, row_bytes]
-  uint8_t* norms =
-      nullptr;  // [pages, kv_heads, 3, page_size]: scale, norm of the coarse distance, of the fine distance
+  uint8_t* codes = nullptr;  // [pages, kv_heads, 2, page_size, row_bytes] plane 0 and plane 1
+  uint8_t* norms = nullptr;  // [pages, kv_heads, 3, page_size] scale, coarse norm and fine norm
 
   constexpr explicit operator bool() const { return codes != nullptr; }
 
@@ -84,8 +83,8 @@ struct Alpha {
 
   /// The head's alpha, moved into 1 ... 2 if it is outside, so that every search for a threshold ends.
   constexpr double of(int head) const {
-    const double its = given(head);
-    return its > 2 ? 2 : its >= 1 ? its : 1;
+    const double alpha = given(head);
+    return alpha > 2 ? 2 : alpha >= 1 ? alpha : 1;
   }
   constexpr bool is_valid(int head) const { return given(head) >= 1 && given(head) <= 2; }
 
@@ -221,7 +220,7 @@ struct SelectSketch : Sizes {
   Alpha alpha;
   Scoring scoring;
   bool fine;            // refine with plane 1; otherwise bounds come from plane 0 alone
-  float error_factor;   // the sketch's proved error is multiplied by this, 0 ... 1; below 1, a bound may fail
+  float error_factor;   // 0 ... 1: bounds count this much of the sketch's proved error; below 1, a bound may be wrong
   Selection selection;  // of tokens
   float* delta_bound;   // [batch, q_heads] the tokens that were not selected have at most this weight together
 };

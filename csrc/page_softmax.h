@@ -1,8 +1,7 @@
 // The merit by which select_pages ranks pages: the largest log page softmax for any head of the group. A page's page
 // softmax is its weight in the softmax of a head's page scores:
 //     log page softmax = (score - best) - log sum_pages exp(score - best)
-// So a head with many similar page scores gives each page little merit. A head with few high ones gives those pages
-// much.
+// A head with many similar page scores thus gives each page little merit. A head with few high ones gives them much.
 //
 // exp and log are replaced by functions that are linear between powers of two. This exp is up to 6 % too large, this
 // log up to 0.06 too small. In return the sum is one of whole numbers, which is the same in any order and on any

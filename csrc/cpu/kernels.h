@@ -1,5 +1,4 @@
-// The CPU kernels: one function per op. Each takes the params struct (ops.h) that its front door has filled and
-// checked.
+// The CPU kernels: one function per op. Its front door has filled and checked the params struct (ops.h).
 #pragma once
 
 #include "../ops.h"

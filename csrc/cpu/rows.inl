@@ -27,8 +27,7 @@ inline Vector load(const BFloat16* from) { return (Vector)(load_words(&from->bit
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
 
-// Divides a and b into pieces of kWidth lanes. Returns the first half plus the second half of each piece of a, then of
-// b.
+// Divides a and b into pieces of kWidth lanes. Returns each piece's first half plus its second half: a's, then b's.
 template <int kWidth, int... kLane>
 inline Vector fold(Vector a, Vector b, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__) || __GNUC__ >= 12

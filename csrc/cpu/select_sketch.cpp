@@ -136,19 +136,23 @@ class Selector {
     for (int d = 0; d < dims_; ++d) largest = std::max(largest, std::fabs(x[d]));
     const float unit = sketch::unit_of(largest);
     int sum = 0;
-    double squares = 0, lost = 0;
+    double norm_squares = 0, distance_squares = 0;
     for (int d = 0; d < dims_; ++d) {
       constexpr float kMost = sketch::QueryCode::kMost;
       const float number = unit > 0 ? std::clamp(std::rint(x[d] / unit), -kMost, kMost) : 0;
       numbers[d] = static_cast<int16_t>(number);
       sum += numbers[d];
-      const double left = x[d] - double{unit} * number;
-      squares += double{x[d]} * x[d];
-      lost += left * left;
+      const double difference = x[d] - double{unit} * number;
+      norm_squares += double{x[d]} * x[d];
+      distance_squares += difference * difference;
     }
-    query.norm = std::sqrt(squares);
-    query.code = {
-        unit, sum, static_cast<float>(query.norm), static_cast<float>(std::sqrt(lost)), dims_, op_.error_factor};
+    query.norm = std::sqrt(norm_squares);
+    query.code = {unit,
+                  sum,
+                  static_cast<float>(query.norm),
+                  static_cast<float>(std::sqrt(distance_squares)),
+                  dims_,
+                  op_.error_factor};
   }
 
   /// Successive tokens of a span in one page.
@@ -376,8 +380,8 @@ class Selector {
     spans_.for_each_of(row_head, [&](int64_t span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
     });
-    // From the largest merit down, all candidates of a merit are selected or none, so that the order of tokens does not
-    // decide. Only if the largest merit alone has too many candidates, its first ones are selected.
+    // From the largest merit down, all candidates of a merit are selected while there is room for them. If the largest
+    // merit alone has too many candidates, only its first ones are selected.
     int64_t room = op_.selection.max_selected;
     int least = sketch::kMerits;  // the lowest merit whose candidates are all selected
     while (least > 0 && counts[least - 1] <= room) room -= counts[--least];
@@ -402,8 +406,8 @@ class Selector {
     for (int merit = 0; merit < least; ++merit) {
       lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit);
     }
-    // A candidate's merit is that for one head; its bound may be below the floor of the others. So every token that is
-    // not selected counts with most_below, too.
+    // A candidate's merit may come from one head, while it is below the floor of another. So every token that is not
+    // selected counts with most_below, too.
     const double others = op_.seq_lens[row_head / op_.kv_heads] - count;
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;

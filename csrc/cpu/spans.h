@@ -11,8 +11,7 @@ namespace entmaxkv::cpu {
 
 constexpr int kSpanTokens = 2048;  // the most tokens of a span
 
-/// Successive units of one row and KV head: first ... end - 1. A unit is a token, or an entry of a list of pages or
-/// tokens.
+/// The units first ... end - 1 of one row and KV head. A unit is a token, or an entry of a list of pages or tokens.
 struct Span {
   int64_t row;
   int kv_head;
@@ -22,8 +21,8 @@ struct Span {
 /// The spans of every (row, KV head), one after the other.
 class Spans {
  public:
-  /// Cuts the units of each (row, KV head), of which there are count_of(row * kv_heads + kv_head), into spans of at
-  /// most span_units.
+  /// Cuts the units of each (row, KV head) into spans of at most span_units. count_of(row * kv_heads + kv_head) returns
+  /// how many units there are.
   template <typename CountOf>
   Spans(const Sizes& sizes, int span_units, CountOf count_of) : first_{0} {
     for (int64_t row_head = 0; row_head < int64_t{sizes.batch} * sizes.kv_heads; ++row_head) {

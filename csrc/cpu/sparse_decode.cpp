@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kTileTokens = 64;  // scores are filtered, and values added, in tiles of this many tokens
 
-/// The candidates of one head, in ascending order; once the threshold is known, the tokens with weight.
+/// The candidates of one head, in ascending order. Once the threshold is known, only tokens with weight remain.
 struct Candidates {
   float best = kNothing;  // the best score s of any token, or NaN if some score is NaN
   std::vector<int32_t> tokens;
@@ -65,8 +65,7 @@ class Decoder {
   }
 
  private:
-  // A unit is a selected token, a selected page, or, without a selection, a page in use.
-
+  /// The units of a (row, KV head): selected tokens, selected pages or, without a selection, pages in use.
   int unit_count(int64_t row_head) const {
     if (op_.selection) return op_.selection.counts[row_head];
     return pages_in_use(op_.seq_lens[row_head / op_.kv_heads], op_.page_size);
@@ -122,8 +121,7 @@ class Decoder {
       undefined |= scores[i] != scores[i];
     }
     found.best = larger(found.best, undefined ? kUndefined : tile_best);
-    // The floor is rounded down. A token that is a candidate for this reason only is ruled out by the exact test in
-    // solve.
+    // The floor is rounded down. The exact test, in solve, rules out what is a candidate for that reason only.
     const float floor =
         std::nextafter(static_cast<float>(found.best - Entmax<double>(op_.alpha.of(head)).beta), kNothing);
     if (!(tile_best >= floor)) return;
@@ -246,7 +244,7 @@ class Decoder {
   const SparseDecode& op_;
   const RowKernels<T>& kernels_ = row_kernels<T>();
   const int group_;
-  const int unit_tokens_;
+  const int unit_tokens_;          // tokens of a unit
   const Spans spans_;              // of units
   std::vector<Candidates> found_;  // [spans, group]
   std::vector<Candidates> heads_;  // [batch, q_heads]

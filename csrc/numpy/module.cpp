@@ -62,8 +62,7 @@ class Cache {
     cpu::page_stats(op);
   }
 
-  /// Decodes over every page (budget = 0), over the pages of select_pages (budget > 0) or of select_gaussian (budget <
-  /// 0).
+  /// Decodes over every page (budget = 0), or over those that select_pages (> 0) or select_gaussian (< 0) selects.
   Array<float> decode(Array<float> q, double alpha, int64_t budget) {
     Sizes sizes = sizes_;
     sizes.q_heads = static_cast<int>(q.shape(1));
