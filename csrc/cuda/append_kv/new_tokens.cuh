@@ -1,11 +1,12 @@
-// Which tokens of a row are new.
+// The range of tokens that append_kv adds to a row.
 #pragma once
 
 #include "../common/sizes.cuh"
 
 namespace entmaxkv::cuda {
 
-/// The new tokens of a row: never more than k and v hold, whatever `lengths` says, or than the cache has room for.
+/// The new tokens of a row are at positions first ... end - 1. There are at most as many as k and v hold, whatever
+/// `lengths` says, and as the row's page table has room for.
 struct NewTokens {
   int first, end;
 

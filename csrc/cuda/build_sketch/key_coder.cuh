@@ -1,4 +1,4 @@
-// Codes keys (sketch.h).
+// Rotates keys on tensor cores and codes them (sketch.h), by one warp.
 #pragma once
 
 #include "../../sketch.h"
@@ -7,7 +7,7 @@
 
 namespace entmaxkv::cuda {
 
-/// Eight elements as what tensor cores multiply exactly: elements of 16 bits, or three of bfloat16 for a float.
+/// Eight elements in a form that tensor cores multiply exactly: 16-bit elements, or a float as the sum of three bf16.
 template <typename T>
 struct Exact {
   using Element = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
@@ -36,7 +36,7 @@ struct Exact {
   }
 };
 
-/// A key, and where its codes belong; page_head = page * kv_heads + kv_head.
+/// The address of a key (null: no key), and where its codes belong; page_head = page * kv_heads + kv_head.
 template <typename T>
 struct KeyPlace {
   const T* key = nullptr;
@@ -44,19 +44,22 @@ struct KeyPlace {
   int slot = 0;
 };
 
-/// Rotates a warp's keys on tensor cores and codes them. All lanes call every function.
+/// Rotates a warp's keys and codes them. Four lanes, j = 0 ... 3, work for a key, and a warp for kKeys keys. All lanes
+/// call every function.
 ///
-/// A Hadamard matrix is a product over the bits of a dimension's number. A product of 16 rows of 16 elements with a
-/// matrix of 16 x 16 takes care of four of them: lane j of a row has the dimensions with bit 3 and the top one = j, 8
-/// successive ones at a time, and a product sums over j and bits 0 and 2. Sums and differences of a lane's products
-/// take care of the others. As columns of a matrix may have any order, lane j gets the coordinates with bits 2 and 3 =
-/// j: whole words of sketch::coordinate.
+/// A Hadamard transform is a product of one factor for each bit of a dimension's index.
+///   1. A tensor-core product of 16 rows of 16 elements with a 16 x 16 matrix applies four factors. Lane j holds the
+///      dimensions whose bit 3 and top bit are j, in pieces of 8 successive dimensions. The product sums over j and
+///      over bits 0 and 2: it applies the factors of bits 0, 2, 3 and the top bit.
+///   2. Sums and differences of a lane's products apply the other factors.
+/// The columns of the matrix may have any order. They are ordered so that lane j gets the coordinates whose bits 2 and
+/// 3 are j, which form whole words of sketch::coordinate.
 template <typename T, int kDims>
 class KeyCoder {
  public:
-  static constexpr int kParts = kDims <= 128 ? 1 : 2;  // rows of a key
-  static constexpr int kKeys = 16 / kParts;            // of a warp
-  static constexpr int kOfLane = 2 / kParts;           // of those, lane / 4 and 8 + lane / 4
+  static constexpr int kParts = kDims <= 128 ? 1 : 2;  // matrix rows that a key takes
+  static constexpr int kKeys = 16 / kParts;            // keys of a warp
+  static constexpr int kOfLane = 2 / kParts;           // keys of a lane: lane / 4, and 8 + lane / 4 if there are two
 
   __device__ KeyCoder(int head_dim, bool vectors) : head_dim_(head_dim), vectors_(vectors) {
     signs_[0] = own_signs<0>();
@@ -79,6 +82,7 @@ class KeyCoder {
     }
   }
 
+  /// Codes the warp's keys and writes their codes and norms.
   __device__ void code(const Sketch& to, const KeyPlace<T> (&places)[kOfLane], int page_size) const {
     float x[kOfLane][kParts * kOwnOfRow];
     rotate(places, x);
@@ -93,7 +97,7 @@ class KeyCoder {
       scales[n] = sketch::scale_of(norms[n] * static_cast<float>(sketch::kSpread / root(kDims)), false);
     }
     sketch::Norms kept[kOfLane];
-    uint32_t codes[kOfLane][kOwn / 4];  // a byte each
+    uint32_t codes[kOfLane][kOwn / 4];  // four codes per word
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
       bool fit = true;
@@ -119,9 +123,9 @@ class KeyCoder {
   }
 
  private:
-  static constexpr int kRow = kDims / kParts <= 64 ? 64 : 128;  // dimensions
-  static constexpr int kPieces = kRow / 32;                     // of 8, that a lane has of a row
-  static constexpr int kOwnOfRow = kRow / 4, kOwn = kDims / 4;  // coordinates of a lane
+  static constexpr int kRow = kDims / kParts <= 64 ? 64 : 128;  // dimensions of a matrix row
+  static constexpr int kPieces = kRow / 32;                     // pieces of 8 dimensions that a lane has of a row
+  static constexpr int kOwnOfRow = kRow / 4, kOwn = kDims / 4;  // coordinates that a lane gets of a row, of a key
   static constexpr bool kTopRotates = kDims != 192;
 
   static constexpr double root(int rotation) {
@@ -130,14 +134,16 @@ class KeyCoder {
 
   static constexpr float kRoot = static_cast<float>(1 / root(sketch::rotation_of(kDims)));
 
+  /// Returns this lane's index among the four of a key.
   static __device__ int j() { return threadIdx.x % 4; }
 
-  /// The first dimension of a piece of lane j, in the key.
+  /// Returns the index in the key of the first dimension of a piece of lane j.
   static __host__ __device__ constexpr int first_of(int j, int part, int piece) {
     return kRow * part + kRow / 2 * (j / 2) + 16 * piece + 8 * (j % 2);
   }
 
-  /// Bits 4 piece + word: the signs of the first elements of words; 16 bits further those of the second ones.
+  /// Returns the signs of lane j's elements as bits: bit 4 piece + word for the first element of a 2-element word, and
+  /// 16 bits higher for the second.
   static __host__ __device__ constexpr uint32_t signs_of(int j, int part) {
     uint32_t signs = 0;
     for (int i = 0; i < 8 * kPieces; ++i) {
@@ -147,6 +153,7 @@ class KeyCoder {
     return signs;
   }
 
+  /// Returns signs_of this lane.
   template <int kPart>
   static __device__ uint32_t own_signs() {
     constexpr uint32_t k0 = signs_of(0, kPart), k1 = signs_of(1, kPart), k2 = signs_of(2, kPart),
@@ -154,7 +161,7 @@ class KeyCoder {
     return j() / 2 ? (j() % 2 ? k3 : k2) : (j() % 2 ? k1 : k0);
   }
 
-  /// This lane's pieces of the rows.
+  /// Loads this lane's pieces of the matrix rows; zeros where there is no key.
   template <bool kVectors>
   __device__ void load(const KeyPlace<T> (&places)[kOfLane], uint4 (&words)[2][kPieces][Exact<T>::kWords]) const {
 #pragma unroll
@@ -171,7 +178,7 @@ class KeyCoder {
     }
   }
 
-  /// x[n][i]: coordinate i % 4 + 4 j + i / 4 * 16 of each of the lane's keys, times 1 / kRoot.
+  /// Sets x[n][i] to coordinate i % 4 + 4 j + i / 4 * 16 of the lane's nth key, times 1 / kRoot.
   __device__ void rotate(const KeyPlace<T> (&places)[kOfLane], float (&x)[kOfLane][kParts * kOwnOfRow]) const {
     uint4 words[2][kPieces][Exact<T>::kWords];
     if (vectors_) {
@@ -196,7 +203,8 @@ class KeyCoder {
         for (int top = 0; top < 2; ++top) {
           float products[4] = {};
 #pragma unroll
-          for (int term = Exact<T>::kTerms - 1; term >= 0; --term) {  // small ones first: sums are truncated
+          for (int term = Exact<T>::kTerms - 1; term >= 0;
+               --term) {  // small terms first, because tensor cores truncate sums
             const auto& a = rows[0].terms[term];
             const auto& b = rows[1].terms[term];
             multiply_fragments<typename Exact<T>::Element>(products, {a[bit1], b[bit1], a[2 + bit1], b[2 + bit1]},
@@ -226,7 +234,7 @@ class KeyCoder {
     }
   }
 
-  /// This lane's codes of a key on a scale, and the squares of distances of all of it.
+  /// Sets this lane's codes of a key with a given scale. Returns the squared distances, summed over the whole key.
   static __device__ sketch::Distances code(const float (&x)[kParts * kOwnOfRow], int scale,
                                            uint32_t (&codes)[kOwn / 4]) {
     const float per_place = 4 * kRoot * sketch::steps_of(scale);
@@ -246,6 +254,7 @@ class KeyCoder {
     return over_key(squares, [](const sketch::Distances& a, const sketch::Distances& b) { return a + b; });
   }
 
+  /// Writes this lane's codes of a key, and norms of the key. Codes of a key without a sketch are 0.
   static __device__ void store(const Sketch& to, const KeyPlace<T>& place, int page_size, const sketch::Norms& norms,
                                const uint32_t (&codes)[kOwn / 4]) {
     constexpr int kRowBytes = kDims / 4;
@@ -269,7 +278,7 @@ class KeyCoder {
     }
   }
 
-  /// The combination of the lanes' values of a key, for each of them.
+  /// Combines the values of the four lanes of a key. All four get the result.
   template <typename Value, typename Combine>
   static __device__ Value over_key(Value value, Combine combine) {
     value = combine(value, shuffle_xor(value, 1));
@@ -278,8 +287,8 @@ class KeyCoder {
 
   int head_dim_;
   bool vectors_;
-  uint32_t signs_[kParts];  // as signs_of
-  uint32_t matrix_[2][2];   // for the top bit of a coordinate, and bit 2 of a dimension: two elements each
+  uint32_t signs_[kParts];  // as signs_of returns them
+  uint32_t matrix_[2][2];   // [top bit of the coordinate][bit 2 of the dimension]: two elements of the matrix
 };
 
 }  // namespace entmaxkv::cuda

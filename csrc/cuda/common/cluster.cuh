@@ -1,5 +1,5 @@
-// Blocks that run at the same time and can read each other's shared memory: a thread block cluster, from compute
-// capability 9.0 on. Elsewhere each block is a cluster of its own.
+// Thread block clusters: blocks that run at the same time and can read each other's shared memory. They exist from
+// compute capability 9.0 on. On other GPUs each block is a cluster of one block.
 #pragma once
 
 #include "launch.cuh"
@@ -11,9 +11,9 @@
 
 namespace entmaxkv::cuda::cluster {
 
-constexpr int kMostBlocks = 8;  // that every GPU with clusters can run together
+constexpr int kMostBlocks = 8;  // the largest cluster that every GPU with clusters supports
 
-/// How many blocks of a cluster the current device can run together.
+/// Returns the largest number of blocks that a cluster may have on the current device.
 inline int most_blocks() {
 #ifdef EMULATE_CUDA
   return 1;
@@ -26,12 +26,12 @@ inline int most_blocks() {
 __device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 
-/// wait() lasts until all threads of the cluster have called arrive(). A block must wait for the last read of its
-/// memory.
+/// wait() returns when all threads of the cluster have called arrive(). All threads call both. A block must not end
+/// while another block may still read its shared memory.
 __device__ inline void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 __device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
-/// A shared variable as the block of that rank has it. Far away: one thread should read it for all.
+/// Returns the copy of a shared variable that block `rank` has. A read is slow: let one thread read for all.
 template <typename T>
 __device__ T& of(int rank, T& shared) {
   return *cooperative_groups::this_cluster().map_shared_rank(&shared, rank);
@@ -48,17 +48,19 @@ __device__ T& of(int, T& shared) {
 }
 #endif
 
-/// For all threads of the cluster what __syncthreads is for those of a block.
+/// Does for the cluster what __syncthreads does for a block. All threads of the cluster call.
 __device__ inline void sync() {
   arrive();
   wait();
 }
 
-/// Where a block of a cluster of several awaits what every block of it, itself too, sends it in a round. That takes
-/// less time than sync(), which waits for all that the blocks have written. Lies in shared memory.
+/// An mbarrier that counts the bytes which the blocks of a cluster send to this block. In each round every block,
+/// including this one, sends values and announces how many bytes they are; wait() returns when all have arrived. This
+/// is faster than sync(), which waits for every write of the blocks. Only for clusters of several blocks. The object
+/// lies in shared memory.
 class Mailbox {
  public:
-  /// One thread calls; sync() orders it, or arrive() and wait(), before the first round.
+  /// Initialises the barrier. One thread calls. sync(), or arrive() and wait(), must follow before the first round.
   __device__ void open() {
 #ifdef ENTMAXKV_CLUSTERS
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier_)), "r"(size()));
@@ -67,7 +69,7 @@ class Mailbox {
   }
 
 #ifdef ENTMAXKV_CLUSTERS
-  /// Sets a shared variable of the block of that rank.
+  /// Sets the copy of `to` that block `rank` has to `value`. `to` is a shared variable.
   __device__ void send(int rank, int& to, int value) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at(rank, &to)),
                  "r"(value), "r"(at(rank, &barrier_))
@@ -87,7 +89,7 @@ class Mailbox {
                  : "memory");
   }
 
-  /// Raises one to the value, if it is lower.
+  /// Replaces the copy of `to` that block `rank` has by the maximum of itself and `value`.
   __device__ void raise(int rank, uint32_t& to, uint32_t value) {
     asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [%0], %1, [%2];" ::"r"(
                      at(rank, &to)),
@@ -95,7 +97,7 @@ class Mailbox {
                  : "memory");
   }
 
-  /// Adds the value to one.
+  /// Adds `value` to the copy of `to` that block `rank` has.
   __device__ void add(int rank, unsigned long long& to, unsigned long long value) {
     asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [%0], %1, [%2];" ::"r"(
                      at(rank, &to)),
@@ -103,7 +105,7 @@ class Mailbox {
                  : "memory");
   }
 
-  /// How many bytes this block sends that of that rank in this round. One thread of the block calls.
+  /// Announces how many bytes this block sends to block `rank` in this round. One thread of the block calls.
   __device__ void announce(int rank, int bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(at(rank, &barrier_)),
@@ -111,7 +113,7 @@ class Mailbox {
         : "memory");
   }
 
-  /// Until everything has come. All threads call; rounds count from 0.
+  /// Waits until all bytes of the round have arrived. All threads call. Rounds count from 0.
   __device__ void wait(int round) {
     uint32_t done = 0;
     while (!done) {

@@ -1,4 +1,4 @@
-// Copies from global to shared memory that run while their threads go on.
+// Asynchronous copies from global to shared memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,26 +7,26 @@
 
 namespace entmaxkv::cuda {
 
-/// Begins to fetch the line of that address into L2.
+/// Starts to load the cache line at `address` into L2.
 __device__ inline void prefetch([[maybe_unused]] const void* address) {
 #ifndef EMULATE_CUDA
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-/// Begins to copy 16 bytes into shared memory; zeros, if they are not wanted. Ends with wait_for_copies.
-__device__ inline void copy_async(uint4& s_to, const void* from, bool wanted) {
+/// Starts to copy 16 bytes into shared memory, or writes zeros if !valid. wait_for_copies ends the copy.
+__device__ inline void copy_async(uint4& s_to, const void* from, bool valid) {
 #ifdef EMULATE_CUDA
-  s_to = wanted ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+  s_to = valid ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
 #else
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
-      "l"(from), "r"(wanted ? 16 : 0)
+      "l"(from), "r"(valid ? 16 : 0)
       : "memory");
 #endif
 }
 
-/// The same for one number.
+/// Starts to copy one number into shared memory. wait_for_copies ends the copy.
 __device__ inline void copy_async(float& s_to, const float* from) {
 #ifdef EMULATE_CUDA
   s_to = *from;
@@ -37,18 +37,18 @@ __device__ inline void copy_async(float& s_to, const float* from) {
 #endif
 }
 
-/// The copies begun so far by this thread, and after the last call, are one lot.
+/// Makes a group of the copies that this thread has started since its last call.
 __device__ inline void commit_copies() {
 #ifndef EMULATE_CUDA
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-/// Until no more than kLots lots of this thread are under way.
-template <int kLots>
+/// Waits until at most kGroups groups of this thread's copies are unfinished.
+template <int kGroups>
 __device__ void wait_for_copies() {
 #ifndef EMULATE_CUDA
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLots) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 #endif
 }
 

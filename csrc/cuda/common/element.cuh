@@ -1,4 +1,4 @@
-// The element types of a cache, and the numbers that stand for no score.
+// The element types of a cache, and the float values for "no score" (kNothing) and "undefined" (kUndefined).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -7,7 +7,7 @@
 
 namespace entmaxkv::cuda {
 
-/// 1 / x to within 2^-22, for normal numbers.
+/// Returns 1 / x with a relative error of at most 2^-22, for normal numbers.
 __device__ inline float reciprocal(float x) {
 #ifdef EMULATE_CUDA
   return 1 / x;
@@ -18,7 +18,7 @@ __device__ inline float reciprocal(float x) {
 #endif
 }
 
-/// The square root of x to within 2^-23.
+/// Returns the square root of x with a relative error of at most 2^-23.
 __device__ inline float square_root(float x) {
 #ifdef EMULATE_CUDA
   return std::sqrt(x);

@@ -1,4 +1,4 @@
-// How kernels are launched, and how they take turns.
+// Kernel launches with clusters and programmatic dependent launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,14 +9,14 @@
 
 namespace entmaxkv::cuda {
 
-/// A failure surfaces at the op that caused it, with its name.
+/// Throws an exception that names the op if `error` is a failure.
 inline void check(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("entmaxkv::") + op + ": kernel launch failed: " + cudaGetErrorString(error));
   }
 }
 
-/// A property of the current device.
+/// Returns a property of the current device.
 inline int device_property(cudaDeviceAttr property) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
@@ -26,19 +26,19 @@ inline int device_property(cudaDeviceAttr property) {
 
 inline int multiprocessors() { return device_property(cudaDevAttrMultiProcessorCount); }
 
-/// From compute capability 9.0 on there are thread block clusters and dependent launches.
+/// Returns whether the device has thread block clusters and programmatic dependent launch: compute capability >= 9.0.
 inline bool is_hopper_or_later() { return device_property(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
-/// The blocks of a launch.
+/// The configuration of a launch.
 struct Grid {
   dim3 blocks;
   int threads;
-  int cluster = 1;  // blocks, along x, that share their memory: more than one from Hopper on
-  int shared = 0;   // bytes of dynamic shared memory of a block
+  int cluster = 1;  // blocks of a cluster, along x; more than 1 needs compute capability 9.0
+  int shared = 0;   // bytes of dynamic shared memory per block
 };
 
-/// Launches a kernel that begins with take_turn(): from Hopper on, its blocks come to the multiprocessors while the
-/// kernel before it still runs.
+/// Launches a kernel whose first statement is wait_for_previous_kernel(). From compute capability 9.0 on this is a
+/// programmatic dependent launch: the kernel's blocks may be scheduled while the previous kernel still runs.
 template <typename... Params>
 void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
             std::common_type_t<Params>... params) {
@@ -61,16 +61,17 @@ void launch(const char* op, void (*kernel)(Params...), const Grid& grid, cudaStr
   check(op, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
-/// First in every kernel, by every thread: waits until the kernels before this one are done, and lets the next come.
-/// The other way round, blocks of ever later kernels come and wait, and steps take longer (bench/NOTES.md).
-__device__ inline void take_turn() {
+/// Waits until the previous kernel of the stream has finished and its writes are visible, then allows the next kernel's
+/// blocks to be scheduled. The first statement of every kernel; all threads call. In the opposite order the waiting
+/// blocks of several later kernels would occupy the multiprocessors, which is slower (bench/NOTES.md).
+__device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-/// The block's dynamic shared memory.
+/// Returns the block's dynamic shared memory.
 __device__ inline uint4* dynamic_shared() {
 #ifdef EMULATE_CUDA
   return emulation::dynamic_shared();  // tests/emulation

@@ -1,11 +1,11 @@
-// Dot products of tiles of 32 rows (keys, or statistics of pages) with the query heads of a group, by one warp.
-// Rows come through a ring of slots in shared memory, filled ahead by asynchronous copies of 16 bytes, of which the
-// lanes of a warp take neighbouring ones: on an H200 copies of 64 bytes of a row at a time reach 3.0 TB/s, those of
-// whole rows 3.8. 16-bit rows meet the heads in tensor cores, rows as M and heads as N; fp32 rows, and squares of
-// fp16, are multiplied in fp32.
-//   A lane has the products of rows 4 g ... 4 g + 3, g = lane / 4, with heads 2 p and 2 p + 1, p = lane % 4. Of each 32
-// dimensions it multiplies 8. A dot product does not care for the order of its dimensions: the 8 that lie together in
-// memory are the lane's part of two k-slices.
+// Dot products of tiles of 32 rows (keys, or statistics of pages) with up to 8 query heads of a group, by one warp.
+//   rows [32, head_dim], queries [8, head_dim] -> products [32, 8] in fp32
+// Rows come through a ring of slots in shared memory (ring.cuh). The lanes of a warp copy neighbouring 16-byte words:
+// on an H200 copies of whole rows reach 3.8 TB/s, copies of 64 bytes of a row at a time 3.0 TB/s. Tensor cores multiply
+// 16-bit rows, with rows as M and heads as N. fp32 rows and squares of fp16 are multiplied in fp32.
+//   Lane 4 g + p has the products of rows 4 g ... 4 g + 3 with heads 2 p and 2 p + 1. It multiplies 8 of each 32
+// dimensions. The order of dimensions does not change a dot product: so the 8 dimensions that are adjacent in memory
+// serve as the lane's part of two k-slices.
 #pragma once
 
 #include "ring.cuh"
@@ -14,7 +14,7 @@ namespace entmaxkv::cuda {
 
 constexpr int kTileHeads = 8;  // query heads that share one reading of the rows
 
-/// Query heads that read the rows of a KV head together: a group, or a part of a large one.
+/// The query heads that read the rows of a KV head together: a group, or a part of a group of more than kTileHeads.
 struct HeadGroup {
   int kv_head, first_head, heads;
 
@@ -30,7 +30,7 @@ struct HeadGroup {
   }
 };
 
-/// What a lane has of the products of a tile: of row 4 (lane / 4) + i and head 2 (lane % 4) + j.
+/// This lane's products of a tile: of[i][j] belongs to row(i) and head(j).
 struct Products {
   float of[4][2] = {};
 
@@ -38,7 +38,7 @@ struct Products {
   static __device__ int head(int j) { return static_cast<int>(threadIdx.x % 4) * 2 + j; }
 };
 
-/// The ALiBi slopes of this lane's heads, 0 for heads that are not there.
+/// The ALiBi slopes of this lane's heads, 0 for heads that the group does not have.
 struct LaneSlopes {
   float of[2] = {};
 
@@ -49,7 +49,7 @@ struct LaneSlopes {
   }
 };
 
-/// Queries of a group in shared memory, zeros behind head_dim.
+/// The queries of a group in shared memory, [kTileHeads, kDims], with zeros from head_dim on.
 template <typename T, typename Layout>
 struct Queries {
   alignas(16) T values[kTileHeads * Layout::kDims];
@@ -57,8 +57,8 @@ struct Queries {
   __device__ void set(int h, int d, float value) { values[h * Layout::kDims + d] = from_float<T>(value); }
 };
 
-/// The queries of a group on their way to shared memory: loaded by all kBlockThreads threads, each its share, as far as
-/// there are registers to hold it.
+/// Loads the queries of a group into registers when it is constructed, and passes them on in store(). Each of the
+/// kBlockThreads threads handles kOwn elements; those beyond kHeld are loaded only in store(). All threads call.
 template <typename T, typename Layout, int kBlockThreads>
 class QueryLoad {
  public:
@@ -68,7 +68,8 @@ class QueryLoad {
     for (int i = 0; i < kHeld; ++i) values_[i] = load(i);
   }
 
-  /// Calls body(h, d, q_d) for each head of a full group and each dimension of the layout, zeros where there is none.
+  /// Calls body(h, d, q_d) for each of kTileHeads heads and kDims dimensions. q_d is 0 where the group has no such head
+  /// or d >= head_dim.
   template <typename Body>
   __device__ void store(Body body) const {
 #pragma unroll
@@ -96,7 +97,8 @@ class QueryLoad {
   T values_[kHeld];
 };
 
-/// D = A B + C of 16 rows, 16 dimensions and 8 heads on a tensor core. All lanes call.
+/// D = A B + C on a tensor core, A [16 rows, 16 dimensions], B [16 dimensions, 8 heads], in the fragment layout of PTX
+/// mma.m16n8k16. All lanes call.
 template <typename T>
 __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
                                    const float (&c)[4] = {0, 0, 0, 0}) {
@@ -115,8 +117,8 @@ __device__ void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, u
 #endif
 }
 
-/// Four transposed matrices of 8 x 8 16-bit elements: lane 8 m + i names row i of matrix m, and each lane gets elements
-/// (2 (lane % 4) + 0 and 1, lane / 4) of all four. All lanes call.
+/// Loads four 8 x 8 matrices of 16-bit elements, transposed (ldmatrix). Lane 8 m + i passes row i of matrix m. Each
+/// lane gets elements (2 (lane % 4), lane / 4) and (2 (lane % 4) + 1, lane / 4) of each matrix. All lanes call.
 __device__ inline uint4 load_transposed(const uint4& s_row) {
 #ifdef EMULATE_CUDA
   return emulation::load_transposed(&s_row);  // tests/emulation
@@ -130,11 +132,11 @@ __device__ inline uint4 load_transposed(const uint4& s_row) {
 #endif
 }
 
-/// products += row . query in fp32, or the rows' squares . query. All lanes call.
+/// products += row . query in fp32; kSquares: products += (row squared elementwise) . query. All lanes call.
 template <bool kSquares, typename T, typename Layout>
 __device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<float, Layout>& q, int heads,
                                  Products& products) {
-  constexpr int kHeads = 4;  // at once
+  constexpr int kHeads = 4;  // heads at once
   constexpr int kCount = 16 / sizeof(T);
   const int part = threadIdx.x % 4;
 #pragma unroll 1
@@ -171,7 +173,7 @@ __device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<floa
   }
 }
 
-/// products += row . query: of 16-bit rows in tensor cores. All lanes call.
+/// products += row . query, on tensor cores for 16-bit rows. All lanes call.
 template <typename T, typename Layout>
 __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& q, int heads, Products& products) {
   if constexpr (sizeof(T) == 4) {
@@ -179,7 +181,7 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
   } else {
     const int lane = threadIdx.x % 32;
     const auto* queries = reinterpret_cast<const uint4*>(q.values) + lane / 4 * (Layout::kDims / 8) + lane % 4;
-#pragma unroll(Layout::kRounds == 8 ? 1 : 2)  // as far as there are registers
+#pragma unroll(Layout::kRounds == 8 ? 1 : 2)  // more would need more registers than a thread has
     for (int round = 0; round < Layout::kRounds; ++round) {
       const uint4 weights = queries[4 * round];
 #pragma unroll
@@ -189,7 +191,7 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
         float d[2][4];
         multiply_fragments<T>(d[0], rows[0], weights.x, weights.y);
         multiply_fragments<T>(d[1], rows[1], weights.z, weights.w);
-        // A tensor core truncates what it adds to; so it adds to nothing, and the sum is taken in fp32.
+        // A tensor core truncates its accumulator. So it adds to 0, and the sum is taken in fp32.
 #pragma unroll
         for (int k = 0; k < 4; ++k) products.of[i + k / 2][k % 2] += d[0][k] + d[1][k];
       }
@@ -197,7 +199,7 @@ __device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& 
   }
 }
 
-/// The squares of bf16 numbers, two to a word, as sums of two bf16: exact, but for squares below 1e-33.
+/// The squares of 8 bf16 numbers as sums of two bf16, high + low. Exact except for squares below 1e-33.
 struct Squares {
   uint4 high, low;
 
@@ -215,7 +217,7 @@ struct Squares {
     low = multiply_add(x, x, high ^ signs);
   }
 
-  /// Of two pairs of bf16.
+  /// Returns x y + z for two bf16 in each word.
   static __device__ uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
 #ifdef EMULATE_CUDA
     return emulation::multiply_add(x, y, z);  // tests/emulation
@@ -227,8 +229,7 @@ struct Squares {
   }
 };
 
-/// products += row squared . weights, which are sums of two bf16 as well: in tensor cores, small products first. All
-/// lanes call.
+/// products += (row squared elementwise) . (high + low) on tensor cores. Small terms are added first. All lanes call.
 template <typename Layout>
 __device__ void multiply_squares(const Slot<__nv_bfloat16, Layout>& slot, const Queries<__nv_bfloat16, Layout>& high,
                                  const Queries<__nv_bfloat16, Layout>& low, Products& products) {

@@ -1,22 +1,23 @@
-// Reductions and scans over the threads of a block.
+// Reductions and scans over the threads of a warp or a block.
 #pragma once
 
 #include "element.cuh"
 
 namespace entmaxkv::cuda {
 
-/// A float as an unsigned number of the same order, NaN above all.
+/// Maps floats to unsigned numbers that compare in the same order. NaN maps to the largest. No float maps to 0.
 __device__ inline uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   if (x != x) return ~0u;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+/// Returns the float that ordered() maps to `key`.
 __device__ inline float from_ordered(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/// Of a number, or of a struct of words.
+/// __shfl_xor_sync for a number or a struct of 4-byte words. All lanes call.
 template <typename Value>
 __device__ Value shuffle_xor(Value value, int distance) {
   constexpr int kWords = sizeof(Value) / sizeof(uint32_t);
@@ -28,8 +29,8 @@ __device__ Value shuffle_xor(Value value, int distance) {
   return value;
 }
 
-/// The combination of the values of kBlockThreads threads, a block or a warp, in a fixed order, for each of them.
-/// They all call.
+/// Combines the values of kBlockThreads threads, a whole block or a warp (32), in a fixed order. All these threads call
+/// and all get the result.
 template <int kBlockThreads, typename Value, typename Combine>
 __device__ Value reduce(Value value, Combine combine) {
   constexpr int kWarps = kBlockThreads / 32;
@@ -48,12 +49,13 @@ __device__ Value reduce(Value value, Combine combine) {
   return value;
 }
 
+/// Returns the sum of all threads' values, as reduce does.
 template <int kBlockThreads, typename Value>
 __device__ Value sum(Value value) {
   return reduce<kBlockThreads>(value, [](Value a, Value b) { return a + b; });
 }
 
-/// The larger of two values, NaN if either is.
+/// Returns the larger of two values, NaN if either is NaN.
 __device__ inline float larger(float a, float b) {
 #ifdef EMULATE_CUDA
   return a != a || a > b ? a : b;
@@ -64,13 +66,13 @@ __device__ inline float larger(float a, float b) {
 #endif
 }
 
-/// The largest of all threads' values, NaN if any is.
+/// Returns the largest of all threads' values, NaN if any is NaN. Calls and results as for reduce.
 template <int kBlockThreads>
 __device__ float largest(float value) {
   return reduce<kBlockThreads>(value, [](float a, float b) { return larger(a, b); });
 }
 
-/// The sum over the lanes up to this one. All lanes call.
+/// Returns the sum of the values of lanes 0 ... this lane. All lanes call.
 template <typename Number>
 __device__ Number sum_upto(Number value) {
 #pragma unroll
@@ -81,7 +83,8 @@ __device__ Number sum_upto(Number value) {
   return value;
 }
 
-/// The sum over all threads before this one, and in `total` over all. All threads call.
+/// Returns the sum of the values of all threads before this one, and sets `total` to the sum of all. All threads of the
+/// block call.
 template <int kBlockThreads, typename Number>
 __device__ Number exclusive_scan(Number value, Number& total) {
   constexpr int kWarps = kBlockThreads / 32;
@@ -97,22 +100,22 @@ __device__ Number exclusive_scan(Number value, Number& total) {
   return __shfl_sync(kAllLanes, upto_warp - of_warp, warp) + upto - value;
 }
 
-/// Where the wanted ones of a block's items go, one behind the other: item i of thread t is the (i kBlockThreads +
-/// t)-th.
+/// Stream compaction: each thread has kItems items and says which of them to keep. The kept items of the block get the
+/// places 0, 1, ... in the order of i kBlockThreads + t, where item i belongs to thread t.
 template <int kBlockThreads, int kItems>
 struct Places {
-  int place[kItems];  // of those that are wanted
-  int count;          // of all threads
+  int place[kItems];  // place[i]: place of this thread's item i, valid if it is kept
+  int count;          // kept items of the block
 
-  /// All threads call.
-  __device__ explicit Places(const bool (&wanted)[kItems]) {
+  /// All threads of the block call.
+  __device__ explicit Places(const bool (&keep)[kItems]) {
     constexpr int kWarps = kBlockThreads / 32;
     static_assert(kItems * kWarps <= kBlockThreads);
     __shared__ int s_before[kItems * kWarps];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t masks[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) masks[i] = __ballot_sync(kAllLanes, wanted[i]);
+    for (int i = 0; i < kItems; ++i) masks[i] = __ballot_sync(kAllLanes, keep[i]);
     __syncthreads();  // the places of an earlier call have been read
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {

@@ -1,4 +1,4 @@
-// Tiles of 32 rows on their way to the warps that multiply them.
+// Pipelined loads of tiles of 32 rows from global memory into a ring of slots in shared memory, one ring per warp.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace entmaxkv::cuda {
 
 constexpr int kTileRows = 32;
 
-/// How rows are held: in kRounds of 32 dimensions, copied 16 bytes at a time or one element.
+/// How a slot holds rows: kRounds x 32 dimensions, padded with zeros. kVectors: rows are copied 16 bytes at a time,
+/// else one element at a time.
 template <int kRoundsOf32, bool kInVectors>
 struct Layout {
   static constexpr int kRounds = kRoundsOf32;
@@ -21,7 +22,7 @@ struct Layout {
   static constexpr bool kVectors = kInVectors;
 };
 
-/// Whether rows can be read 16 bytes at a time.
+/// Returns whether every row is aligned so that it can be read 16 bytes at a time.
 inline bool in_vectors(const Rows& rows, Dtype dtype, int head_dim) {
   const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
   int64_t all = reinterpret_cast<int64_t>(rows.data) | head_dim * bytes;
@@ -29,7 +30,7 @@ inline bool in_vectors(const Rows& rows, Dtype dtype, int head_dim) {
   return all % 16 == 0;
 }
 
-/// Calls body with the smallest Layout for head_dim. Odd sizes and alignments share one.
+/// Calls body with the smallest Layout that fits head_dim. All unaligned rows use the same Layout.
 template <typename Body>
 void dispatch_layout(int head_dim, bool vectors, Body body) {
   if (!vectors) return body(Layout<8, false>{});
@@ -38,7 +39,7 @@ void dispatch_layout(int head_dim, bool vectors, Body body) {
   return body(Layout<8, true>{});
 }
 
-/// 16 bytes of a row from dimension d on, zeros behind head_dim; in one load, if the rows are in vectors.
+/// Returns 16 bytes of a row from dimension d on, with zeros from head_dim on. kVectors: in one load.
 template <bool kVectors, typename T>
 __device__ uint4 load_word(const T* row, int d, int head_dim) {
   constexpr int kCount = 16 / sizeof(T);
@@ -53,6 +54,7 @@ __device__ uint4 load_word(const T* row, int d, int head_dim) {
   }
 }
 
+/// Converts the elements of a 16-byte word to floats.
 template <typename T>
 __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
   const T* from = reinterpret_cast<const T*>(&word);
@@ -63,22 +65,24 @@ __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
 /// The rows of a tile in shared memory.
 template <typename T, typename Layout>
 struct Slot {
-  static constexpr int kWords = Layout::kDims * static_cast<int>(sizeof(T)) / 16;  // of a row
-  static constexpr int kLanePart = kWords / 4;                                     // those that one lane multiplies
+  static constexpr int kWords = Layout::kDims * static_cast<int>(sizeof(T)) / 16;  // words per row
+  static constexpr int kLanePart = kWords / 4;  // words per row that one lane multiplies
   uint4 words[kTileRows * kWords];
 
-  /// Neighbours, and rows 4 apart, are read together: they stand in different banks.
+  /// Returns the index in `words` of a row's word. The XOR puts neighbouring rows and rows 4 apart, which are read
+  /// together, into different banks.
   __device__ static int index(int row, int word) { return row * kWords + (word ^ (row & 7)); }
 
+  /// Returns the nth word of a row that this lane multiplies.
   __device__ const uint4& word(int row, int nth) const {
     return words[index(row, 4 * nth + static_cast<int>(threadIdx.x % 4))];
   }
 
-  /// Begins to copy 32 rows, of which lane i knows where row i is. All lanes call.
+  /// Starts to copy 32 rows. Lane i passes the address of row i. All lanes call.
   __device__ void load(const T* row, int head_dim) {
     constexpr int kCount = 16 / sizeof(T);
     const auto address = reinterpret_cast<unsigned long long>(row);
-#pragma unroll 4  // small kernels wait for their instructions
+#pragma unroll 4  // short code: instruction fetches bound small kernels
     for (int i = 0; i < kWords; ++i) {
       const int at = i * 32 + static_cast<int>(threadIdx.x % 32), from = at / kWords, nth = at % kWords;
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
@@ -92,9 +96,9 @@ struct Slot {
   }
 };
 
-constexpr int kRingBytes = 64 << 10;  // at most
+constexpr int kRingBytes = 64 << 10;  // most bytes that the rings of a block take
 
-/// A ring of slots for each warp of a block that multiplies tiles, in its dynamic shared memory.
+/// The rings of slots in a block's dynamic shared memory: one for each of its first kWarps warps.
 template <typename TheT, typename TheLayout, int kMostWarps>
 struct Ring {
   using T = TheT;
@@ -104,19 +108,21 @@ struct Ring {
   static constexpr int kSlots = std::min(4, kRingBytes / kSlotBytes / kWarps);
   static constexpr int kBytes = kWarps * kSlots * kSlotBytes;
 
+  /// Returns the nth slot of this warp.
   static __device__ Slot<T, Layout>& slot(int nth) {
     return reinterpret_cast<Slot<T, Layout>*>(dynamic_shared())[threadIdx.x / 32 * kSlots + nth];
   }
 };
 
-/// Of a block that does nothing else, and how many of those share a multiprocessor. On an H200 neither more warps nor
-/// more slots are faster.
+/// The ring of blocks that only stream tiles, and how many such blocks share a multiprocessor. On an H200 neither more
+/// warps nor more slots are faster.
 template <typename T, typename Layout>
 using ScanRing = Ring<T, Layout, 4>;
 template <typename Layout>
 constexpr int kScanBlocks = Layout::kRounds == 8 ? 2 : 3;
 
-/// How many of them registers must suffice for: compute capability 12.0 has shared memory for one.
+/// Blocks per multiprocessor that the compiler must leave registers for. Compute capability 12.0 has shared memory for
+/// only one.
 template <typename Layout>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kScanOccupancy = 1;
@@ -124,36 +130,38 @@ constexpr int kScanOccupancy = 1;
 constexpr int kScanOccupancy = kScanBlocks<Layout>;
 #endif
 
-/// Says of a known number of tiles whether there is an nth.
+/// The predicate `more` of a TileStream with a known number of tiles.
 struct Upto {
   int count;
 
   __device__ bool operator()(int n) const { return n < count; }
 };
 
-/// A warp's tiles on their way through its ring: kSlots of them are being loaded at any time. more(n) says whether
-/// there is an nth tile, and lookup(n) finds in memory what row_of(n, found) needs to know where this lane's row of it
-/// is; both are called one tile before.
+/// Streams a warp's tiles through its ring; kSlots tiles are being loaded at any time. The caller provides
+///   more(n)           whether there is an nth tile
+///   lookup(n)         a value from global memory that locates this lane's row of tile n
+///   row_of(n, found)  the address of this lane's row of tile n; `found` is what lookup(n) returned
+/// more and lookup are called one tile ahead of row_of, so that the latency of the look-up is hidden.
 template <typename Slots, typename More, typename Lookup, typename RowOf>
 class TileStream {
  public:
   __device__ TileStream(Slots, More more, int head_dim, Lookup lookup, RowOf row_of)
       : head_dim_(head_dim), more_(more), lookup_(lookup), row_of_(row_of) {}
 
-  /// Calls prepare() once the first tiles are under way, and then, for each tile in turn, read(n, slot) and, when its
-  /// slot is being filled again, finish(n). All lanes call.
+  /// Starts the first loads, calls prepare(), and then for each tile n read(n, slot), which reads the slot, and
+  /// finish(n) after the slot's next load has started. All lanes call.
   template <typename Prepare, typename Read, typename Finish>
   __device__ void run(Prepare prepare, Read read, Finish finish) {
     if (more_(0)) next_ = lookup_(0);
-#pragma unroll 1  // so that each part is there once
+#pragma unroll 1  // one copy of the code of each step
     for (int n = -Slots::kSlots, nth = 0;; ++n) {
       if (n == 0) prepare();
       if (n >= 0 && !more_(n)) break;
       if (n >= 0) {
         wait_for_copies<Slots::kSlots - 1>();
-        __syncwarp();  // the other lanes' copies, too
+        __syncwarp();  // the other lanes' copies have arrived, too
         read(n, Slots::slot(nth));
-        __syncwarp();  // all have read
+        __syncwarp();  // all lanes have read the slot
       }
       load(n + Slots::kSlots, nth);
       if (n >= 0) finish(n);

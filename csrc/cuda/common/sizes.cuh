@@ -1,4 +1,4 @@
-// Sizes and lengths as kernels see them.
+// Arithmetic on sizes, and the length of a row.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,13 +9,13 @@ namespace entmaxkv::cuda {
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/// Tokens of a row, whatever seq_lens says: never more than its page table has room for.
+/// Returns the number of tokens of a row: seq_lens[row], limited to 0 ... what the row's page table has room for.
 template <typename Op>
 __device__ int length_of(const Op& op, int64_t row) {
   return max(0, min(op.seq_lens[row], op.max_pages * op.page_size));
 }
 
-/// Of a power of two.
+/// Returns the binary logarithm of a power of two.
 __device__ inline int log2_of(int power) { return __ffs(power) - 1; }
 
 }  // namespace entmaxkv::cuda

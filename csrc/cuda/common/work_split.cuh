@@ -1,4 +1,4 @@
-// How the blocks of a fixed grid divide lists of any length.
+// How the blocks of a fixed grid divide lists of any length among themselves.
 #pragma once
 
 #include "reduce.cuh"
@@ -6,12 +6,14 @@
 
 namespace entmaxkv::cuda {
 
-/// This block's even share of the items of several lists, a run of successive ones.
+/// This block's part of the items of several lists. The lists are taken as one sequence of items, and every block gets
+/// an equally long run of it.
 struct WorkSplit {
-  int list, item;  // the first
+  int list, item;  // the list of the first item, and that item's index in the list
   int items;
 
-  /// All threads call.
+  /// Computes the part of this block of kBlock threads; count(list) is the number of a list's items. All threads call
+  /// and all get the result.
   template <int kBlock, typename Count>
   __device__ static WorkSplit of_block(int lists, Count count) {
     __shared__ WorkSplit s_split;
@@ -38,7 +40,7 @@ struct WorkSplit {
     return s_split;
   }
 
-  /// Calls body(list, first, items) for the share's part of each list, of which count says how many items it has.
+  /// Calls body(list, first, items) for each list in which this block has items. `count` is as in of_block.
   template <typename Count, typename Body>
   __device__ void visit(Count count, Body body) const {
     int first = item, left = items;
@@ -52,14 +54,15 @@ struct WorkSplit {
   }
 };
 
-/// Where a block of kBlock threads can help when its list has been taken, by tiles_of(list) and taken_of(list): some
-/// list with many tiles left, another one for each block, or one that no block has begun; -1 if there is none. All
-/// threads call.
+/// Returns a list that a block of kBlock threads should help with once its own lists have no tiles left, or -1.
+/// tiles_of(list) is the number of a list's tiles and taken_of(list) how many of them warps have taken. Eligible are
+/// lists with at least kWorthIt tiles left and lists that no block has begun; weights that differ between blocks make
+/// them choose different lists. All threads call and all get the result.
 template <int kBlock, typename Tiles, typename Taken>
-__device__ int list_in_need(int lists, Tiles tiles_of, Taken taken_of) {
-  constexpr int kWorthIt = 16;  // tiles
+__device__ int list_with_work_left(int lists, Tiles tiles_of, Taken taken_of) {
+  constexpr int kWorthIt = 16;  // least number of tiles for which help pays
   __shared__ unsigned long long s_most;
-  __syncthreads();  // the one of an earlier call has been read
+  __syncthreads();  // all threads have read the result of an earlier call
   if (threadIdx.x == 0) s_most = 0;
   __syncthreads();
   unsigned long long most = 0;
@@ -74,18 +77,21 @@ __device__ int list_in_need(int lists, Tiles tiles_of, Taken taken_of) {
   return s_most > 0 ? static_cast<int>(s_most & 0xffffffffu) : -1;
 }
 
-/// The tiles of a list that a warp takes: runs of them, each when no other warp has. They are asked for one run ahead.
-class Tickets {
+/// A work queue of a list's tiles, shared by the warps of all blocks. A warp takes runs of successive tiles from the
+/// counter `taken` in global memory, and asks for the next run while it works on the last.
+class TileQueue {
  public:
-  static constexpr int kHeld = 8;  // of the latest
-  static constexpr int kMostRun = 4;
+  static constexpr int kHeld = 8;     // the latest tiles of a warp that tile() knows
+  static constexpr int kMostRun = 4;  // most tiles of a run
 
-  __device__ Tickets(uint32_t* taken, int tiles, int* s_held)
+  /// s_held [kHeld]: shared memory of this warp. All lanes call.
+  __device__ TileQueue(uint32_t* taken, int tiles, int* s_held)
       : taken_(taken), tiles_(tiles), run_(max(1, min(tiles / 2048, kMostRun))), s_held_(s_held) {
     ask();
   }
 
-  /// Whether the warp has an nth tile. All lanes call, with no n more than one above the last.
+  /// Returns whether the warp has an nth tile. All lanes call. n is at most one above the largest n so far, and one of
+  /// the last kHeld.
   __device__ bool more(int n) {
     if (n == known_) {
       if (left_ == 0) {
@@ -100,6 +106,7 @@ class Tickets {
     return tile(n) < tiles_;
   }
 
+  /// Returns the index in the list of the warp's nth tile.
   __device__ int tile(int n) const { return s_held_[n % kHeld]; }
 
  private:

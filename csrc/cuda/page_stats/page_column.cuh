@@ -1,18 +1,18 @@
-// Statistics of one page, shared by append_kv and page_stats: one thread per dimension and pair of statistics.
+// The statistics of one dimension of one page, by one thread: for append_kv and page_stats.
 #pragma once
 
 #include "../common/element.cuh"
 
 namespace entmaxkv::cuda {
 
-/// One dimension of the keys of a page. Up to kRun of them are on their way together, and a page of no more is read
-/// once.
+/// One dimension of the keys of a page. kRun keys are loaded at once. Of a page of at most kRun tokens the keys stay in
+/// registers, so that a second visit does not read them again.
 template <typename T>
 class PageColumn {
  public:
   __device__ PageColumn(const T* keys, int64_t stride, int tokens) : keys_(keys), stride_(stride), tokens_(tokens) {}
 
-  /// Calls body(key, odd) for each key in the order of the slots.
+  /// Calls body(key, odd) for each key in the order of the slots; odd is whether the slot's index is odd.
   template <typename Body>
   __device__ void visit(Body body) {
     for (int first = 0; first < tokens_; first += kRun) {
@@ -44,7 +44,8 @@ class PageColumn {
   T run_[kRun];
 };
 
-/// Renews dimension d of k_min and k_max of a physical page that holds `tokens` > 0 keys, visible to this thread.
+/// Writes dimension d of k_min and k_max, if there are these statistics, of a physical page with `tokens` > 0 keys. The
+/// keys must be visible to this thread. Any thread may call.
 template <typename T>
 __device__ void summarise_bounds(const Rows& k_pages, const PageStatistics& statistics, int64_t page, int kv_head,
                                  int tokens, int d) {
@@ -52,14 +53,14 @@ __device__ void summarise_bounds(const Rows& k_pages, const PageStatistics& stat
   PageColumn<T> column(k_pages.at<T>(page, kv_head) + d, k_pages.stride[2], tokens);
   float low = -kNothing, high = kNothing;
   column.visit([&](float key, bool) {
-    low = key < low || key != key ? key : low;  // NaN stays
+    low = key < low || key != key ? key : low;  // a NaN stays
     high = key > high || key != key ? key : high;
   });
   statistics.k_min.at<T>(page, kv_head)[d] = from_float<T>(low);
   statistics.k_max.at<T>(page, kv_head)[d] = from_float<T>(high);
 }
 
-/// The same for k_mean and k_std.
+/// Does the same for k_mean and k_std.
 template <typename T>
 __device__ void summarise_moments(const Rows& k_pages, const PageStatistics& statistics, int64_t page, int kv_head,
                                   int tokens, int d) {
@@ -67,9 +68,9 @@ __device__ void summarise_moments(const Rows& k_pages, const PageStatistics& sta
   PageColumn<T> column(k_pages.at<T>(page, kv_head) + d, k_pages.stride[2], tokens);
   float sum = 0;
   column.visit([&](float key, bool) { sum += key; });
-  // Corrected by the mean distance from it: what the first sum has lost to rounding comes back.
+  // The mean distance from `centre`, added to it, corrects the rounding of the first sum.
   const float centre = sum / tokens;
-  float drift = 0, squares = 0, odd_squares = 0;  // two short sums round less than one long one
+  float drift = 0, squares = 0, odd_squares = 0;  // two short sums have less rounding than one long sum
   column.visit([&](float key, bool odd) {
     const float distance = key - centre;
     drift += distance;

@@ -1,4 +1,4 @@
-// select_sketch, step 2: the floor of a query head, from the exact scores of tokens that the scan has named.
+// select_sketch, step 2: the floor of a query head, from the exact scores of the chunks' best tokens (scratch.cuh).
 #pragma once
 
 #include "../common/ring.cuh"
@@ -7,8 +7,8 @@
 
 namespace entmaxkv::cuda::sketch_selection {
 
-/// Of the tokens that the scan has named, those of the highest bounds of each class, -1 where there are no more. All
-/// threads call.
+/// Sets s_tokens to the kExact / kClasses tokens with the highest bounds of each class among the chunks' best tokens,
+/// or to -1 where there are no more. All threads call; the caller must add a barrier.
 __device__ inline void choose_exact(const Scratch& scratch, int64_t row_head, int chunks,
                                     int (&s_tokens)[sketch::kExact]) {
   constexpr int kOfClass = sketch::kExact / kClasses, kOwn = kMostChunks / 32;
@@ -38,9 +38,9 @@ __device__ inline void choose_exact(const Scratch& scratch, int64_t row_head, in
 
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, Scratch scratch, bool vectors) {
-  take_turn();
-  constexpr int kLanes = 8, kCount = 16 / sizeof(T);            // of a key
-  constexpr int kOwn = sketch::kExact * kLanes / kTeamThreads;  // keys of a lane
+  wait_for_previous_kernel();
+  constexpr int kLanes = 8, kCount = 16 / sizeof(T);            // lanes per key, elements of a word
+  constexpr int kOwn = sketch::kExact * kLanes / kTeamThreads;  // keys that a thread works for
   __shared__ float s_q[kMaxHeadDim];
   __shared__ int s_tokens[sketch::kExact];
   __shared__ float s_scores[sketch::kExact];
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, 
     own_square += s_q[d] * s_q[d];
   }
   choose_exact(scratch, at, ceil_div(seq_len, chunk_of(seq_len)), s_tokens);
-  const float q_norm = sqrtf(sum<kTeamThreads>(own_square));  // the barrier in it: query and tokens are there
+  const float q_norm = sqrtf(sum<kTeamThreads>(own_square));  // its barrier also orders s_q and s_tokens
   const float slope = op.scoring.slope(head);
   const T* keys[kOwn];
   int tokens[kOwn];
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, 
   if (best > kNothing && best < -kNothing) {
     const float depth = entmax.is_softmax() ? sketch::kBelow : static_cast<float>(entmax.beta);
     const float origin = entmax.is_softmax() ? kNothing : best - depth * (1 + 0x1p-20f);
-    float most_square = 0;  // of those that the threshold depends on
+    float most_square = 0;  // largest squared norm of the keys that the threshold depends on
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (scores[i] > origin) most_square = fmaxf(most_square, squares[i]);
       if (thread % kLanes == 0) s_scores[i * (kTeamThreads / kLanes) + thread / kLanes] = scores[i];
     }
-    most_square = largest<kTeamThreads>(most_square);  // the barrier in it: all scores are there
+    most_square = largest<kTeamThreads>(most_square);  // its barrier also orders s_scores
     double found;
     if (entmax.is_softmax()) {
       found = best + logf(sum<kTeamThreads>(thread < sketch::kExact ? expf(s_scores[thread] - best) : 0)) - depth;

@@ -1,5 +1,5 @@
-// select_sketch, step 1: a warp bounds the scores of a chunk of tokens by plane 0 of their codes, and names tokens with
-// high bounds.
+// select_sketch, step 1: a warp bounds the scores of a chunk of tokens by plane 0 of their codes. It writes the bounds,
+// and the token with the highest bound of each class of the chunk.
 #pragma once
 
 #include "../common/work_split.cuh"
@@ -9,7 +9,7 @@ namespace entmaxkv::cuda::sketch_selection {
 
 template <int kWords>
 __global__ void __launch_bounds__(kScanThreads, kOccupancy<kWords>) scan(SelectSketch op, Scratch scratch) {
-  take_turn();
+  wait_for_previous_kernel();
   __shared__ Numbers s_numbers;
   const int parts = CodeHeads::parts(op), lists = op.batch * op.kv_heads * parts;
   const auto chunks_of = [&](int list) {

@@ -1,6 +1,8 @@
-// The codes of a sketch times queries, on tensor cores. Products are those of whole numbers: tokens as rows, as columns
-// the high and the low 7 bits of the numbers of up to kHeads query heads. A dot product does not care for the order of
-// its dimensions: a lane multiplies a run of successive bytes of a row of codes.
+// Dot products of a sketch's codes with query heads, on tensor cores, by one warp.
+//   codes [64 tokens, dims] in 0 ... 3, queries [4 heads, dims] as integers of 15 bits -> products [64, 4], exact
+// The rows of the integer matrix product are tokens. Its 8 columns are the high parts of the queries of kHeads heads,
+// and then their low parts of 7 bits. The order of dimensions does not change a dot product: so a lane multiplies
+// successive bytes of a token's codes.
 #pragma once
 
 #include "../../sketch.h"
@@ -12,14 +14,15 @@ namespace entmaxkv::cuda {
 namespace sketch_tile {
 
 constexpr int kHeads = 4;    // query heads that share one reading of the codes
-constexpr int kTokens = 64;  // that a warp multiplies together: 4 matrices of 16 rows
+constexpr int kTokens = 64;  // tokens of a tile, which a warp multiplies together: 4 matrices of 16 rows
 constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32;
 
-/// The query heads of a block: of a KV head, up to kHeads.
+/// Up to kHeads query heads of a KV head, which read its codes together.
 struct CodeHeads {
   int64_t row;
   int kv_head, first, count;
 
+  /// Returns how many such parts the query heads of a KV head make.
   static __host__ __device__ int parts(const Sizes& sizes) { return ceil_div(sizes.group, kHeads); }
 
   __device__ CodeHeads(const Sizes& sizes, int64_t row, int kv_head, int part)
@@ -28,11 +31,11 @@ struct CodeHeads {
         first(kv_head * sizes.group + part * kHeads),
         count(min(kHeads, sizes.group - part * kHeads)) {}
 
-  /// Of the h-th, 0 behind the last.
+  /// Returns the ALiBi slope of the h-th head, 0 if there is none.
   __device__ float slope(const SelectSketch& op, int h) const { return h < count ? op.scoring.slope(first + h) : 0; }
 };
 
-/// A query, rotated: a lane has dimensions lane, 32 + lane, ... All lanes call every function.
+/// A rotated query (sketch.h): of[i] is dimension 32 i + lane. All lanes call every function.
 struct Rotated {
   static constexpr int kOwn = sketch::kMaxDims / 32;
   float of[kOwn];
@@ -69,6 +72,7 @@ struct Rotated {
     }
   }
 
+  /// Returns the Euclidean norm to all lanes.
   __device__ float norm() const {
     float squares = 0;
 #pragma unroll
@@ -76,7 +80,7 @@ struct Rotated {
     return sqrtf(sum<32>(squares));
   }
 
-  /// NaN if some coordinate is.
+  /// Returns the largest absolute value of a coordinate to all lanes, NaN if some coordinate is NaN.
   __device__ float largest() const {
     float most = 0;
 #pragma unroll
@@ -85,7 +89,7 @@ struct Rotated {
   }
 };
 
-/// A query times the scale.
+/// Returns the rotated query of a head, times the scale. All lanes call.
 __device__ Rotated rotated(const SelectSketch& op, int64_t row, int head) {
   switch (op.dtype) {
     case Dtype::kFloat16:
@@ -97,17 +101,17 @@ __device__ Rotated rotated(const SelectSketch& op, int64_t row, int head) {
   }
 }
 
-/// Queries as whole numbers.
+/// The rotated queries of up to kHeads heads as integers, in shared memory.
 struct Numbers {
-  static constexpr int kColumns = 8;  // the high parts of kHeads, then the low ones
+  static constexpr int kColumns = 8;  // the high parts of kHeads heads, then the low parts
   alignas(16) int8_t values[kColumns][sketch::kMaxDims];
   sketch::QueryCode codes[kHeads];
 
-  /// All threads of a block of kScanThreads call.
+  /// Sets the numbers of these heads. All threads of a block of kScanThreads call; a barrier follows.
   __device__ void set(const SelectSketch& op, const CodeHeads& heads) {
     static_assert(kScanWarps == kHeads);
     const int h = threadIdx.x / 32, lane = threadIdx.x % 32, dims = sketch::dims_of(op.head_dim);
-    __syncthreads();  // the numbers of earlier heads have been read
+    __syncthreads();  // all threads have read the numbers of earlier heads
     const bool there = h < heads.count;
     const Rotated r = rotated(op, heads.row, heads.first + (there ? h : 0));
     const float largest = r.largest(), norm = r.norm();
@@ -133,7 +137,8 @@ struct Numbers {
   }
 };
 
-/// C += A B of 16 rows of unsigned and 8 columns of signed bytes, over 32 dimensions. All lanes call.
+/// C += A B on a tensor core, A [16 rows, 32] of unsigned bytes, B [32, 8 columns] of signed bytes, in the fragment
+/// layout of PTX mma.m16n8k32. All lanes call.
 __device__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef EMULATE_CUDA
   emulation::multiply_bytes(c, a, b0, b1);  // tests/emulation
@@ -144,14 +149,15 @@ __device__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 #endif
 }
 
-/// What a lane does of the product of kTokens tokens: it multiplies kWords words of each of the rows of its tokens, and
-/// gets the products of four successive ones with two heads.
-///   lane = 4 g + t; row r of matrix i is token 4 r + i; a lane multiplies rows g and g + 8; t < 2 gets row g, others
-///   row g + 8, of heads 2 (t % 2) and 2 (t % 2) + 1.
+/// A lane's part of the product of a tile: it multiplies kWords words of each row of its tokens, and gets the products
+/// of four successive tokens with two heads. With lane = 4 g + t:
+///   matrix i has as row r the token 4 r + i of the tile
+///   the lane multiplies rows g and g + 8 of each matrix
+///   the lane gets the products of row g (t < 2) or g + 8 (t >= 2) with heads 2 (t % 2) and 2 (t % 2) + 1
 template <int kWords>
 struct Lane {
   static constexpr int kFragments = 4 * kWords;
-  uint32_t fragments[kFragments];  // of the query numbers: one column's, four dimensions each
+  uint32_t fragments[kFragments];  // this lane's column of the query numbers, four dimensions per word
 
   static __device__ int part() { return threadIdx.x % 4; }
   static __device__ int row(int which) { return static_cast<int>(threadIdx.x % 32) / 4 + 8 * which; }
@@ -167,7 +173,7 @@ struct Lane {
     }
   }
 
-  /// The products of 16 rows: words[w][m] is word m of this lane's part of row(w). All lanes call.
+  /// Multiplies one matrix; words[w][m] is word m of this lane's part of row(w). All lanes call.
   __device__ void multiply(const uint32_t (&words)[2][kWords], int (&products)[2]) const {
     int c[4] = {};
 #pragma unroll
@@ -180,7 +186,7 @@ struct Lane {
       }
       multiply_bytes(c, a, fragments[f], fragments[f + 1]);
     }
-    // Columns 0 ... 3 are high parts, 4 ... 7 low ones: lane ^ 2 has the other part of this lane's row.
+    // Columns 0 ... 3 are high parts, columns 4 ... 7 low parts. Lane ^ 2 has the other part for this lane's row.
     const bool lower = part() < 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -190,6 +196,7 @@ struct Lane {
   }
 };
 
+/// Loads this lane's words of a row of codes.
 template <int kWords>
 __device__ void load_words(uint32_t (&to)[kWords], const uint8_t* from) {
   if constexpr (kWords % 4 == 0) {
@@ -204,14 +211,14 @@ __device__ void load_words(uint32_t (&to)[kWords], const uint8_t* from) {
   }
 }
 
-/// Where the sketch of the tokens of a row and KV head is, for a lane: its part of rows of codes, and norms.
+/// Finds the sketch of the tokens of a (row, KV head): this lane's part of rows of codes, and the norms.
 template <int kWords>
 struct SketchPages {
   static constexpr int kRowBytes = 16 * kWords;
 
-  const uint8_t *codes, *norms;  // in page 0
+  const uint8_t *codes, *norms;  // those of page 0
   const int32_t* table;
-  uint32_t page_codes, page_norms;  // bytes
+  uint32_t page_codes, page_norms;  // bytes from one page to the next
   int page_size, page_bits;
 
   __device__ SketchPages(const SelectSketch& op, int64_t row, int kv_head)
@@ -225,12 +232,12 @@ struct SketchPages {
 
   __device__ uint32_t page(int token) const { return static_cast<uint32_t>(table[token >> page_bits]); }
 
-  /// Of a token of the page; those of the next one in it are kRowBytes further.
+  /// Returns the address of a token's codes. The codes of the page's next token are kRowBytes further.
   __device__ const uint8_t* codes_of(uint32_t page, int token, int plane) const {
     return codes + uint64_t{page} * page_codes + ((plane << page_bits) + slot(token)) * kRowBytes;
   }
 
-  /// Of four successive tokens.
+  /// Returns scales (0), coarse norms (1) or fine norms (2) of four successive tokens of the page, a byte each.
   __device__ uint32_t norms_of(uint32_t page, int token, int which) const {
     return __ldg(
         reinterpret_cast<const uint32_t*>(norms + uint64_t{page} * page_norms + ((which << page_bits) + slot(token))));
@@ -240,13 +247,13 @@ struct SketchPages {
   __device__ int slot(int token) const { return token & (page_size - 1); }
 };
 
-/// The codes of kTokens successive tokens, and scale and coarse norm of a lane's four.
+/// Plane 0 of a tile: this lane's part of the codes, and the scales and coarse norms of its four tokens.
 template <int kWords>
 struct Coarse {
   uint32_t words[4][2][kWords];
   uint32_t scales, norms;
 
-  /// Behind the last token, whatever there is in its page.
+  /// Loads the tile that begins at token `first`. Codes behind the row's token `last` are arbitrary. All lanes call.
   __device__ void load(const SketchPages<kWords>& pages, int first, int last) {
     uint32_t page[2];
 #pragma unroll
@@ -264,7 +271,7 @@ struct Coarse {
   }
 };
 
-/// A byte of a word; with less work than a conversion.
+/// Returns a byte of a word as a float, with fewer instructions than a conversion.
 __device__ float byte_of(uint32_t word, int nth) {
   return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 + nth)) - 0x1p23f;
 }

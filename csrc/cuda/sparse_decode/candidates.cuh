@@ -1,4 +1,4 @@
-// Which tokens of long lists can have weight, as far as it is known while they are scored.
+// Finds the candidates of long lists while their tokens are scored: the tokens that no bound known so far rules out.
 #pragma once
 
 #include "near_tokens.cuh"
@@ -6,23 +6,23 @@
 
 namespace entmaxkv::cuda {
 
-/// Results between the launches, per (row, query head).
+/// Intermediate results in global memory that `score` writes and `solve` reads.
 struct Scratch {
   static constexpr int kBests = 128;
-  static constexpr int kApart = 64;  // so that not all of memory's traffic is for one line
+  static constexpr int kCounterStride = 64;  // words between counters, so that they lie in different cache lines
 
-  int capacity;     // tokens of the longest list, in whole tiles
-  float* scores;    // [batch, q_heads, capacity] where alive
-  int32_t* places;  // [batch, q_heads, capacity] in the list, of the tokens that can have weight
-  uint32_t* alive;  // [batch, q_heads, capacity / 32]
+  int capacity;          // tokens of the longest list, in whole tiles
+  float* scores;         // [batch, q_heads, capacity] by place in the list; written for candidates only
+  int32_t* places;       // [batch, q_heads, capacity] places in the list of candidates, and then of near tokens
+  uint32_t* candidates;  // [batch, q_heads, capacity / 32] bit i of word w: whether token 32 w + i is a candidate
   // Zeros before step 1:
-  uint32_t* taken;   // [batch, groups, kApart] of which the first: tiles that warps have taken
-  uint32_t* bests;   // [batch, q_heads, kBests] best scores of different parts of the list, ordered
-  uint32_t* living;  // [batch, q_heads] tokens alive
+  uint32_t* taken;             // [batch, groups, kCounterStride] first word of each: tiles that warps have taken
+  uint32_t* bests;             // [batch, q_heads, kBests] best scores of different parts of the list, as ordered()
+  uint32_t* candidate_counts;  // [batch, q_heads] number of candidates
 
   __host__ __device__ int tiles() const { return capacity / kTileRows; }
 
-  /// Lays the arrays out from `memory` on, and says how many bytes they take.
+  /// Places the arrays one after the other from `memory` on. Returns how many bytes they take.
   int64_t place(const SparseDecode& op, void* memory) {
     const int64_t heads = int64_t{op.batch} * op.q_heads;
     int64_t bytes = 0;
@@ -30,35 +30,36 @@ struct Scratch {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + bytes);
       bytes += heads * count * 4;
     };
-    take(taken, kApart);  // there are no more groups than heads
+    take(taken, kCounterStride);  // a row has at most as many groups as heads
     take(bests, kBests);
-    take(living, 1);
+    take(candidate_counts, 1);
     take(scores, capacity);
     take(places, capacity);
-    take(alive, tiles());
+    take(candidates, tiles());
     return bytes;
   }
 };
 
-/// Whether blocks tell each other their best scores: where few tokens are selected that takes longer than it saves.
-__device__ inline bool tell_bests(const SparseDecode& op, const TokenList& list) {
+/// Returns whether blocks exchange their best scores. For a list of few selected tokens that costs more than it saves.
+__device__ inline bool exchange_bests(const SparseDecode& op, const TokenList& list) {
   return !op.selection || list.tokens > kFewTokens;
 }
 
-/// Which tokens of a group's heads are alive, by a block: its warps share the best scores that they have seen, and
-/// below which score no token of a head has weight. They tell the other blocks their best only from time to time: it
-/// goes through memory that all multiprocessors ask for (bench/NOTES.md).
-class Living {
+/// Decides for a block which tokens of a list are candidates of the heads of a group, tile by tile. The warps keep two
+/// values per head in shared memory: the best score so far, and a floor below which no token has weight. They exchange
+/// best scores with other blocks ever more rarely, as this goes through memory that all multiprocessors access
+/// (bench/NOTES.md). For each tile call learn, exchange and write_candidates.
+class CandidateScan {
  public:
   struct Shared {
-    uint32_t best[kTileHeads], least[kTileHeads];  // scores, ordered
+    uint32_t best[kTileHeads], floor[kTileHeads];  // scores, as ordered()
   };
 
-  __device__ Living(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group, bool tells,
-                    Shared& shared)
+  __device__ CandidateScan(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group,
+                           bool exchanges, Shared& shared)
       : scratch_(scratch),
         group_(group),
-        tells_(tells),
+        exchanges_(exchanges),
         first_(row * op.q_heads + group.first_head),
         alpha_(op.alpha),
         s_(shared) {
@@ -69,12 +70,12 @@ class Living {
     }
   }
 
-  /// Before the first tile. All threads call, and then __syncthreads.
+  /// Resets the shared memory. All threads call before the first tile, and then __syncthreads.
   __device__ void begin() const {
-    if (threadIdx.x < kTileHeads) s_.best[threadIdx.x] = s_.least[threadIdx.x] = 0;
+    if (threadIdx.x < kTileHeads) s_.best[threadIdx.x] = s_.floor[threadIdx.x] = 0;
   }
 
-  /// Takes the scores of a tile into account, of its first `tokens` tokens. All lanes call.
+  /// Raises the best scores by the scores of the first `tokens` tokens of a tile. All lanes call.
   __device__ void learn(int tokens, const Products& scores) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -88,70 +89,74 @@ class Living {
     __syncwarp();
   }
 
-  /// Tells the other blocks, after the nth of this warp's tiles ever more rarely, and learns from them. All lanes call.
+  /// After this warp's nth tile: if n + 1 is a power of two, or it is the last tile, sends this lane's best scores to
+  /// other blocks; at some of these n also calls read_bests. All lanes call.
   __device__ void exchange(int n, bool last) {
-    if (!tells_ || !(last || (n & (n + 1)) == 0)) return;
+    if (!exchanges_ || !(last || (n & (n + 1)) == 0)) return;
     const int warps = blockDim.x / 32, warp = blockIdx.x * warps + threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int h = Products::head(j);
-      if (h >= group_.heads || ordered(best_[j]) <= told_[j]) continue;
-      told_[j] = ordered(best_[j]);
-      atomicMax(bests(h) + (8 * warp + lane / 4) % Scratch::kBests, told_[j]);
+      if (h >= group_.heads || ordered(best_[j]) <= sent_[j]) continue;
+      sent_[j] = ordered(best_[j]);
+      atomicMax(bests(h) + (8 * warp + lane / 4) % Scratch::kBests, sent_[j]);
     }
-    if (n == 0 || (!last && __popc(n) % warps == warp % warps)) hear();
+    if (n == 0 || (!last && __popc(n) % warps == warp % warps)) read_bests();
   }
 
-  /// Writes the scores of a tile that are alive, and which they are. All lanes call.
-  __device__ void keep(int tile, int tokens, const Products& scores) {
+  /// Writes the scores of a tile's candidates, and the bits that say which tokens are candidates. All lanes call.
+  __device__ void write_candidates(int tile, int tokens, const Products& scores) {
     const int lane = threadIdx.x % 32;
-    bool lives[4][2], any = false;
+    bool candidate[4][2], any = false;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int h = Products::head(j);
-      const float least = fmaxf(__fsub_rd(from_ordered(s_.best[h]), reach_[j]), from_ordered(s_.least[h]));
+      const float floor = fmaxf(__fsub_rd(from_ordered(s_.best[h]), reach_[j]), from_ordered(s_.floor[h]));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        lives[i][j] = h < group_.heads && Products::row(i) < tokens && !(scores.of[i][j] < least);  // NaN lives
-        any |= lives[i][j];
+        // A NaN stays a candidate.
+        candidate[i][j] = h < group_.heads && Products::row(i) < tokens && !(scores.of[i][j] < floor);
+        any |= candidate[i][j];
       }
     }
-    uint32_t alive = 0;  // of head `lane`
+    uint32_t mask = 0;  // the candidates of head `lane`
     if (__ballot_sync(kAllLanes, any)) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t all = __ballot_sync(kAllLanes, lives[i][j]);  // bit 4 g + p: row 4 g + i, head 2 p + j
-          if (lane % 2 == j) alive |= (all >> lane / 2 % 4 & 0x11111111u) << i;
-          if (lives[i][j]) {
+          const uint32_t all = __ballot_sync(kAllLanes, candidate[i][j]);  // bit 4 g + p: row 4 g + i, head 2 p + j
+          if (lane % 2 == j) mask |= (all >> lane / 2 % 4 & 0x11111111u) << i;
+          if (candidate[i][j]) {
             scratch_.scores[(first_ + Products::head(j)) * scratch_.capacity + tile * kTileRows + Products::row(i)] =
                 scores.of[i][j];
           }
         }
       }
     }
-    if (lane < group_.heads) scratch_.alive[(first_ + lane) * scratch_.tiles() + tile] = alive;
-    count_ += __popc(alive);
+    if (lane < group_.heads) scratch_.candidates[(first_ + lane) * scratch_.tiles() + tile] = mask;
+    count_ += __popc(mask);
   }
 
-  /// After the last tile. All lanes call.
+  /// Adds this warp's number of candidates to the heads' counts. All lanes call after the last tile.
   __device__ void end() const {
     const int lane = threadIdx.x % 32;
-    if (lane < group_.heads && count_ > 0) atomicAdd(scratch_.living + first_ + lane, count_);
+    if (lane < group_.heads && count_ > 0) atomicAdd(scratch_.candidate_counts + first_ + lane, count_);
   }
 
  private:
   __device__ uint32_t* bests(int h) const { return scratch_.bests + (first_ + h) * Scratch::kBests; }
 
-  /// Takes all blocks' best scores into account. Of those at most some depth beneath the best, the threshold is no
-  /// lower than where they have a mass of 1, were they all down there. Levels may stand two steps and its kEnough below
-  /// the threshold, and all that is above them must live: hence kMargin. All lanes call.
-  __device__ void hear() const {
-    constexpr int kHeads = 4, kLanes = 32 / kHeads;  // at once, and of each
+  /// Raises the best scores and floors by the best scores of all blocks. Let n of these be at most `depth` below the
+  /// best. If all n were exactly that deep, their mass would be 1 at some threshold: the true threshold is at least
+  /// that one. The floor is kMargin lower, because the solver searches from a level (class Levels) that may be two
+  /// steps and what kEnough adds below the threshold, and every token above that level must be a candidate. All lanes
+  /// call.
+  __device__ void read_bests() const {
+    constexpr int kHeads = 4, kLanes = 32 / kHeads;  // heads at once, and lanes for each
     constexpr int kOwn = Scratch::kBests / kLanes / 4;
     constexpr int kDepths = 4, kBits = 8;
-    constexpr float kDepth = 1.0f / 8, kMargin = 1e-3f + 2 * Levels::kStep;  // of beta
+    constexpr float kDepth = 1.0f / 8, kMargin = 1e-3f + 2 * Levels::kStep;  // in units of beta
     static_assert(Scratch::kBests < 1 << kBits);
     const int lane = threadIdx.x % 32;
     for (int first = 0; first < group_.heads; first += kHeads) {
@@ -189,7 +194,7 @@ class Living {
       if (lane % kLanes == 0) {
         atomicMax(&s_.best[h], best);
         const float safe = __fsub_rd(top, (kMargin - threshold) * entmax.beta);
-        if (Weights::are_in_float(entmax) && safe > kNothing) atomicMax(&s_.least[h], ordered(safe));
+        if (Weights::are_in_float(entmax) && safe > kNothing) atomicMax(&s_.floor[h], ordered(safe));
       }
     }
     __syncwarp();
@@ -197,14 +202,14 @@ class Living {
 
   const Scratch& scratch_;
   const HeadGroup& group_;
-  bool tells_;
-  int64_t first_;  // head of the group, rows counted in
+  bool exchanges_;
+  int64_t first_;  // row * q_heads + first head of the group
   const Alpha& alpha_;
   Shared& s_;
-  float reach_[2];                        // how far below the best score a token is alive
-  float best_[2] = {kNothing, kNothing};  // of this lane's rows
-  uint32_t told_[2] = {0, 0};             // of those
-  uint32_t count_ = 0;                    // tokens alive of head `lane`
+  float reach_[2];                        // a token this far below the best score has no weight
+  float best_[2] = {kNothing, kNothing};  // best scores of this lane's rows
+  uint32_t sent_[2] = {0, 0};             // the best scores that were sent last, as ordered()
+  uint32_t count_ = 0;                    // this warp's candidates of head `lane`
 };
 
 }  // namespace entmaxkv::cuda

@@ -1,6 +1,5 @@
-// Lists cut into chunks, and how a block goes through the keys and values of its chunks. The cuts depend on the length
-// of a list alone, so that neither other rows nor the room in its table change a bit of what is added up chunk by
-// chunk.
+// How lists are cut into chunks, and how a block loads the keys and values of its chunks. The cuts depend only on the
+// length of the list. So other rows and the size of the page table do not change a bit of the sums over chunks.
 #pragma once
 
 #include "../common/work_split.cuh"
@@ -8,43 +7,48 @@
 
 namespace entmaxkv::cuda {
 
-/// Small enough that blocks end together, large enough that results of chunks are little to write and read.
-constexpr int kLeastChunk = 128, kMostChunk = 2048, kWantedChunks = 128;
+/// Tokens of a chunk, and the number of chunks of a list up to which chunks do not grow. Chunks are small enough that
+/// all blocks end at nearly the same time, and large enough that the results of chunks are little memory traffic.
+constexpr int kLeastChunk = 128, kMostChunk = 2048, kTargetChunks = 128;
 
-/// Tokens of a chunk of a list.
+/// Returns the number of tokens of a chunk of a list with `tokens` tokens.
 __host__ __device__ constexpr int chunk_size(int tokens) {
   int size = kLeastChunk;
-  while (size < kMostChunk && size * kWantedChunks < tokens) size *= 2;
+  while (size < kMostChunk && size * kTargetChunks < tokens) size *= 2;
   return size;
 }
 
 __host__ __device__ constexpr int chunks_of(int tokens) { return ceil_div(tokens, chunk_size(tokens)); }
 
-/// Of any list with at most that many tokens.
+/// Returns an upper bound of chunks_of(n) for n <= tokens.
 constexpr int most_chunks(int tokens) {
-  return std::max(std::min(ceil_div(tokens, kLeastChunk), kWantedChunks), ceil_div(tokens, kMostChunk));
+  return std::max(std::min(ceil_div(tokens, kLeastChunk), kTargetChunks), ceil_div(tokens, kMostChunk));
 }
 
-/// Lists, one per row and group of heads, are divided in units of kLeastChunk.
+/// Returns the number of units of a list. Units of kLeastChunk tokens are what WorkSplit divides; there is one list per
+/// row and HeadGroup.
 __device__ inline int units_of(const TokenList& list) { return ceil_div(list.tokens, kLeastChunk); }
 
-/// One of a block's chunks: of all those that begin in its work. In shared memory.
+/// One of a block's chunks, in shared memory. A chunk belongs to the block whose part of the work contains the chunk's
+/// first unit.
 struct ListChunk {
   int64_t row;
   HeadGroup group;
   TokenList list;
-  int index;        // of the list
-  int nth;          // chunk of the list
-  int first, last;  // its tiles
-  int size;         // units
-  int end;          // of the share in this list, in units
-  int left;         // of the share in later lists
+  int index;        // index of the list
+  int nth;          // index of the chunk in the list
+  int first, last;  // its tiles are first ... last - 1
+  int size;         // units of a chunk of this list
+  int end;          // the block's units of this list end here
+  int left;         // the block's units of later lists
 
-  __device__ ListChunk() {}
+  __device__ ListChunk() {}  // for shared memory
 
+  /// Returns whether this is a chunk, and not the end of the block's work.
   __device__ bool is_there() const { return first < last; }
 
-  /// Becomes the first one, or the one behind another; then call settle.
+  /// Sets this to the first position of the block's work (begin) or to the position after `before` (follow). Call
+  /// settle afterwards.
   __device__ void begin(const SparseDecode& op, const WorkSplit& work) {
     index = work.list;
     left = work.items;
@@ -55,7 +59,7 @@ struct ListChunk {
     ++nth;
   }
 
-  /// Goes on to where a chunk is, if there is one.
+  /// Moves on to the next position that holds a chunk, if there is one.
   __device__ void settle(const SparseDecode& op) {
     constexpr int kTiles = kLeastChunk / kTileRows;
 #pragma unroll 1
@@ -80,14 +84,15 @@ struct ListChunk {
   }
 };
 
-/// The next chunks of a block, from the one that it adds up on as far as loading may be ahead.
+/// A window of a block's chunks in shared memory: from the chunk that is being added up to the chunks that are being
+/// loaded.
 struct Plan {
   static constexpr int kAhead = 4;
   ListChunk chunks[2 * kAhead];
 
   __device__ ListChunk& operator[](int n) { return chunks[n % (2 * kAhead)]; }
 
-  /// By one thread.
+  /// Plans the nth chunk. One thread calls, for n = 0, 1, ... in turn.
   __device__ void add(const SparseDecode& op, const WorkSplit& work, int n) {
     if (n == 0) {
       (*this)[0].begin(op, work);
@@ -98,20 +103,20 @@ struct Plan {
   }
 };
 
-/// The keys and values of a warp's tiles, in turn, on their way to its slots. In each chunk, all warps of a block have
-/// as many tiles: some are empty.
+/// Loads a warp's tiles into its slots: the keys of a tile, its values, the keys of the next tile, ... In each chunk
+/// all warps of a block have the same number of tiles; a warp's last tile may be empty.
 template <typename Slots>
 class Loader {
  public:
   __device__ Loader(const SparseDecode& op, Plan& s_plan) : op_(op), s_plan_(s_plan) {}
 
-  /// Once the first chunks are planned. All lanes call.
+  /// Starts at the first chunk, which must be planned. All lanes call.
   __device__ void begin() {
     tile_ = s_plan_[0].first + static_cast<int>(threadIdx.x / 32);
     look_up();
   }
 
-  /// Begins to copy the next rows. All lanes call.
+  /// Starts to copy the next 32 rows into a slot. All lanes call.
   template <typename Slot>
   __device__ void load(Slot& slot) {
     const ListChunk& chunk = s_plan_[chunk_];
@@ -131,7 +136,8 @@ class Loader {
   }
 
  private:
-  /// Finds in memory this lane's token. Behind the end of the list it is the last one.
+  /// Reads from the page table where this lane's token of the tile is. A lane behind the end of the list takes the last
+  /// token.
   __device__ void look_up() {
     const ListChunk& chunk = s_plan_[chunk_];
     if (tile_ >= chunk.last) return;

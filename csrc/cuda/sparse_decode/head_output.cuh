@@ -1,4 +1,4 @@
-// The output of a head from the tokens that can have weight: threshold, weights, and the values of those with p > 0.
+// The output of a head from its near tokens: threshold, weights, and the sum of the values of the tokens with p > 0.
 #pragma once
 
 #include "near_tokens.cuh"
@@ -8,16 +8,16 @@ namespace entmaxkv::cuda {
 
 static_assert(kTeamThreads >= kMaxHeadDim);
 
-/// Tokens whose values are added up together.
+/// Tokens whose values a block adds up together, in shared memory.
 template <typename T>
 struct Chunk {
   static constexpr int kTokens = kFewTokens;
-  static constexpr int kDims = 8;  // of a thread
+  static constexpr int kDims = 8;  // dimensions that a thread adds up
   float weights[kTokens];
   const T* values[kTokens];
   float sums[kTeamThreads * kDims];
 
-  /// All threads call.
+  /// Sets the first `count` tokens from their weights and places. All threads call; a barrier follows.
   __device__ void fill(const Rows& v_pages, const TokenList& list, int kv_head, const float* from_weights,
                        const int32_t* places, int count) {
     __syncthreads();  // the tokens of an earlier call have been read
@@ -28,8 +28,8 @@ struct Chunk {
     __syncthreads();
   }
 
-  /// sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call, and fill before they
-  /// call again.
+  /// Returns sum_i weights[i] values[i][d], i < count, for dimension d = threadIdx.x. All threads call. Between two
+  /// calls there must be a barrier; fill has one.
   __device__ float sum(int head_dim, bool vectors, int count) {
     const int columns = ceil_div(head_dim, kDims), tokens_at_once = kTeamThreads / columns;
     const int column = threadIdx.x % columns, offset = threadIdx.x / columns;
@@ -52,11 +52,11 @@ struct Chunk {
   }
 
  private:
-  /// Adds every step-th token, from the first on, of kDims dimensions from d on.
+  /// Adds dimensions d ... d + kDims - 1 of the tokens first, first + step, ... to `own`.
   template <bool kVectors>
   __device__ void add(float (&own)[kDims], int head_dim, int d, int first, int step, int count) const {
     constexpr int kCount = 16 / sizeof(T), kWords = kDims / kCount;
-    constexpr int kAtOnce = kVectors ? 4 : 1;  // tokens
+    constexpr int kAtOnce = kVectors ? 4 : 1;  // tokens in flight
 #pragma unroll 1
     for (int i = first; i < count; i += kAtOnce * step) {
       uint4 words[kAtOnce][kWords];
@@ -84,23 +84,24 @@ struct Chunk {
   }
 };
 
-/// What a team adds up to the output of a head.
+/// Computes and writes the output, tau and support of one (row, query head).
 template <typename T>
 struct HeadOutput {
   const SparseDecode& op;
   const TokenList& list;
   int64_t row;
   int head, kv_head;
-  bool vectors;  // values can be read 16 bytes at a time
+  bool vectors;  // whether values can be read 16 bytes at a time
 
-  /// From a head's near tokens. All threads call: of one block, if the tokens are few, else of the team.
+  /// Writes the output from the head's near tokens. If they are few, all threads of one block call, else all threads of
+  /// the team.
   __device__ void write(Team& team, const Entmax<double>& entmax, NearTokens near, NearMemory& memory,
                         Chunk<T>& s_chunk) const {
     const bool few = near.are_few();
     const auto value_of = [&](int i) {
       return i < near.count ? list.row<T>(op.v_pages, kv_head, near.places[i]) : nullptr;
     };
-    const T* value = few ? value_of(threadIdx.x) : nullptr;  // the first, looked up while the threshold is sought
+    const T* value = few ? value_of(threadIdx.x) : nullptr;  // the first load overlaps the search for the threshold
     const Weights weights =
         find_weights(team, entmax, {near.scores, near.count, near.origin, near.parts, memory.many.ends}, few);
     float total = 0;
@@ -154,7 +155,7 @@ struct HeadOutput {
       }
     }
     if (!op.alpha.is_valid(head)) support = 0;
-    const bool undefined = support == 0 && list.tokens > 0;  // some score is no number, or alpha is none
+    const bool undefined = support == 0 && list.tokens > 0;  // some score is NaN, or alpha is not valid
     const int64_t at = row * op.q_heads + head;
     if (threadIdx.x == 0) {
       op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? weights.tau : 0;

@@ -1,4 +1,5 @@
-// Which tokens of a head can have weight: those whose scores are within beta of the best one (entmax.h).
+// The near tokens of a head: those whose scores are at or above a level that is proved to be at or below the threshold.
+// The level is at most beta below the best score (entmax.h).
 #pragma once
 
 #include "../common/ring.cuh"
@@ -6,50 +7,55 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kShort = 4096;  // tokens of a list whose scores all fit a block's shared memory
+constexpr int kShort = 4096;  // most tokens of a list whose scores all fit into a block's shared memory
 static_assert(kShort % kTeamThreads == 0);
 
-/// Parts that a list is divided in where many of its tokens are near: by its length alone.
-constexpr int kOnePart = 8 << 10, kFourParts = 128 << 10;  // tokens of the longest lists in so many
+/// Most tokens of a list that is one part, or four parts.
+constexpr int kOnePart = 8 << 10, kFourParts = 128 << 10;
 
+/// Returns how many parts a list has. The number depends only on its length.
 __host__ __device__ constexpr int parts_of(int64_t tokens) {
   return tokens <= kOnePart ? 1 : tokens <= kFourParts ? 4 : kMostParts;
 }
 
-/// The first tile of a part, or of a block's.
+/// Returns the first tile of a part, where `parts` parts (or blocks) divide a list's tiles.
 __device__ inline int first_tile(int tiles, int part, int parts) {
   return static_cast<int>(int64_t{tiles} * part / parts);
 }
 
+/// Near tokens of a head that has at most kFewTokens of them.
 struct FewTokens {
   float scores[kFewTokens];
   int32_t places[kFewTokens];
 };
 
+/// What a block keeps about the parts of a head's near tokens, where there are more.
 struct ManyTokens {
-  int ends[kMostParts];                  // of the block's parts, among its tokens
-  float sums[kMostParts][kTeamThreads];  // of the first block: what the parts add up to
-  int counts[kMostParts];                // and their tokens
+  int ends[kMostParts];                  // index, among the block's near tokens, of the end of each of its parts
+  float sums[kMostParts][kTeamThreads];  // in the team's first block: the weighted value sums of all parts
+  int counts[kMostParts];                // in the team's first block: the tokens with weight of all parts
 };
 
-/// What a block needs for near tokens.
+/// The shared memory of a block for near tokens.
 union NearMemory {
   FewTokens few;
   ManyTokens many;
 };
 
-/// A block's part of a head's near tokens, in the order of the list; all of them in shared memory, if they are few.
+/// A block's near tokens of a head, in the order of the list. If they are few, the team's first block has all of them,
+/// in shared memory.
 struct NearTokens {
-  float origin;  // Candidates
-  int total;     // of all blocks of the team
-  int count;     // of this block
+  float origin;  // as in NearScores
+  int total;     // near tokens of all blocks of the team
+  int count;     // near tokens of this block
   float* scores;
   int32_t* places;
   int parts = 1;
 
   __device__ bool are_few() const { return total <= kFewTokens; }
 
-  /// Finds where the parts of a list of so many tiles end among the tokens of this block. All threads of the team call.
+  /// Sets memory.ends: where the parts of a list of `tiles` tiles end among the near tokens of this block. All threads
+  /// of the block call; a barrier follows.
   __device__ void divide(const Team& team, int tiles, ManyTokens& memory) {
     parts = parts_of(int64_t{tiles} * kTileRows) / team.size;
     const int nth = threadIdx.x;
@@ -70,34 +76,38 @@ struct NearTokens {
   }
 };
 
-/// How far below the best score a token can have weight, rounded up: what is kept in vain gets the weight 0.
+/// Returns how far below the best score a token can have weight, rounded up. A token that is kept because of the
+/// rounding gets the weight 0.
 __device__ inline float reach_of(const Entmax<double>& entmax) {
   return static_cast<float>(entmax.beta) * (1 + 0x1p-22f);
 }
 
-/// Levels below the best score, kLevels to the last one where a token can have weight. A head's threshold is at least
-/// the first level where the tokens above it, each taken to be at the level below its own score, have a mass of 1; and
-/// above it by less than two levels and what kEnough adds. With more tokens a threshold only rises.
+/// A histogram of scores that gives a lower bound of the threshold. kLevels levels divide the range from the best score
+/// to beta below it, where weights end. The bound is the first level at which the tokens above it have a mass of 1, if
+/// each token is moved down from its score to the next level. Moving tokens down lowers the threshold, so the bound
+/// holds. The threshold is less than two steps and what kEnough adds above the bound. More tokens only raise the
+/// threshold.
 class Levels {
  public:
-  static constexpr int kLevels = 32;              // a lane's each
-  static constexpr float kStep = 1.0f / kLevels;  // of beta
+  static constexpr int kLevels = 32;              // one per lane
+  static constexpr float kStep = 1.0f / kLevels;  // distance between levels, in units of beta
 
-  /// All threads call, and then __syncthreads.
+  /// Clears the block's counts. All threads call, and then __syncthreads.
   __device__ explicit Levels(const Entmax<double>& entmax)
       : counts_(counts()), entmax_(entmax), per_level_(static_cast<float>(kLevels * entmax.gap)) {
     if (threadIdx.x < kLevels) counts_[threadIdx.x] = 0;
   }
 
-  /// Takes a token into account.
+  /// Counts a token. Any thread may call.
   __device__ void count(float best, float score) const {
     const float below = (best - score) * per_level_;
     if (below < kLevels && per_level_ > 0) atomicAdd(&counts_[static_cast<int>(fmaxf(below, 0))], 1);
   }
 
-  /// The score of the level, of all blocks' tokens. All threads of the team call.
+  /// Returns the score of the level that bounds the threshold, from the tokens of all blocks; kNothing for softmax. All
+  /// threads of the team call and all get the result.
   __device__ float least(Team& team, float best) const {
-    constexpr float kEnough = 1 + 1e-4f;  // mass, rounding included
+    constexpr float kEnough = 1 + 1e-4f;  // a mass of 1, and room for rounding
     __shared__ float s_weights[2 * kLevels], s_least;
     const int lane = threadIdx.x;
     if (lane < kLevels) {
@@ -131,7 +141,9 @@ class Levels {
   float per_level_;
 };
 
-/// The near tokens of at most kShort with all their scores, by one block. All threads call.
+/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory.
+/// The near tokens go to `few`, if they fit, else to the front of scores and places. All threads of the block call and
+/// all get the result.
 __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
                                            int32_t* places, FewTokens& few) {
   constexpr int kOwn = kShort / kTeamThreads;
@@ -167,29 +179,31 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
   return {origin, to.count, to.count, scores, places};
 }
 
-/// A list of tokens: in shared memory as far as there is room, then in memory.
-struct AliveTokens {
-  static constexpr int kRoom = 6144;  // 48 KB: two blocks share a multiprocessor of compute capability 8.0 or 9.0
+/// The candidates of a block's part of a list: the first kRoom in shared memory, the others in global memory.
+struct CandidateList {
+  static constexpr int kRoom = 6144;  // 48 KB, so that two blocks fit a multiprocessor of compute capability 8.0 or 9.0
   static constexpr int kBytes = kRoom * (sizeof(float) + sizeof(int32_t));
   static_assert(kFewTokens <= kRoom);
 
-  float* s_scores;  // [kRoom]
-  int32_t* s_places;
-  float* scores;    // of the block's part of the list, by place, until near ones are packed there
-  int32_t* places;  // from kRoom on, until then
+  float* s_scores;    // [kRoom] scores of candidates
+  int32_t* s_places;  // [kRoom] their places in the list
+  float* scores;      // in global memory: scores of the block's part of the list, by place; then of its near tokens
+  int32_t* places;    // in global memory: places of the candidates from kRoom on; then of the block's near tokens
 
-  __device__ AliveTokens(float* scores, int32_t* places)
+  __device__ CandidateList(float* scores, int32_t* places)
       : s_scores(reinterpret_cast<float*>(dynamic_shared())),
         s_places(reinterpret_cast<int32_t*>(s_scores + kRoom)),
         scores(scores),
         places(places) {}
 
+  /// The place in the list of the ith candidate.
   __device__ int32_t& place(int i) const { return i < kRoom ? s_places[i] : places[i]; }
 };
 
-/// Lists the places, from `first` on, whose bits are set; returns how many. All threads call.
-__device__ inline int list_alive(const uint32_t* alive, int tiles, int first, const AliveTokens& list) {
-  constexpr int kWords = 4;  // of a thread at a time
+/// Writes the places of the set bits of candidates [tiles] to `list`; bit 0 has place `first`. Returns their number to
+/// all threads. All threads of the block call; a barrier follows.
+__device__ inline int list_candidates(const uint32_t* candidates, int tiles, int first, const CandidateList& list) {
+  constexpr int kWords = 4;  // words that a thread reads at once
   int count = 0;
 #pragma unroll 1
   for (int from = kWords * static_cast<int>(threadIdx.x); from - kWords * static_cast<int>(threadIdx.x) < tiles;
@@ -198,7 +212,7 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
     int own = 0;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      masks[i] = from + i < tiles ? alive[from + i] : 0;
+      masks[i] = from + i < tiles ? candidates[from + i] : 0;
       own += __popc(masks[i]);
     }
     int more;
@@ -216,18 +230,24 @@ __device__ inline int list_alive(const uint32_t* alive, int tiles, int first, co
   return count;
 }
 
-/// The tokens that can have weight of those that are alive, by a team; few of them come to its first block. The best
-/// score, if it is not known, is kNothing. scores are those of the head where alive, by place; where there are too many
-/// for shared memory, each block rewrites its part of them, and of places. All threads of the team call.
-__device__ inline NearTokens near_of_alive(Team& team, const Entmax<double>& entmax, float best, const uint32_t* alive,
-                                           int tiles, float* scores, int32_t* places, NearMemory& memory) {
+/// Finds the near tokens of a head among its candidates.
+///   best                best score; kNothing if it is not known
+///   candidates [tiles]  a bit for each place of the list
+///   scores [list]       scores of the candidates, by place
+///   places [list]       scratch memory
+/// A block whose candidates do not fit into shared memory overwrites its part of scores and places. If the near tokens
+/// are few, they go to memory.few of the first block. All threads of the team call; each block gets its own near
+/// tokens.
+__device__ inline NearTokens near_of_candidates(Team& team, const Entmax<double>& entmax, float best,
+                                                const uint32_t* candidates, int tiles, float* scores, int32_t* places,
+                                                NearMemory& memory) {
   const int begin = first_tile(tiles, team.rank, team.size), end = first_tile(tiles, team.rank + 1, team.size);
   const int first = begin * kTileRows, thread = threadIdx.x;
-  const AliveTokens list(scores + first, places + first);
+  const CandidateList list(scores + first, places + first);
   const Levels levels(entmax);
-  const int living = list_alive(alive + begin, end - begin, first, list);
-  const int inside = min(living, AliveTokens::kRoom), beyond = living - inside;
-  const int32_t* beyond_places = list.places + AliveTokens::kRoom;
+  const int count = list_candidates(candidates + begin, end - begin, first, list);
+  const int inside = min(count, CandidateList::kRoom), beyond = count - inside;  // in shared memory, in global memory
+  const int32_t* beyond_places = list.places + CandidateList::kRoom;
   const auto beyond_score = [&](int i) { return scores[beyond_places[i]]; };
   float own = kNothing;
 #pragma unroll 4

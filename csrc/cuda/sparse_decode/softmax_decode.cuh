@@ -1,4 +1,4 @@
-// sparse_decode and dense_decode where alpha = 1 in every head: every token has weight, so that its value is read along
+// sparse_decode and dense_decode for alpha = 1 in every head. Every token has weight, so its value is read together
 // with its key.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The blocks that work together: a block alone, or those of a cluster, each with its part of the items.
+// A team: the blocks that solve one head together, each with its part of the list. One block, or blocks of a cluster.
 #pragma once
 
 #include "../common/cluster.cuh"
@@ -6,22 +6,25 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kTeamThreads = 256;  // of a block of a team
+constexpr int kTeamThreads = 256;  // threads of each block of a team
 
-/// Parts of a list, of which each block of a team takes one or more.
+/// Most parts that a list is divided into. Each block of a team takes one or more parts.
 constexpr int kMostParts = 8;
 static_assert(kMostParts % cluster::kMostBlocks == 0);
 
-/// All threads of all blocks call every method, in the same order, and cluster::sync before a block of several ends.
+/// All threads of all blocks of the team call every method, in the same order. A team of several blocks calls sync
+/// before a block ends.
 class Team {
  public:
   int rank, size;
 
+  /// The team of this block alone.
   static __device__ Team block() { return {0, 1}; }
-  /// The first `size` blocks of a cluster; the others end.
+
+  /// The team of the first `size` blocks of a cluster. The caller ends the other blocks.
   static __device__ Team blocks(int size) { return {cluster::rank(), size}; }
 
-  /// The combination of all threads' values, in a fixed order, for each of them.
+  /// Combines all threads' values, in a fixed order. All threads get the result.
   template <typename Value, typename Combine>
   __device__ Value reduce(Value value, Combine combine) {
     value = cuda::reduce<kTeamThreads>(value, combine);
@@ -32,8 +35,9 @@ class Team {
     return value;
   }
 
-  /// The sum over all threads and parts, of which each block has as many, by part(nth)'s values of a thread: the same
-  /// bits however the parts are divided.
+  /// Returns the sum of part(nth) over all threads and all parts of the list; each block has `of_block` parts, and
+  /// part(nth) is a thread's value for the nth of them. The result has the same bits for every division of the parts
+  /// among blocks.
   template <typename Value, typename Part>
   __device__ Value sum_of_parts(int of_block, Part part) {
     __shared__ Value s_own[2][kMostParts], s_each[kMostParts];
@@ -51,11 +55,12 @@ class Team {
     return all;
   }
 
-  /// The largest of all threads' values, NaN if any is.
+  /// Returns the largest of all threads' values, NaN if any is NaN.
   __device__ float largest(float value) {
     return reduce(value, [](float a, float b) { return larger(a, b); });
   }
 
+  /// A barrier for all threads of the team.
   __device__ void sync() const {
     if (size == 1) {
       __syncthreads();
@@ -64,13 +69,14 @@ class Team {
     }
   }
 
-  /// A shared variable as the block of that rank has it.
+  /// Returns the copy of a shared variable that block `other` of the team has. Any thread may call.
   template <typename T>
   __device__ T& of(int other, T& shared) const {
     return size == 1 ? shared : cluster::of(other, shared);
   }
 
-  /// The sum over the blocks of a number in shared memory, which must be there: for few threads.
+  /// Returns the sum of the blocks' copies of a shared number. Any thread may call once sync has ordered the copies; it
+  /// reads each of them, so only few threads should.
   __device__ int sum_of(const int& s_number) const {
     if (size == 1) return s_number;
     int sum = 0;
@@ -78,12 +84,11 @@ class Team {
     return sum;
   }
 
-  /// How many items the blocks have before this one, and all together.
   struct Part {
-    int before, total;
+    int before, total;  // items of the blocks of lower rank, and of all blocks
   };
 
-  /// From a block's own number of items, which all its threads know.
+  /// Computes the Part of this block. All threads of a block pass the block's number of items.
   __device__ Part part(int own) {
     if (size == 1) return {0, own};
     const auto& each = gather(own);
@@ -103,8 +108,9 @@ class Team {
 
   __device__ Team(int rank, int size) : rank(rank), size(size) {}
 
-  /// The blocks' values. Two calls that follow each other use different memory: the first one's has been read when the
-  /// second one's barrier opens.
+  /// Returns the values of all blocks, in shared memory of this block. All threads of a block pass the same value.
+  /// Calls alternate between two variables: one is not overwritten before the next call's barrier, and all have read it
+  /// by then.
   template <typename Value>
   __device__ const Each<Value>& gather(const Value& own) {
     __shared__ Value s_own[2];

@@ -1,17 +1,17 @@
-// The tokens that a KV head of a row attends to, in ascending order: the selected ones, those of the selected pages,
-// or all.
+// The list of tokens that one (row, KV head) reads, in ascending order: the selected tokens, the tokens of the selected
+// pages, or all tokens.
 #pragma once
 
 #include "../common/matrix_product.cuh"
 
 namespace entmaxkv::cuda {
 
-/// The tokens that one KV head of one row attends to.
+/// The list of one (row, KV head). A place is an index in the list, a position is an index in the row.
 struct TokenList {
-  const int32_t* selected;  // null: all pages
+  const int32_t* selected;  // selected pages or tokens; null: all pages
   const int32_t* table;
   int page_size, page_bits;
-  int entry_bits;  // log2 of the tokens of an entry of the list, a page or one
+  int entry_bits;  // log2 of the tokens per entry of `selected`: page_bits, or 0 if entries are tokens
   int seq_len;
   int tokens;
 
@@ -34,20 +34,21 @@ struct TokenList {
 
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
 
-  /// Of the token at a place of the list.
+  /// Position, page and slot of the token at a place of the list.
   __device__ int position(int place) const {
     return (entry(place >> entry_bits) << entry_bits) + (place & ((1 << entry_bits) - 1));
   }
   __device__ int page(int place) const { return table[position(place) >> page_bits]; }
   __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
 
-  /// The key or value of the token at a place of the list, in pages [pages, kv_heads, page_size, head_dim].
+  /// Returns the row in `pages` [pages, kv_heads, page_size, head_dim] of the token at a place of the list.
   template <typename T>
   __device__ const T* row(const Rows& pages, int kv_head, int place) const {
     return pages.at<T>(page(place), kv_head, slot(place));
   }
 
-  /// The keys of a warp's tiles, of which tile(n) is the nth. Lanes behind the end of the list take its last token.
+  /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
+  /// its last token.
   template <typename Slots, typename More, typename Tile>
   __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile) const {
     const auto place = [*this, tile](int n) {
@@ -61,10 +62,11 @@ struct TokenList {
   }
 
  private:
+  /// Returns the nth entry: a page, or a token's position.
   __device__ int entry(int nth) const { return selected ? selected[nth] : nth; }
 };
 
-/// What makes scores of a lane's products.
+/// Turns a lane's dot products into scores: scale and ALiBi bias.
 struct LaneScoring {
   float scale;
   LaneSlopes slopes;
@@ -73,7 +75,7 @@ struct LaneScoring {
   __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
       : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
 
-  /// Of the products of a tile of the list.
+  /// Replaces the products of a tile of the list by scores.
   __device__ void score(const TokenList& list, int tile, Products& products) const {
     float distance[4] = {};
     if (biased) {
@@ -91,7 +93,7 @@ struct LaneScoring {
   }
 };
 
-/// Tokens of the longest list that there is room for, in whole tiles.
+/// Returns the most tokens that a list can have, rounded up to whole tiles.
 inline int capacity_of(const SparseDecode& op) {
   const int entries = op.selection ? op.selection.max_selected : op.max_pages;
   return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), kTileRows) * kTileRows;

@@ -1,4 +1,5 @@
-// Weighted sums of the values of a warp's tiles (tile.cuh), for the query heads of a group.
+// Weighted sums of the values of a warp's tiles, for up to 8 query heads of a group.
+//   out[h, d] = sum_i weight[h, i] v[i, d]
 #pragma once
 
 #include "../common/matrix_product.cuh"
@@ -6,11 +7,12 @@
 
 namespace entmaxkv::cuda {
 
-/// Scores of a warp's tile, and then weights.
+/// The scores of a warp's tile in shared memory, which the warp then replaces by weights. kTileRows + 4 puts
+/// neighbouring heads into different banks.
 struct TileScores {
-  alignas(16) float of[kTileHeads][kTileRows + 4];  // in different banks
+  alignas(16) float of[kTileHeads][kTileRows + 4];
 
-  /// All lanes call.
+  /// Stores the lanes' scores. All lanes call; all may read the result.
   __device__ void set(const Products& scores) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -21,22 +23,22 @@ struct TileScores {
   }
 };
 
-/// sum_i weight_i v_i over a warp's tokens, by tensor cores: V^T P^T with dimensions as M, heads as N and tokens as K.
-/// They truncate what they add to, which is too little to be seen in 16 bits.
+/// A warp's sums sum_i weight_i v_i, for 16-bit values: tensor cores multiply V^T P^T with dimensions as M, heads as N
+/// and tokens as K. A tensor core truncates its accumulator; the error is below the rounding of a 16-bit output.
 template <typename T, typename Layout>
 struct Sums {
   static constexpr int kFragments = Layout::kDims / 16;
   static constexpr int kCount = kFragments * 4;
-  /// fp16 has no room for small weights.
+  /// Weights are multiplied by kUnit, because small weights would underflow in fp16.
   static constexpr float kUnit = std::is_same_v<T, __half> ? 0x1p15f : 1.0f;
-  float of[kCount] = {};  // of dimension 8 i + lane / 4 and head 2 (lane % 4) + j at 2 i + j
+  float of[kCount] = {};  // of[2 i + j]: dimension 8 i + lane / 4 and head 2 (lane % 4) + j
 
-  /// All lanes call.
+  /// Adds a tile's values times their weights. All lanes call.
   __device__ void add(const Slot<T, Layout>& slot, const TileScores& s_weights) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int first = 0; first < kTileRows; first += 16) {
-      uint32_t high[2], low[2];  // together, twice the bits of T
+      uint32_t high[2], low[2];  // weight = high + low, with twice the bits of T
 #pragma unroll
       for (int i = 0; i < 2; ++i) split(s_weights.of[lane / 4] + first + lane % 4 * 2 + 8 * i, high[i], low[i]);
       const int row = first + lane % 8 + lane / 16 * 8, word = lane / 8 % 2;
@@ -50,7 +52,7 @@ struct Sums {
     }
   }
 
-  /// Multiplies the sums of each head by what lanes 4 head ... know. All lanes call.
+  /// Multiplies the sums of head h by the factor that lane 4 h passes. All lanes call.
   __device__ void multiply_by(float factor) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -60,7 +62,7 @@ struct Sums {
     }
   }
 
-  /// Calls body(head, dimension, sum). All lanes call.
+  /// Calls body(head, dimension, sum) for this lane's sums. All lanes call.
   template <typename Body>
   __device__ void visit(Body body) const {
 #pragma unroll
@@ -70,6 +72,7 @@ struct Sums {
   }
 
  private:
+  /// Splits two neighbouring weights into high and low parts of type T, two to a word.
   static __device__ void split(const float* s_weights, uint32_t& high, uint32_t& low) {
     alignas(4) T highs[2], lows[2];
 #pragma unroll
@@ -83,8 +86,8 @@ struct Sums {
   }
 };
 
-/// The same in fp32. A lane has words lane % kAcross + 32 part of all heads; where rows are shorter than 32 words, of
-/// every other four tokens.
+/// A warp's sums for fp32 values, with the same methods. A lane has words lane % kAcross + 32 part of all heads. Where
+/// a row has only kAcross = 16 words, half of the lanes take every other four tokens, and visit adds the halves.
 template <typename Layout>
 struct Sums<float, Layout> {
   static constexpr int kWords = Slot<float, Layout>::kWords, kAcross = std::min(kWords, 32);

@@ -1,4 +1,4 @@
-// From the scores of one head to its weights, by a team.
+// The threshold of one head from the scores of its near tokens, and the weight of a score, by a team.
 #pragma once
 
 #include "../../entmax.h"
@@ -6,37 +6,37 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 4;           // entries, kTeamThreads apart, that a thread takes at once
-constexpr int kFewTokens = 1024;  // that one block holds
-constexpr int kOfWarp = 256;      // of which one warp finds the threshold, without barriers
+constexpr int kRun = 4;           // entries that a thread takes at once; they are kTeamThreads apart
+constexpr int kFewTokens = 1024;  // near tokens that one block solves
+constexpr int kOfWarp = 256;      // near tokens that one warp solves, without barriers
 
-/// A token of a list: its score or weight, and where it stands.
+/// A token of a list: its score or weight, and its place in the list.
 struct Entry {
   float value;
   int32_t place;
 };
 
-/// Calls write(to, entry) for those entries read(i), i < count, whose value is not kNothing, in their order, to = 0, 1,
-/// ...; returns how many. read(i) may take what stands at i or behind it in what write fills: nothing is overwritten
-/// before it has been read. All threads call.
+/// Stream compaction: calls write(to, entry) with to = 0, 1, ... for the entries read(i), i < count, whose value is not
+/// kNothing, in order. Returns their number to all threads. write may fill the array that read reads: entry i is read
+/// before index i is written. All threads of the block call; a barrier follows the last write.
 template <typename Read, typename Write>
 __device__ int pack(int count, Read read, Write write) {
   int kept = 0;
 #pragma unroll 1
   for (int first = 0; first < count; first += kTeamThreads * kRun) {
     Entry entries[kRun];
-    bool wanted[kRun];
+    bool keep[kRun];
 #pragma unroll
     for (int nth = 0; nth < kRun; ++nth) {
       const int i = first + nth * kTeamThreads + static_cast<int>(threadIdx.x);
       entries[nth] = {kNothing, 0};
       if (i < count) entries[nth] = read(i);
-      wanted[nth] = entries[nth].value != kNothing;
+      keep[nth] = entries[nth].value != kNothing;
     }
-    const Places<kTeamThreads, kRun> to(wanted);
+    const Places<kTeamThreads, kRun> to(keep);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (!wanted[i]) continue;
+      if (!keep[i]) continue;
       write(kept + to.place[i], entries[i]);
     }
     kept += to.count;
@@ -45,15 +45,15 @@ __device__ int pack(int count, Read read, Write write) {
   return kept;
 }
 
-/// A block's part of the scores that may have weight, in parts that do not depend on how many blocks there are.
-struct Candidates {
+/// The scores of a block's near tokens. They are divided into parts that do not depend on the number of blocks.
+struct NearScores {
   const float* scores;
   int count;
-  float origin;  // a score at or below the threshold, from which it counts; the best one for softmax
+  float origin;  // thresholds are relative to this score, which is at or below the threshold; softmax: the best score
   int parts = 1;
-  const int* ends = nullptr;  // where parts end, if there are several
+  const int* ends = nullptr;  // [parts] index of each part's end, if there are several parts
 
-  /// Calls body(run) for all of this thread's of a part, kRun at once, kNothing where there are no more.
+  /// Calls body(run) for this thread's scores of a part, kRun at once, filled up with kNothing.
   template <typename Body>
   __device__ void visit(int part, Body body) const {
     const int begin = part > 0 ? ends[part - 1] : 0, end = parts > 1 ? ends[part] : count;
@@ -67,68 +67,69 @@ struct Candidates {
   }
 };
 
-/// Adds a token with x = (alpha-1)(score - origin) to those above a threshold.
+/// Adds a token with x = (alpha-1)(score - origin) to the excess, if it is above the threshold. kSquare: beta is 2.
 template <bool kSquare, typename Real>
 __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
   const Real y = x - threshold;
   if constexpr (kSquare) {
-    excess.add(max(y, Real(0)), Real(2));  // no branch
+    excess.add(max(y, Real(0)), Real(2));  // max avoids a branch
   } else if (y > 0) {
     excess.add(y, beta);
   }
 }
 
-/// By kSolvers threads, a block or a warp, each of which holds up to kHeld of the candidates. They all call.
+/// Finds the threshold, relative to (alpha-1) origin, with kSolvers threads, a block or a warp. Each thread holds up to
+/// kHeld near scores in registers. All these threads call and all get the result.
 template <bool kSquare, int kSolvers, int kHeld>
-__device__ Solution<float> solve_held(const Entmax<float>& entmax, const Candidates& candidates) {
+__device__ Solution<float> solve_held(const Entmax<float>& entmax, const NearScores& near) {
   float held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int entry = i * kSolvers + static_cast<int>(threadIdx.x);
-    held[i] = entry < candidates.count ? entmax.gap * (candidates.scores[entry] - candidates.origin) : -1.0f;
+    held[i] = entry < near.count ? entmax.gap * (near.scores[entry] - near.origin) : -1.0f;
   }
   return find_threshold(entmax, 0.0f, 0.0f, [&](float threshold) {
     Excess<float> own;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (i * kSolvers < candidates.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
+      if (i * kSolvers < near.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
     }
     return sum<kSolvers>(own);
   });
 }
 
-/// By a block. Not inlined, as it is seldom needed: code that is run once takes time by its length (bench/NOTES.md).
+/// Solves with all threads of a block; all call and all get the result. Not inlined: the call is rare, and longer code
+/// slows a kernel that runs it once (bench/NOTES.md).
 template <bool kSquare>
-__device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, Candidates candidates) {
-  return solve_held<kSquare, kTeamThreads, kFewTokens / kTeamThreads>(entmax, candidates);
+__device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, NearScores near) {
+  return solve_held<kSquare, kTeamThreads, kFewTokens / kTeamThreads>(entmax, near);
 }
 
-/// Of few candidates, all in this block. All threads call.
+/// Solves for at most kFewTokens near tokens, which all belong to this block. All threads of the block call and all get
+/// the result.
 template <bool kSquare>
-__device__ Solution<float> solve_few(const Entmax<float>& entmax, const Candidates& candidates) {
-  if (candidates.count > kOfWarp) return solve_by_block<kSquare>(entmax, candidates);
+__device__ Solution<float> solve_few(const Entmax<float>& entmax, const NearScores& near) {
+  if (near.count > kOfWarp) return solve_by_block<kSquare>(entmax, near);
   __shared__ Solution<float> s_solution;
   if (threadIdx.x < 32) {
-    const Solution<float> solution = solve_held<kSquare, 32, kOfWarp / 32>(entmax, candidates);
+    const Solution<float> solution = solve_held<kSquare, 32, kOfWarp / 32>(entmax, near);
     if (threadIdx.x == 0) s_solution = solution;
   }
   __syncthreads();
   return s_solution;
 }
 
-/// By the team. All its threads call.
+/// Solves for any number of near tokens of all blocks of the team. All threads of the team call and all get the result.
 template <bool kSquare, typename Real>
-__device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax,
-                                                       const Candidates& candidates) {
+__device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const NearScores& near) {
   return find_threshold(entmax, Real(0), Real(0), [&](Real threshold) {
-    return team.sum_of_parts<Excess<double>>(candidates.parts, [&](int part) {
+    return team.sum_of_parts<Excess<double>>(near.parts, [&](int part) {
       Excess<double> own;
-      candidates.visit(part, [&](const float (&run)[kRun]) {
+      near.visit(part, [&](const float (&run)[kRun]) {
         Excess<Real> few;
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - candidates.origin), threshold,
-                                entmax.beta);
+          add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - near.origin), threshold, entmax.beta);
         }
         own = own + Excess<double>{few.mass, few.slope};
       });
@@ -137,19 +138,20 @@ __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<
   });
 }
 
-/// What makes weights of a head's scores.
+/// The weights of a head as a function of the score.
 struct Weights {
   Entmax<double> entmax;
   float origin;
   double threshold, mass;
   float tau;
 
-  /// Powers above 15 magnify the rounding of fp32 too much.
+  /// Returns whether fp32 is precise enough. Powers above 15 magnify its rounding too much.
   template <typename Real>
   __device__ static bool are_in_float(const Entmax<Real>& entmax) {
     return entmax.beta <= 15;
   }
 
+  /// Returns the weight p of a score.
   __device__ float of(float score) const {
     if (entmax.is_softmax()) return expf(score - origin) / static_cast<float>(mass);
     return are_in_float(entmax) ? power_of<float>(score) : power_of<double>(score);
@@ -164,16 +166,17 @@ struct Weights {
   }
 };
 
-/// The weights of a head of which all tokens that can have weight are candidates: up to kFewTokens of them, and all in
-/// this block, or any number over the team. All threads call, of the block or of the team.
-__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, Candidates candidates, bool few) {
-  const float origin = candidates.origin;
+/// Finds the weights of a head from its near tokens. few: there are at most kFewTokens, which all belong to this block,
+/// and all threads of the block call. Otherwise the blocks of the team have the near tokens together, and all threads
+/// of the team call. All that call get the result.
+__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, NearScores near, bool few) {
+  const float origin = near.origin;
   Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
     Team all = few ? Team::block() : team;
-    weights.mass = all.sum_of_parts<double>(candidates.parts, [&](int part) {
+    weights.mass = all.sum_of_parts<double>(near.parts, [&](int part) {
       double own = 0;
-      candidates.visit(part, [&](const float (&run)[kRun]) {
+      near.visit(part, [&](const float (&run)[kRun]) {
         for (const float score : run) own += expf(score - origin);
       });
       return own;
@@ -187,19 +190,19 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
     weights.mass = solution.mass;
   };
   const auto solve_by = [&](const Entmax<float>& real, auto square) {
-    if (few) return take(solve_few<square>(real, candidates));  // mass is at least 2^-10 of the slope
+    if (few) return take(solve_few<square>(real, near));  // so few tokens: mass >= 2^-10 slope
     constexpr float kClose = 0x1p-8f;
-    Solution<float> solution = solve_many<square>(team, real, candidates);
-    if (solution.mass < kClose * solution.slope) {  // many tokens just above: fp32 must count from closer by
+    Solution<float> solution = solve_many<square>(team, real, near);
+    if (solution.mass < kClose * solution.slope) {  // many tokens just above the threshold: fp32 needs a closer origin
       const float below = 0x1p-21f * (fabsf(origin) + real.beta);
-      weights.origin = candidates.origin = origin + solution.threshold * real.beta - below;
-      solution = solve_many<square>(team, real, candidates);
+      weights.origin = near.origin = origin + solution.threshold * real.beta - below;
+      solution = solve_many<square>(team, real, near);
     }
     take(solution);
   };
   if (!Weights::are_in_float(entmax)) {
     Team all = few ? Team::block() : team;
-    take(solve_many<false>(all, entmax, candidates));
+    take(solve_many<false>(all, entmax, near));
     if (!few) team = all;
   } else if (entmax.beta == 2) {  // alpha = 1.5
     solve_by(Entmax<float>(entmax), std::true_type{});

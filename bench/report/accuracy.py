@@ -13,13 +13,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import Row, digits, machine_line, size, table
+
+from bench.report.tables import Row, digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072
 KINDS = ("quality", "tune", "end to end", "training")
 COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
 RANKED = ", 1024"  # ends the names of tune.py's merits with that budget
+QUANTILES, MARGINS = (0.95, 0.99), (0, 0.25)  # of `Gaussian`, in its table
+CHOICE = (
+    (ENTMAX, "dense"),
+    (ENTMAX, "KeySketch()"),
+    (ENTMAX, "KeySketch(max_tokens=4096)"),
+    (ENTMAX, "TopPages(4096)"),
+    (ENTMAX, "Gaussian()"),
+    (SOFTMAX, "dense"),
+    (SOFTMAX, "TopPages(4096)"),
+)
 ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)", "Gaussian()")
 
 
@@ -92,53 +103,90 @@ def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
     return made
 
 
-def table_of_contexts(rows: list[Row]) -> str:
-    """Bits, passkey and recall against context, of both twins."""
-    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
-
-    def results(row: Row) -> str:
-        return f"{row['bits']:.3f}, {percent(row['passkey'])}, {percent(row['recall'])}"
-
-    lines = [
-        [model.removeprefix("twin-"), name(select), *by_context(here, results, model=model, select=select)]
-        for model in (ENTMAX, SOFTMAX)
-        for select in ALWAYS
-        if of(here, model=model, select=select)
-    ]
-    return table(["attention", "selector", *(size(1, context) for context in contexts(here))], lines, here)
+def twins(rows: list[Row]) -> list[Row]:
+    return [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
 
 
-def table_of_twins(rows: list[Row]) -> str:
-    """What top pages drop of entmax and of softmax at the same budgets."""
-    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
-    here = [row for row in here if row["select"].startswith("TopPages")]
+def attention(model: str) -> str:
+    return model.removeprefix("twin-")
 
-    def losses(row: Row) -> str:
-        return f"{digits(row['delta'])} / {digits(row['error'])}"
 
-    lines = [
-        [name(select), model.removeprefix("twin-"), *by_context(here, losses, model=model, select=select)]
-        for select in dict.fromkeys(row["select"] for row in here)
-        for model in (ENTMAX, SOFTMAX)
-    ]
-    return table(["selector", "attention", *(size(1, context) for context in contexts(here))], lines, here)
+def contexts_of(cell: Callable[[Row], str]) -> Callable[[list[Row]], str]:
+    """One measure against context, of both twins."""
+
+    def made(rows: list[Row]) -> str:
+        here = [row for row in twins(rows) if row["select"] in ALWAYS]
+        lines = [
+            [attention(model), name(select), *by_context(here, cell, model=model, select=select)]
+            for model in (ENTMAX, SOFTMAX)
+            for select in ALWAYS
+            if of(here, model=model, select=select)
+        ]
+        return table(["attention", "selector", *(size(1, context) for context in contexts(here))], lines, here)
+
+    return made
+
+
+def twins_of(what: str) -> Callable[[list[Row]], str]:
+    """What top pages lose of entmax and of softmax at the same budgets."""
+
+    def cell(row: Row) -> str:
+        return digits(row[what])
+
+    def made(rows: list[Row]) -> str:
+        here = [row for row in twins(rows) if row["select"].startswith("TopPages")]
+        lines = [
+            [name(select), attention(model), *by_context(here, cell, model=model, select=select)]
+            for select in dict.fromkeys(row["select"] for row in here)
+            for model in (ENTMAX, SOFTMAX)
+        ]
+        return table(["selector", "attention", *(size(1, context) for context in contexts(here))], lines, here)
+
+    return made
+
+
+def table_of_choice(rows: list[Row]) -> str:
+    """What each selector that one would choose loses at the longest context, and how fast the whole model is."""
+    lines, used = [], []
+    for model, select in CHOICE:
+        found = of(rows, kind="quality", model=model, context=LONGEST, select=select)
+        dense = of(rows, kind="quality", model=model, context=LONGEST, select="dense")
+        speeds = [
+            of(rows, kind="end to end", model=model, context=LONGEST, batch=batch, select=select) for batch in (1, 8)
+        ]
+        if not (found and dense and all(speeds)):
+            continue
+        (row,) = found
+        more = row["bits"] - dense[0]["bits"]
+        cells = [f"{more:.3f}", f"{16 * row['passkey']:.0f}", f"{64 * row['recall']:.0f}", digits(row["delta"])]
+        lines.append(
+            [attention(model), name(select), *cells, percent(row["share"])]
+            + [f"{here[0]['tokens_per_s']:.0f}" for here in speeds]
+        )
+        used += [row, *(here[0] for here in speeds)]
+    titles = ["attention", "selector", "bits per byte above dense", "passkeys found, of 16", "values found, of 64"]
+    return table([*titles, "δ", "KV bytes", "tokens/s, 1 row", "tokens/s, 8 rows"], lines, used)
 
 
 def table_of_gaussian(rows: list[Row]) -> str:
     """`Gaussian` with the paper's quantile, and passkeys, as the paper has them."""
-    here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
-
-    def losses(row: Row) -> str:
-        return f"{digits(row['delta'])} / {row['support_recall']:.3f} / {digits(row['error'])}"
-
+    here = twins(rows)
     paper = "Gaussian(quantile=0.95)"
-    lines = [[f"`{paper}`: δ / support recall / error", *by_context(here, losses, model=ENTMAX, select=paper)]]
+    measures: dict[str, Callable[[Row], str]] = {
+        "δ": lambda row: digits(row["delta"]),
+        "support recall": lambda row: f"{row['support_recall']:.3f}",
+        "output error": lambda row: digits(row["error"]),
+    }
+    lines = [
+        ["entmax", name(paper), what, *by_context(here, cell, model=ENTMAX, select=paper)]
+        for what, cell in measures.items()
+    ]
     for model in (ENTMAX, SOFTMAX):
         for select in ("TopPages(1024)", "TopPages(4096)"):
-            title = f"passkeys, {model.removeprefix('twin-')}, {name(select)}"
             found = by_context(here, lambda row: percent(row["passkey"]), model=model, select=select)
-            lines.append([title, *found])
-    return table(["", *(size(1, context) for context in contexts(here))], lines if here else [], here)
+            lines.append([attention(model), name(select), "passkeys found", *found])
+    titles = ["attention", "selector", "measure", *(size(1, context) for context in contexts(here))]
+    return table(titles, lines if here else [], here)
 
 
 def table_of_end_to_end(rows: list[Row]) -> str:
@@ -197,12 +245,36 @@ def table_of_merits(rows: list[Row]) -> str:
     for select in sorted({row["select"] for row in here}):
         cells = []
         for context, text in places:
-            found = of(here, select=select, context=context, text=text)
-            cells += [
-                f"{digits(row['delta'])}, {percent(row['passkey'])}, {percent(row['recall'])}" for row in found
-            ] or [""]
+            (row,) = of(here, select=select, context=context, text=text) or [{}]
+            cells += [digits(row["delta"]), percent(row["passkey"]), percent(row["recall"])] if row else [""] * 3
         lines.append([select.removesuffix(RANKED), *cells])
-    return table(["pages' merit", *(f"{size(1, context)}, {text}" for context, text in places)], lines, here)
+    titles = [f"{size(1, context)}, {text}: {what}" for context, text in places for what in ("δ", "passkeys", "values")]
+    return table(["merit", *titles], lines, here)
+
+
+def table_of_quantiles(rows: list[Row]) -> str:
+    """`Gaussian` by its quantile and margin: keys read, and what is lost."""
+    found = []
+    for row in of(rows, kind="tune", model=ENTMAX):
+        setting = re.match(r"Gaussian\(quantile=(.*), margin=(.*)\)", row["select"])
+        if setting and float(setting[1]) in QUANTILES and float(setting[2]) in MARGINS:
+            found.append((row["context"], row["text"], float(setting[1]), float(setting[2]), row))
+    found.sort(key=lambda case: case[:-1])
+    lines = [
+        [
+            size(1, context),
+            text,
+            f"{quantile:g}",
+            f"{margin:g}",
+            f"{row['tokens']:.0f}",
+            digits(row["delta"]),
+            percent(row["passkey"]),
+            percent(row["recall"]),
+        ]
+        for context, text, quantile, margin, row in found
+    ]
+    titles = ["context", "text", "quantile", "margin", "keys read", "δ", "passkeys", "values"]
+    return table(titles, lines, [case[-1] for case in found])
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -210,12 +282,17 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality_128K": quality_at(ENTMAX, LONGEST),
     "quality_softmax_128K": quality_at(SOFTMAX, LONGEST),
     "quality_shipped": quality_at(SHIPPED, 16384),
-    "contexts": table_of_contexts,
-    "twins": table_of_twins,
+    "choice": table_of_choice,
+    "contexts_bits": contexts_of(lambda row: f"{row['bits']:.3f}"),
+    "contexts_passkey": contexts_of(lambda row: percent(row["passkey"])),
+    "contexts_recall": contexts_of(lambda row: percent(row["recall"])),
+    "twins_delta": twins_of("delta"),
+    "twins_error": twins_of("error"),
     "beside": table_of_gaussian,
     "end_to_end": table_of_end_to_end,
     "training": table_of_training,
     "merits": table_of_merits,
+    "quantiles": table_of_quantiles,
 }
 
 

@@ -1,10 +1,25 @@
-"""The figures of README.md, drawn from the results of bench/decode.py and bench/certify.py."""
+"""The figures of steps and selectors, drawn from the results of bench/decode.py and bench/evals/certify.py."""
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import KEYS, OPS, OWN, SKETCH, TOP, TUNED, Row, machine_line, measured, places, size, standard, steps
+
+from bench.report.tables import (
+    KEYS,
+    OPS,
+    OWN,
+    SKETCH,
+    TOP,
+    TUNED,
+    Row,
+    machine_line,
+    measured,
+    places,
+    size,
+    standard,
+    steps,
+)
 
 plt.rcParams["font.size"] = 8
 
@@ -19,7 +34,7 @@ def panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Fig
 
 
 def present(rows: list[Row]) -> list[str]:
-    """The kinds of keys that were measured, in the README's order."""
+    """The kinds of keys that were measured, in the order of the pages."""
     return [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
 
 

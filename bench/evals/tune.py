@@ -2,11 +2,12 @@
 
     python bench/tune.py examples/stdlib-entmax --context 4096 16384 --text training
 
-Under a budget, pages are ranked by the merit that their best head gives them; z = (alpha - 1) s as in the README, tau
+Under a budget, pages are ranked by the merit that their best head gives them; z = (alpha - 1) s as in docs/ops.md, tau
 is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` reads follows its quantile and margin.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,21 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from decoding import Context, load
-from quality import (
-    SEED,
-    STEPS,
-    answering,
-    check_contexts,
-    chosen,
-    evaluating_parser,
-    facts_of,
-    held_out_text,
-    probed,
-    suites,
-    tensor,
-)
-from report import machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -39,7 +25,13 @@ from transformers import PreTrainedModel
 import entmaxkv
 from entmaxkv import ops
 
-from corpus import SEPARATOR, files, held_out  # isort: skip
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.evals import suites
+from bench.evals.decoding import Context, load
+from bench.evals.options import check_contexts, chosen, evaluating_parser
+from bench.evals.suites import SEED, answering, facts_of, held_out_text, probed, tensor
+from bench.examples import SEPARATOR, files, held_out
+from bench.report.document import machine, report, wide_console
 
 BUDGETS = (256, 1024)
 SEEDS = {"training": SEED + 1, "held-out": SEED}
@@ -185,8 +177,8 @@ def evaluate(
     console: Console,
 ) -> list[dict]:
     """One row per selector at this context."""
-    drawn = suites(text, context, longest, rows, seed)
-    read = Context(model, tensor(drawn["text"].read, model.device), room=STEPS)
+    drawn = suites.prepared(text, context, longest, rows, seed)
+    read = Context(model, tensor(drawn["text"].read, model.device), room=suites.STEPS)
     found: dict[str, dict[str, Any]] = {}
     for method, metrics in probed(read, drawn["text"], methods).items():
         found[method] = {what: x for what, x in facts_of(metrics).items() if what not in ("heads", "layer_share")}

@@ -1,7 +1,6 @@
 """Language models that decode through the cache: read a context once, then decode after it again and again."""
 
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import entmaxkv.hf
+from bench.examples import fix_launches, with_cache
 from entmaxkv.select import Selector
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES / "train"))
-from calls import with_cache  # noqa: E402
-from launches import fix_launches  # noqa: E402
 
 # No token is padding, which transformers would find out from a mask of its own, waiting for the device.
 UNMASKED = {"full_attention": None}

@@ -1,4 +1,4 @@
-"""The rows of bench/decode.py under bench/results, and the README's tables of them.
+"""The rows of bench/decode.py under bench/results, and the pages' tables of them.
 
 `TABLES` holds a function for each name that may stand in <!-- bench:NAME -->; it returns "" where there are no rows.
 """
@@ -8,26 +8,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table but `shapes`
+SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table
 CASE = (*SHAPE, "dtype", "keys", "batch", "context")
 KEYS = {
     "model": "model",
     "clustered": "clustered",
     "normal": "i.i.d.",
     "outlier": "outlier",
-}  # as the README calls them, in its order
+}  # as the pages call them, in their order
 TIMES = "\N{MULTIPLICATION SIGN}"
 BUDGET = 2048
 TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
 SKETCH = "KeySketch()"
-OWN = {  # our steps, as the README calls them
+OWN = {  # our steps, as the pages call them
     "dense entmax": "dense entmax",
     SKETCH: f"`{SKETCH}`",
     TOP: f"`{TOP}`",
     TUNED: f"`Gaussian`, {BUDGET} tokens",
     "Gaussian()": "`Gaussian()`",
 }
+LOSSY = (TOP, TUNED, "Gaussian()")
+SUMMARY_COLUMNS = ("µs", TIMES, "bytes", "δ")
 OWN_STEPS = ("dense softmax", *OWN)
+CERTIFIED = {  # the names of bench/evals/certify.py, as the documents call them
+    "certain": f"`{SKETCH}`",
+    "2 bits": "`KeySketch(bits=2)`",
+    "1 - 1e-9": "`KeySketch(certainty=1 - 1e-9)`",
+}
 OPS = {  # and the step that each op is shown in
     "score_pages": TOP,
     "select_pages": TOP,
@@ -212,24 +219,6 @@ def table_of_authors(rows: list[Row]) -> str:
     return table(["keys, tokens", "step", "µs", "tokens read", "output error"], lines, used)
 
 
-def table_of_shapes(rows: list[Row]) -> str:
-    """Other shapes and dtypes: µs, how many times as fast as softmax, and δ."""
-    others: dict[tuple, list[Row]] = {}
-    for row in rows:
-        case = tuple(row[name] for name in CASE)
-        if row["device"] == "gpu" and not row["beside_authors"] and case[: len(SHAPE) + 1] != (*SHAPE.values(), "bf16"):
-            others.setdefault(case, []).append(row)
-    used = [row for here in others.values() for row in here]
-    own = measured(OWN, used)
-    lines = []
-    for (heads, kv_heads, head_dim, page_size, dtype, *place), here in others.items():
-        shape = f"{heads}/{kv_heads} heads of {head_dim}, page {page_size}, {dtype}"
-        found = [steps(here).get(name) for name in own]
-        cells = [f"{us(row)} ({speed(row)} {TIMES}, δ {digits(row['delta'])})" if row else "" for row in found]
-        lines.append([shape, where(*place), us(best_softmax(here)), *cells])
-    return table(["query/KV heads", "keys, tokens", "softmax µs", *(OWN[name] for name in own)], lines, used)
-
-
 def table_of_cpu(rows: list[Row]) -> str:
     """The longest context on the CPU: times with the keys that come first, δ with all."""
     by_dtype = {dtype: places(standard(rows, "cpu", dtype)) for dtype in ("fp32", "bf16")}
@@ -253,11 +242,69 @@ def table_of_cpu(rows: list[Row]) -> str:
     return table(titles, lines, common)
 
 
+def table_of_summary(rows: list[Row]) -> str:
+    """Each way of decoding at the two longest contexts: µs, speed, bytes and what is dropped."""
+    whole = places(standard(rows, "gpu", "bf16"))
+    first = next(iter(whole), ("", 0, 0))[0]
+    longest = [place for place in whole if place[:2] == (first, 1)][-2:]
+    columns = [steps(whole[place]) | {"softmax": best_softmax(whole[place])} for place in longest]
+    titles = ["way", "exact", *(f"{size(1, context)}: {what}" for *_, context in longest for what in SUMMARY_COLUMNS)]
+    lines = []
+    for name in ("softmax", *OWN) if longest else ():
+        if not all(name in found for found in columns):
+            continue
+        line = [OWN.get(name, name), "yes, proved" if name == SKETCH else "no" if name in LOSSY else "yes"]
+        for found in columns:
+            row, softmax = found[name], found["softmax"]
+            dropped = delta(row) if row.get("delta") else "0"
+            line += [us(row), speed(row), f"{row['bytes'] / softmax['bytes']:.0%}", dropped]
+        lines.append(line)
+    return table(titles, lines, [row for found in columns for row in found.values()])
+
+
+def table_of_certified(rows: list[Row]) -> str:
+    """What bench/evals/certify.py counted, over all its reports: cases, certified heads, misses, and what was read."""
+    rows = [row for row in rows if row["kind"] == "exact"]
+    found: dict[tuple, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["keys"], row["tokens"])):
+        found.setdefault((row["keys"], row["tokens"], row["select"]), []).append(row)
+    lines = []
+    for (keys, tokens, name), here in found.items():
+        cases = sum(row["cases"] for row in here)
+        shares = (
+            sum(row["cases"] * row[what] for row in here) / cases
+            for what in ("certified", "candidates_share", "bytes_share")
+        )
+        certified, candidates, read = (f"{share:.0%}" if share in (0, 1) else f"{share:.1%}" for share in shares)
+        misses = sum(row["misses"] for row in here)
+        line = [KEYS.get(keys, keys), size(1, tokens), CERTIFIED[name], f"{cases}", certified, f"{misses}"]
+        lines.append([*line, candidates, read])
+    titles = ["keys", "tokens", "selector", "cases", "certified heads", "misses", "candidates", "bytes read"]
+    return table(titles, lines, rows)
+
+
+def table_of_equal_bytes(rows: list[Row]) -> str:
+    """δ and bytes of `KeySketch` under each cap, and of page selectors that read as much."""
+    rows = [row for row in rows if row["kind"] == "delta"]
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["keys"], row["tokens"], row["max_tokens"]), {})[row["select"]] = row
+    ways = ("KeySketch", "TopPages", "Gaussian")
+    lines = [
+        [KEYS.get(keys, keys), size(1, tokens), f"{most or 'none'}"]
+        + [cell for way in ways for cell in (f"{here[way]['bytes_share']:.1%}", digits(here[way]["delta"]))]
+        for (keys, tokens, most), here in found.items()
+    ]
+    titles = ["keys", "tokens", "cap of `KeySketch`", *(f"`{way}`: {what}" for way in ways for what in ("bytes", "δ"))]
+    return table(titles, lines, rows)
+
+
 TABLES = {
+    "summary": table_of_summary,
     "steps": table_of_steps,
     "ops": table_of_ops,
     "peers": table_of_peers,
     "authors": table_of_authors,
-    "shapes": table_of_shapes,
     "cpu": table_of_cpu,
 }
+TABLES_OF_CERTIFIED = {"certified": table_of_certified, "equal_bytes": table_of_equal_bytes}  # of `load_certified`

@@ -1,20 +1,28 @@
-"""Draws the figures and writes the tables of README.md and docs/accuracy.md, from the JSON under bench/results.
+"""Draws the figures and writes the tables of README.md and of the pages of docs, from the JSON under bench/results.
 
-It is bench/decode.py's, for sketch.png bench/certify.py's, and of what accuracy.py shows that of the scripts it names.
+The JSON is that of bench/decode.py, of bench/evals/certify.py for sketch.png and the tables of certificates, and of the
+programs that accuracy.py names for what accuracy.py shows.
 
 A table stands between <!-- bench:NAME --> and <!-- /bench -->.
 """
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tables import TABLES, load, load_certified
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.report.tables import TABLES, TABLES_OF_CERTIFIED, load, load_certified
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README.md, and the pages of docs/ that have a table to write."""
+    return [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if BLOCK.search(page.read_text()))]
 
 
 def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
@@ -35,16 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    pages = [HERE.parent / "README.md", HERE.parent / "docs" / "accuracy.md"]
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="folder of JSON; the figures go there too"
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON; the figures go there too"
     )
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="whose tables to write")
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages(), help="whose tables to write")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
     args = parser.parse_args()
     try:
-        import accuracy
-        import figures
+        from bench.report import accuracy, figures
     except ImportError as error:
         parser.error(f"expected matplotlib, got {error}; pip install --no-build-isolation '.[bench]' installs it")
     for page in args.pages:
@@ -55,16 +61,18 @@ def main() -> None:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
     tables = {name: partial(made, rows) for name, made in TABLES.items()}
     tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
+    certified = load_certified(args.results)
+    tables |= {name: partial(made, certified) for name, made in TABLES_OF_CERTIFIED.items()}
     texts = {page: with_tables(page, tables) for page in args.pages}
     for page, text in texts.items():
         if args.check and text != page.read_text():
-            raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/plot.py")
+            raise SystemExit(f"{page}: expected the tables of {args.results}, got others: run bench/report/plot.py")
     if args.check:
         return
     for page, text in texts.items():
         page.write_text(text)
     drawn = {name: draw(rows) for name, draw in figures.FIGURES.items()}
-    drawn["sketch.png"] = figures.draw_sketch(load_certified(args.results))
+    drawn["sketch.png"] = figures.draw_sketch(certified)
     drawn |= {name: draw(lost) for name, draw in accuracy.FIGURES.items()}
     for name, figure in drawn.items():
         if figure:

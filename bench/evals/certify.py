@@ -12,15 +12,12 @@ much, values and what the selectors look at included. That is measured on the fi
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from activations import load
-from inputs import DTYPES, Case, drawn, head_dim, positive
-from model_text import ModelText
-from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,6 +25,12 @@ from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
 from entmaxkv.select import Selector, selection
+
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.evals.files import load
+from bench.inputs import DTYPES, Case, drawn, head_dim, positive
+from bench.model_text import ModelText
+from bench.report.document import check, machine, report, wide_console
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
 AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores
@@ -130,7 +133,7 @@ class Found:
         s = self.sums
         row: dict = {name: int(s[name]) for name in ("cases", "misses", "other_supports", "broken_bounds")}
         row |= self.most
-        row |= {f"{name}_share": s[name] / s["rows_of_keys"] for name in ("candidates", "survivors")}
+        row |= {f"{name}_share": s[name] / s["rows_of_keys"] for name in ("candidates", "refined")}
         row["bytes_share"] = s["bytes"] / s["kv_bytes"]
         row |= {name: s[name] / s["cases"] for name in ("certified", "delta")}
         return row
@@ -165,7 +168,7 @@ def evaluate(
             if misses.any():
                 weight, _ = reference.entmax(s.masked_fill(left, -torch.inf), OPTIONS["alpha"])
             values = int((weight > 0).any(dim=2).sum())
-            survivors, index_bytes = metrics.index(select, q, cache)
+            refined, index_bytes = metrics.index(select, q, cache)
             bound = info.delta_bound.view_as(delta).double()
             wrong = (delta > bound + 1e-12) | (info.certified.view_as(misses) & (misses > 0))
             off = (out.double() - dense.double()).norm(dim=-1) / dense.double().norm(dim=-1)
@@ -175,7 +178,7 @@ def evaluate(
                 "other_supports": (info.support != of_dense.support).sum(),
                 "broken_bounds": wrong.sum(),
                 "candidates": info.tokens.sum(),
-                "survivors": survivors.sum(),
+                "refined": refined.sum(),
                 "rows_of_keys": int(seq_lens.sum()) * kv_heads,
                 "bytes": index_bytes + (int(info.tokens.sum()) + values) * row_bytes,
                 "kv_bytes": 2 * int(seq_lens.sum()) * kv_heads * row_bytes,
@@ -233,12 +236,12 @@ def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[d
 def show(rows: list[dict], console: Console) -> None:
     exact = Table(title="cases, and what they take", title_justify="left")
     titles = ("keys", "tokens", "selector", "cases", "misses", "other supports", "broken bounds", "τ off", "out off")
-    for title in (*titles, "candidates", "survivors", "bytes", "certified", "δ"):
+    for title in (*titles, "candidates", "refined", "bytes", "certified", "δ"):
         exact.add_column(title)
     for row in (row for row in rows if row["kind"] == "exact"):
         counts = (str(row[name]) for name in ("tokens", "select", "cases", "misses", "other_supports", "broken_bounds"))
         offs = (f"{row[name]:.1e}" for name in ("tau_off", "out_off"))
-        shares = (f"{row[name]:.2%}" for name in ("candidates_share", "survivors_share", "bytes_share", "certified"))
+        shares = (f"{row[name]:.2%}" for name in ("candidates_share", "refined_share", "bytes_share", "certified"))
         exact.add_row(row["keys"], *counts, *offs, *shares, f"{row['delta']:.2g}")
     console.print(exact)
     delta = [row for row in rows if row["kind"] == "delta"]

@@ -6,21 +6,26 @@ A step is the whole model, from a byte to the logits of the next: as a CUDA grap
 `generate` calls it. The profiler tells the graph's attention kernels from the others.
 """
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from decoding import Context, Stepper, load
-from inputs import positive
-from quality import check_contexts, haystacks, held_out_text, parser_of, tensor
-from report import machine, report, wide_console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import entmaxkv
 from entmaxkv.select import Selector
+
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.evals.decoding import Context, Stepper, load
+from bench.evals.options import check_contexts, parser_of
+from bench.evals.suites import haystacks, held_out_text, tensor
+from bench.inputs import positive
+from bench.report.document import machine, report, wide_console
 
 SELECTORS: dict[str, Selector | None] = {
     "dense": None,
