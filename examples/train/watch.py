@@ -24,6 +24,6 @@ class Watch:
         alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `entmaxkv.select.PageSelector.pages`."""
-        options = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
+        options: dict[str, Any] = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
         self.see(q, cache, options)
         return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, **options)
