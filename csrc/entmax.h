@@ -55,14 +55,16 @@ struct Excess {
   }
 };
 
+/// alpha - 1 up to which alpha is taken for 1: the difference to softmax is below rounding.
+constexpr double kSoftmaxGap = 1e-9;
+
 template <typename Real>
 struct Entmax {
   Real gap;   // alpha - 1
   Real beta;  // 1 / gap: also how far below the best score, in s, a token can still have weight
 
-  /// So close to 1 that the difference to softmax is below rounding, alpha is 1.
   ENTMAXKV_HOST_DEVICE explicit Entmax(Real alpha)
-      : gap(alpha - 1 > Real(1e-9) ? alpha - 1 : 0),
+      : gap(alpha - 1 > Real(kSoftmaxGap) ? alpha - 1 : 0),
         beta(gap > 0 ? snapped(1 / gap) : std::numeric_limits<Real>::infinity()) {}
 
   /// The same alpha in another precision.

@@ -8,6 +8,7 @@
 namespace entmaxkv {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kMinPageSize = 8;
 constexpr int kMaxPageSize = 128;
 constexpr int64_t kMostTokens = INT32_MAX - 4096;  // that a row has room for, so that kernels may round up
 
