@@ -26,8 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
-from entmaxkv.select import Selector, selection
+from entmaxkv import Gaussian, KeySketch, PagedKVCache, Scoring, Selector, TopPages, decode, metrics, reference
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
 AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores
@@ -36,7 +35,7 @@ EXACT = {  # KeySketch(), with bits=2, with a certainty below 1
     "2 bits": KeySketch(bits=2, dense_below=0),
     "1 - 1e-9": KeySketch(certainty=1 - 1e-9, dense_below=0),
 }
-OPTIONS = {"alpha": 1.5, "scale": None, "alibi_slopes": None}
+ALPHA = 1.5
 SEARCH = 4  # steps on which settings are searched for
 HALVINGS = 14
 
@@ -130,7 +129,7 @@ class Found:
         s = self.sums
         row: dict = {name: int(s[name]) for name in ("cases", "misses", "other_supports", "broken_bounds")}
         row |= self.most
-        row |= {f"{name}_share": s[name] / s["rows_of_keys"] for name in ("candidates", "survivors")}
+        row |= {f"{name}_share": s[name] / s["rows_of_keys"] for name in ("candidates", "refined")}
         row["bytes_share"] = s["bytes"] / s["kv_bytes"]
         row |= {name: s[name] / s["cases"] for name in ("certified", "delta")}
         return row
@@ -152,20 +151,19 @@ def evaluate(
         s = reference.scores(queries, steps.k).view(kv_heads, rows, group, tokens).transpose(0, 1)
         seen = torch.arange(tokens, device=q.device) < seq_lens[:, None]
         s = s.masked_fill(~seen[:, None, None], -torch.inf)
-        p, _ = reference.entmax(s, OPTIONS["alpha"])
+        p, _ = reference.entmax(s, ALPHA)
         dense, of_dense = decode(q, cache, return_info=True)
         for name, select in selectors.items():
             out, info = decode(q, cache, select=select, return_info=True)
-            chosen = selection(select, q, cache, **OPTIONS)
-            keep = seen[:, None] if chosen is None else chosen.reads(tokens, PAGE_SIZE)
+            keep = seen[:, None] if info.selection is None else info.selection.reads(tokens, PAGE_SIZE)
             left = ~keep[:, :, None]
             misses = ((p > 0) & left).sum(-1)
             delta = p.masked_fill(~left, 0).sum(-1)
             weight = p
             if misses.any():
-                weight, _ = reference.entmax(s.masked_fill(left, -torch.inf), OPTIONS["alpha"])
+                weight, _ = reference.entmax(s.masked_fill(left, -torch.inf), ALPHA)
             values = int((weight > 0).any(dim=2).sum())
-            survivors, index_bytes = metrics.index(select, q, cache)
+            refined, index_bytes = metrics.index(select, q, cache, Scoring(alpha=ALPHA))
             bound = info.delta_bound.view_as(delta).double()
             wrong = (delta > bound + 1e-12) | (info.certified.view_as(misses) & (misses > 0))
             off = (out.double() - dense.double()).norm(dim=-1) / dense.double().norm(dim=-1)
@@ -175,7 +173,7 @@ def evaluate(
                 "other_supports": (info.support != of_dense.support).sum(),
                 "broken_bounds": wrong.sum(),
                 "candidates": info.tokens.sum(),
-                "survivors": survivors.sum(),
+                "refined": refined.sum(),
                 "rows_of_keys": int(seq_lens.sum()) * kv_heads,
                 "bytes": index_bytes + (int(info.tokens.sum()) + values) * row_bytes,
                 "kv_bytes": 2 * int(seq_lens.sum()) * kv_heads * row_bytes,
@@ -233,12 +231,12 @@ def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[d
 def show(rows: list[dict], console: Console) -> None:
     exact = Table(title="cases, and what they take", title_justify="left")
     titles = ("keys", "tokens", "selector", "cases", "misses", "other supports", "broken bounds", "τ off", "out off")
-    for title in (*titles, "candidates", "survivors", "bytes", "certified", "δ"):
+    for title in (*titles, "candidates", "refined", "bytes", "certified", "δ"):
         exact.add_column(title)
     for row in (row for row in rows if row["kind"] == "exact"):
         counts = (str(row[name]) for name in ("tokens", "select", "cases", "misses", "other_supports", "broken_bounds"))
         offs = (f"{row[name]:.1e}" for name in ("tau_off", "out_off"))
-        shares = (f"{row[name]:.2%}" for name in ("candidates_share", "survivors_share", "bytes_share", "certified"))
+        shares = (f"{row[name]:.2%}" for name in ("candidates_share", "refined_share", "bytes_share", "certified"))
         exact.add_row(row["keys"], *counts, *offs, *shares, f"{row['delta']:.2g}")
     console.print(exact)
     delta = [row for row in rows if row["kind"] == "delta"]
@@ -309,7 +307,7 @@ def main() -> None:
         with Progress(console=console) as bar:
             rows += [row | {"keys": keys, "tokens": tokens} for row in at_equal_bytes(steps, args.max_tokens, bar)]
     show(rows, console)
-    shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": OPTIONS["alpha"]}
+    shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": ALPHA}
     if args.activations:
         shape["file"] = args.activations.name
     report({"machine": machine(args.device), "shape": shape, "rows": rows}, args, console)

@@ -103,7 +103,7 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
             "certified": measured.certified.double().mean().item(),
         }
         if isinstance(select, KeySketch):
-            figures["survivors"] = measured.survivors.double().mean().item()
+            figures["refined"] = measured.refined.double().mean().item()
         if isinstance(select, Gaussian) and math.isfinite(select.margin):
             figures["margin"] = select.margin
         found.append(row("step", name, alpha, times[name], figures))

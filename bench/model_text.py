@@ -94,7 +94,7 @@ class ModelText:
         for chunk in ids[:, :-steps].split([1, window - steps - 1], dim=1):
             model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1)
         seen: list[Tensor] = []
-        cache.select = Watch(lambda q, cache, options: seen.append(q))
+        cache.select = Watch(lambda q, cache, scoring: seen.append(q))
         for position in range(window - steps, window):
             model(input_ids=ids[:, position : position + 1], **with_cache(model, cache))
         layers = [layer.paged for layer in cache.layers]

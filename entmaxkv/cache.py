@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,19 @@ from entmaxkv import check, ops
 
 MOST_INT32 = 2**31 - 1
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-POOL = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms"  # tensors with one entry per page
+DTYPES = torch.float32, torch.float16, torch.bfloat16  # of keys and values
+MAX_HEAD_DIM = ops.CONSTANTS.max_head_dim
+PAGE_SIZES = tuple(2**n for n in range(16) if ops.CONSTANTS.min_page_size <= 2**n <= ops.CONSTANTS.max_page_size)
+
+# What selectors look at beside keys and values: the keyword of `PagedKVCache` that keeps it, and its two tensors.
+Need = Literal["minmax", "moments", "sketch"]
+NEEDS: dict[Need, tuple[str, str]] = {
+    "minmax": ("k_min", "k_max"),
+    "moments": ("k_mean", "k_std"),
+    "sketch": ("codes", "norms"),
+}
+IN_WORDS: dict[Need, str] = {"minmax": "page bounds", "moments": "page moments", "sketch": "a key sketch"}
+POOL = "k_pages", "v_pages", *NEEDS["minmax"], *NEEDS["moments"], *NEEDS["sketch"]  # tensors with one entry per page
 
 
 class PagedKVCache:
@@ -70,11 +82,11 @@ class PagedKVCache:
         for name, value in (("batch", batch), ("max_tokens", max_tokens), ("kv_heads", kv_heads)):
             if not (check.is_count(value) and value > 0):
                 raise ValueError(f"PagedKVCache: {name}: expected a whole number of at least 1, got {value!r}")
-        if not (check.is_count(head_dim) and 1 <= head_dim <= 256):
-            raise ValueError(f"PagedKVCache: head_dim: expected a whole number in 1 ... 256, got {head_dim!r}")
-        if not (check.is_count(page_size) and page_size in (8, 16, 32, 64, 128)):
-            raise ValueError(f"PagedKVCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not (check.is_count(head_dim) and 1 <= head_dim <= MAX_HEAD_DIM):
+            expected = f"expected a whole number in 1 ... {MAX_HEAD_DIM}"
+            raise ValueError(f"PagedKVCache: head_dim: {expected}, got {head_dim!r}")
+        check_page_size("PagedKVCache", page_size)
+        if dtype not in DTYPES:
             raise ValueError(f"PagedKVCache: dtype: expected float32, float16 or bfloat16, got {dtype!r}")
         _check_kinds("PagedKVCache", minmax=minmax, moments=moments, sketch=sketch)
         self.batch = batch
@@ -112,7 +124,7 @@ class PagedKVCache:
             if moments and self.k_mean is None:
                 self.k_mean, self.k_std = statistic(), statistic()
             if sketch and self.codes is None:
-                row_bytes = -(-head_dim // 64) * 16
+                row_bytes = -(-head_dim // ops.CONSTANTS.sketch_block) * ops.CONSTANTS.sketch_block_bytes
                 self.codes = self.k_pages.new_empty((pages, kv_heads, 2, page_size, row_bytes), dtype=torch.uint8)
                 self.norms = self.k_pages.new_empty((pages, kv_heads, 3, page_size), dtype=torch.uint8)
 
@@ -137,6 +149,23 @@ class PagedKVCache:
             ops.page_stats(self.k_pages, *table, self.k_min, self.k_max, self.k_mean, self.k_std)
         if new_sketch and self.codes is not None and self.norms is not None:
             ops.build_sketch(self.k_pages, *table, self.codes, self.norms)
+
+    def kept(self, need: Need, *, by: str) -> tuple[Tensor, Tensor]:
+        """The two tensors of what a selector needs: k_min and k_max, k_mean and k_std, or codes and norms.
+
+        Args:
+            need: "minmax", "moments" or "sketch".
+            by: who asks, to be named where the cache does not keep them.
+
+        Raises:
+            ValueError: the cache does not keep them.
+        """
+        first, second = (getattr(self, name) for name in NEEDS[need])
+        if first is None or second is None:
+            raise ValueError(
+                f"{by}: cache: expected {IN_WORDS[need]}, got a cache made with {need}=False; use {need}=True"
+            )
+        return first, second
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends new tokens, a whole prompt or a single one, to every row in place.
@@ -320,8 +349,7 @@ class PagedKVCache:
         return sum(tensor.nbytes for name in POOL if (tensor := getattr(self, name)) is not None)
 
     def __repr__(self) -> str:
-        kept = {"minmax": self.k_min, "moments": self.k_mean, "sketch": self.codes}
-        lacks = "".join(f"{name}=False, " for name, tensor in kept.items() if tensor is None)
+        lacks = "".join(f"{need}=False, " for need, (name, _) in NEEDS.items() if getattr(self, name) is None)
 
         def mib(*names: str) -> str:
             tensors = (getattr(self, name) for name in names)
@@ -341,6 +369,12 @@ class PagedKVCache:
         if type(self.seq_lens) is not Tensor or self.seq_lens.is_meta or capturing or torch.compiler.is_compiling():
             return f"room for {room}"
         return f"{int(self.seq_lens.sum())} of {room}"
+
+
+def check_page_size(name: str, page_size: int) -> None:
+    if not (check.is_count(page_size) and page_size in PAGE_SIZES):
+        expected = f"{', '.join(map(str, PAGE_SIZES[:-1]))} or {PAGE_SIZES[-1]}"
+        raise ValueError(f"{name}: page_size: expected {expected}, got {page_size!r}")
 
 
 def _check_kinds(name: str, **kinds: bool) -> None:

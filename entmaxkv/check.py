@@ -2,6 +2,7 @@
 
 import operator
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +16,11 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def whole(value: object) -> int:
+def whole(value: Any) -> int:
     """A whole number of any type, such as NumPy's, as an int; TypeError for anything else."""
     if isinstance(value, bool):
         raise TypeError("expected a whole number, got a bool")
-    return operator.index(value)  # type: ignore[arg-type]
+    return operator.index(value)
 
 
 def tensor(name: str, value: object, dims: str) -> None:

@@ -33,7 +33,10 @@ Threads, on the CPU. Ops run without the interpreter's lock, and each reads the 
 On CUDA, ops run in the order of their stream. Whoever uses one cache from two streams must order them.
 """
 
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,15 +51,49 @@ def _load() -> None:
         library = here / f"{name}.abi3.so"
         if library.exists():
             torch.ops.load_library(str(library))
+    build = "run `pip install --no-build-isolation --editable .` in its source tree"
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
         raise ImportError(
-            f"entmaxkv is not built: no _C library in {here}; run `pip install --no-build-isolation --editable .` in "
-            "its source tree, or, where it is installed without --editable, start Python elsewhere"
+            f"entmaxkv is not built: no _C library in {here}; {build}, or, where it is installed without --editable, "
+            "start Python elsewhere"
         )
+    if not hasattr(torch.ops.entmaxkv, "constants"):
+        raise ImportError(f"entmaxkv: expected a _C library of this version in {here}, got an older one; {build}")
 
 
 _load()
 _ops = torch.ops.entmaxkv
+
+
+class Constants(NamedTuple):
+    """Numbers that Python shares with the kernels.
+
+    Attributes:
+        max_head_dim: the largest head_dim.
+        min_page_size, max_page_size: the smallest and the largest page_size.
+        sketch_block: head_dim is rounded up to a multiple of it in the key sketch.
+        sketch_block_bytes: bytes of a key and a block in each plane of codes.
+        exact_scores: tokens per query head that `select_sketch` scores exactly, at most.
+        softmax_gap: alpha - 1 up to which the kernels take alpha for 1.
+        rank_lower: `lower` of `score_pages` where pages are ranked.
+    """
+
+    max_head_dim: int
+    min_page_size: int
+    max_page_size: int
+    sketch_block: int
+    sketch_block_bytes: int
+    exact_scores: int
+    softmax_gap: float
+    rank_lower: float
+
+
+def constants() -> Constants:
+    """The numbers that Python shares with the kernels, as C++ has them; `CONSTANTS` holds them."""
+    return Constants(*_ops.constants())
+
+
+CONSTANTS = constants()
 
 
 def append_kv(
@@ -180,7 +217,8 @@ def score_pages(
     Returns:
         [batch, q_heads, max_pages] float32, in units of s; -inf for pages behind the last token.
     """
-    return _ops.score_pages(q, k_min, k_max, page_table, seq_lens, page_size, scale, alibi_slopes, lower)
+    result: Tensor = _ops.score_pages(q, k_min, k_max, page_table, seq_lens, page_size, scale, alibi_slopes, lower)
+    return result
 
 
 def score_gaussian(
@@ -210,7 +248,10 @@ def score_gaussian(
     Returns:
         mean, std: [batch, q_heads, max_pages] float32, in units of s; -inf and 0 for pages behind the last token.
     """
-    return _ops.score_gaussian(q, k_mean, k_std, page_table, seq_lens, page_size, scale, alibi_slopes)
+    results: tuple[Tensor, Tensor] = _ops.score_gaussian(
+        q, k_mean, k_std, page_table, seq_lens, page_size, scale, alibi_slopes
+    )
+    return results
 
 
 def select_pages(scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int, budget: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +274,8 @@ def select_pages(scores: Tensor, seq_lens: Tensor, kv_heads: int, page_size: int
             order, padded with -1.
         counts: [batch, kv_heads] int32, pages selected.
     """
-    return _ops.select_pages(scores, seq_lens, kv_heads, page_size, budget)
+    results: tuple[Tensor, Tensor] = _ops.select_pages(scores, seq_lens, kv_heads, page_size, budget)
+    return results
 
 
 def select_gaussian(
@@ -268,7 +310,10 @@ def select_gaussian(
         selected: [batch, kv_heads, max_pages] int32, logical pages in ascending order, padded with -1.
         counts: [batch, kv_heads] int32, pages selected.
     """
-    return _ops.select_gaussian(mean, std, seq_lens, kv_heads, page_size, alpha, quantile, margin, head_alpha)
+    results: tuple[Tensor, Tensor] = _ops.select_gaussian(
+        mean, std, seq_lens, kv_heads, page_size, alpha, quantile, margin, head_alpha
+    )
+    return results
 
 
 def select_sketch(
@@ -316,7 +361,7 @@ def select_sketch(
         delta_bound: [batch, q_heads] float32, at least the weight of all tokens that were not selected; 0 where none
             of them has any.
     """
-    return _ops.select_sketch(
+    results: tuple[Tensor, Tensor, Tensor] = _ops.select_sketch(
         q,
         k_pages,
         codes,
@@ -331,6 +376,7 @@ def select_sketch(
         certainty,
         max_tokens,
     )
+    return results
 
 
 def sparse_decode(
@@ -370,9 +416,10 @@ def sparse_decode(
         support: [batch, q_heads] int32, tokens with p > 0.
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
     """
-    return _ops.sparse_decode(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.sparse_decode(
         q, k_pages, v_pages, page_table, seq_lens, selected, counts, alpha, scale, alibi_slopes, head_alpha, by_token
     )
+    return results
 
 
 def dense_decode(
@@ -401,7 +448,10 @@ def dense_decode(
     Returns:
         out, tau, support, tokens: as in `sparse_decode`.
     """
-    return _ops.dense_decode(q, k_pages, v_pages, page_table, seq_lens, alpha, scale, alibi_slopes, head_alpha)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.dense_decode(
+        q, k_pages, v_pages, page_table, seq_lens, alpha, scale, alibi_slopes, head_alpha
+    )
+    return results
 
 
 def decode(
@@ -435,7 +485,7 @@ def decode(
     Returns:
         [batch, q_heads, head_dim], q's dtype.
     """
-    return _ops.decode(
+    result: Tensor = _ops.decode(
         q,
         k_pages,
         v_pages,
@@ -449,158 +499,92 @@ def decode(
         alibi_slopes,
         head_alpha,
     )
+    return result
 
 
-def _one_device(op: str, arguments: dict[str, object]) -> None:
-    """The check that real kernels make on their tensors, for tensors that have no kernel."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    first = next(iter(tensors))
-    for name, tensor in tensors.items():
-        if tensor.device != tensors[first].device:
-            raise RuntimeError(
-                f"entmaxkv::{op}: {name}: expected the device of {first}, {tensors[first].device}, got {tensor.device}"
+# Sizes of tensors, and dtypes of results, by the names that arguments and results have in the schemas.
+_TENSORS = {
+    "q": "[batch, q_heads, head_dim]",
+    "k_pages": "[pages, kv_heads, page_size, head_dim]",
+    "page_table": "[batch, max_pages]",
+    "scores": "[batch, q_heads, max_pages] float32",
+    "mean": "[batch, q_heads, max_pages] float32",
+    "std": "[batch, q_heads, max_pages] float32",
+    "selected": "[batch, kv_heads, max_selected] int32",
+    "counts": "[batch, kv_heads] int32",
+    "delta_bound": "[batch, q_heads] float32",
+    "out": "[batch, q_heads, head_dim]",  # in q's dtype
+    "tau": "[batch, q_heads] float32",
+    "support": "[batch, q_heads] int32",
+    "tokens": "[batch, kv_heads] int32",
+}
+_DTYPES = {"float32": torch.float32, "int32": torch.int32}
+_UNNAMED = {"score_pages": "scores", "decode": "out"}  # the only result of an op has no name in the schema
+
+
+class _Op:
+    """What the schema of an op says, and its kernel for tensors without memory.
+
+    Attributes:
+        name: without the namespace.
+        arguments: by name, in order.
+        results: names.
+        writes: whether it writes to arguments.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.overload = name, getattr(_ops, name).default
+        schema = self.overload._schema
+        self.arguments = {argument.name: argument for argument in schema.arguments}
+        self.results = [result.name or _UNNAMED[name] for result in schema.returns]
+        self.writes = any(argument.alias_info and argument.alias_info.is_write for argument in schema.arguments)
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether a derivative could be lost in it; whole numbers have none."""
+        return self.writes or any(not _TENSORS[name].endswith("int32") for name in self.results)
+
+    def fake(self, *values: Any, **keywords: Any) -> Any:
+        """New results of the right sizes, dtypes and device, with nothing in them."""
+        given = {name: argument.default_value for name, argument in self.arguments.items()}
+        given |= dict(zip(self.arguments, values, strict=False)) | keywords
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        first, like = next(iter(tensors.items()))
+        sizes = {name: value for name, value in given.items() if name in ("kv_heads", "page_size")}
+        for name, tensor in tensors.items():
+            if tensor.device != like.device:
+                self._refuse(name, f"the device of {first}, {like.device}", str(tensor.device))
+            dims = _dims(_TENSORS.get(name, ""))
+            if dims and len(dims) != tensor.dim():
+                self._refuse(name, f"[{', '.join(dims)}]", f"shape {list(tensor.shape)}")
+            sizes = dict(zip(dims, tensor.shape, strict=False)) | sizes
+        if "selected" in self.results:
+            sizes["max_selected"] = self._max_selected(given, sizes)
+        results = [
+            like.new_empty(
+                [sizes[dim] for dim in _dims(_TENSORS[name])],
+                dtype=_DTYPES.get(_TENSORS[name].split()[-1], like.dtype),
             )
+            for name in self.results
+        ]
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    def _max_selected(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """The room for what is selected for one KV head."""
+        room, most = sizes["max_pages"], None
+        if self.name == "select_pages":
+            most = (given["budget"] - 1) // sizes["page_size"] + 1
+        elif self.name == "select_sketch":
+            room, most = room * sizes["page_size"], given["max_tokens"]
+        return room if most is None else min(room, most)
+
+    def _refuse(self, argument: str, expected: str, got: str) -> None:
+        raise RuntimeError(f"entmaxkv::{self.name}: {argument}: expected {expected}, got {got}")
 
 
-@torch.library.register_fake("entmaxkv::append_kv")
-def _(
-    k,
-    v,
-    lengths,
-    k_pages,
-    v_pages,
-    k_min,
-    k_max,
-    k_mean,
-    k_std,
-    page_table,
-    seq_lens,
-    codes=None,
-    norms=None,
-):
-    _one_device("append_kv", locals())
-
-
-@torch.library.register_fake("entmaxkv::build_sketch")
-def _(k_pages, page_table, seq_lens, codes, norms):
-    _one_device("build_sketch", locals())
-
-
-@torch.library.register_fake("entmaxkv::page_stats")
-def _(k_pages, page_table, seq_lens, k_min, k_max, k_mean, k_std):
-    _one_device("page_stats", locals())
-
-
-@torch.library.register_fake("entmaxkv::score_pages")
-def _(q, k_min, k_max, page_table, seq_lens, page_size, scale=None, alibi_slopes=None, lower=0.0):
-    _one_device("score_pages", locals())
-    return q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
-
-
-@torch.library.register_fake("entmaxkv::score_gaussian")
-def _(q, k_mean, k_std, page_table, seq_lens, page_size, scale=None, alibi_slopes=None):
-    _one_device("score_gaussian", locals())
-    mean = q.new_empty((q.shape[0], q.shape[1], page_table.shape[1]), dtype=torch.float32)
-    return mean, torch.empty_like(mean)
-
-
-@torch.library.register_fake("entmaxkv::select_pages")
-def _(scores, seq_lens, kv_heads, page_size, budget):
-    _one_device("select_pages", locals())
-    most = min(scores.shape[2], (budget - 1) // page_size + 1)
-    selected = scores.new_empty((scores.shape[0], kv_heads, most), dtype=torch.int32)
-    return selected, selected.new_empty(selected.shape[:2])
-
-
-@torch.library.register_fake("entmaxkv::select_gaussian")
-def _(mean, std, seq_lens, kv_heads, page_size, alpha=1.5, quantile=0.99, margin=0.0, head_alpha=None):
-    _one_device("select_gaussian", locals())
-    selected = mean.new_empty((mean.shape[0], kv_heads, mean.shape[2]), dtype=torch.int32)
-    return selected, selected.new_empty(selected.shape[:2])
-
-
-@torch.library.register_fake("entmaxkv::select_sketch")
-def _(
-    q,
-    k_pages,
-    codes,
-    norms,
-    page_table,
-    seq_lens,
-    alpha=1.5,
-    scale=None,
-    alibi_slopes=None,
-    head_alpha=None,
-    bits=4,
-    certainty=1.0,
-    max_tokens=None,
-):
-    _one_device("select_sketch", locals())
-    room = page_table.shape[1] * k_pages.shape[2]
-    most = room if max_tokens is None else min(room, max_tokens)
-    selected = q.new_empty((q.shape[0], k_pages.shape[1], most), dtype=torch.int32)
-    return selected, selected.new_empty(selected.shape[:2]), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-def _new_results(q: Tensor, k_pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tau = q.new_empty(q.shape[:2], dtype=torch.float32)
-    support = q.new_empty(q.shape[:2], dtype=torch.int32)
-    tokens = q.new_empty((q.shape[0], k_pages.shape[1]), dtype=torch.int32)
-    return q.new_empty(q.shape), tau, support, tokens
-
-
-@torch.library.register_fake("entmaxkv::sparse_decode")
-def _(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    seq_lens,
-    selected,
-    counts,
-    alpha=1.5,
-    scale=None,
-    alibi_slopes=None,
-    head_alpha=None,
-    by_token=False,
-):
-    _one_device("sparse_decode", locals())
-    return _new_results(q, k_pages)
-
-
-@torch.library.register_fake("entmaxkv::dense_decode")
-def _(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    seq_lens,
-    alpha=1.5,
-    scale=None,
-    alibi_slopes=None,
-    head_alpha=None,
-):
-    _one_device("dense_decode", locals())
-    return _new_results(q, k_pages)
-
-
-@torch.library.register_fake("entmaxkv::decode")
-def _(
-    q,
-    k_pages,
-    v_pages,
-    k_min,
-    k_max,
-    page_table,
-    seq_lens,
-    budget,
-    alpha=1.5,
-    scale=None,
-    alibi_slopes=None,
-    head_alpha=None,
-):
-    _one_device("decode", locals())
-    return q.new_empty(q.shape)
+def _dims(tensor: str) -> list[str]:
+    """The sizes that a text of `_TENSORS` names."""
+    return re.findall(r"[a-z_]+(?=[],])", tensor)
 
 
 _NO_GRADIENT = (
@@ -613,11 +597,11 @@ class _NoGradient(torch.autograd.Function):
     """Results that depend on what requires a gradient, and have none."""
 
     @staticmethod
-    def forward(ctx, run, *arguments):
+    def forward(ctx: Any, run: Callable[..., Any], *arguments: Any) -> Any:
         return run(*arguments)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(_NO_GRADIENT)
 
 
@@ -628,20 +612,19 @@ def _refuse_tangents(name: str, arguments: tuple[object, ...]) -> None:
             raise NotImplementedError(f"entmaxkv::{name}: expected tensors without tangents, got a dual tensor")
 
 
-def _register_autograd(name: str, *, writes: bool) -> None:
+def _register_autograd(op: _Op) -> None:
     """Sees to it that no derivative is lost in silence.
 
-    An op that only returns results runs, and backward through them raises. One that `writes` to its arguments raises at
-    once where one of them requires a gradient: what it writes there would be cut off from that.
+    An op that only returns results runs, and backward through its results raises. An op that writes raises at once
+    where an argument requires a gradient: what it writes would be cut off from that gradient.
     """
-    op = getattr(_ops, name).default
-    names = [argument.name for argument in op._schema.arguments]
-    redispatch = op.redispatch
+    name, redispatch = op.name, op.overload.redispatch
     below_autograd = torch._C._AutoDispatchBelowAutograd
     after_autograd = torch._C._after_autograd_keyset
     records_gradients, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+    without_gradient: Callable[..., Any] = _NoGradient.apply
 
-    def autograd(keys, *arguments):
+    def autograd(keys: Any, *arguments: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, arguments)
         if records_gradients() and any_requires_grad(*arguments):
@@ -649,9 +632,9 @@ def _register_autograd(name: str, *, writes: bool) -> None:
         with below_autograd():
             return redispatch(keys & after_autograd, *arguments)
 
-    def with_gradient(keys, *arguments):
-        if writes:
-            its = next(n for n, x in zip(names, arguments, strict=False) if any_requires_grad(x))
+    def with_gradient(keys: Any, *arguments: Any) -> Any:
+        if op.writes:
+            its = next(n for n, x in zip(op.arguments, arguments, strict=False) if any_requires_grad(x))
             raise RuntimeError(
                 f"entmaxkv::{name}: {its}: expected a tensor that requires no gradient, or torch.no_grad(), got one "
                 "whose gradient would be lost; to train, see entmaxkv.hf"
@@ -659,18 +642,19 @@ def _register_autograd(name: str, *, writes: bool) -> None:
         if torch._C._are_functorch_transforms_active():  # they take no Function that they cannot transform
             raise NotImplementedError(_NO_GRADIENT)
 
-        def run(*arguments):
+        def run(*arguments: Any) -> Any:
             with below_autograd():
                 return redispatch(keys & after_autograd, *arguments)
 
-        return _NoGradient.apply(run, *arguments)
+        return without_gradient(run, *arguments)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-# The other two ops return whole numbers alone, which have no derivatives.
 _library = torch.library.Library("entmaxkv", "IMPL")
-for _name in ("score_pages", "score_gaussian", "select_sketch", "sparse_decode", "dense_decode", "decode"):
-    _register_autograd(_name, writes=False)
-for _name in ("append_kv", "page_stats", "build_sketch"):
-    _register_autograd(_name, writes=True)
+for _name in torch._C._dispatch_get_all_op_names():
+    if _name.startswith("entmaxkv::") and _name != "entmaxkv::constants":
+        _op = _Op(_name.removeprefix("entmaxkv::"))
+        torch.library.register_fake(_name, _op.fake)
+        if _op.is_differentiable:
+            _register_autograd(_op)

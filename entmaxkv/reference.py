@@ -187,7 +187,8 @@ def rotate(k: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
     matrix = torch.ones(1, 1, dtype=dtype, device=k.device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.unflatten(-1, (-1, size)) @ matrix / size**0.5).flatten(-2)
+    rotated: Tensor = (x.unflatten(-1, (-1, size)) @ matrix / size**0.5).flatten(-2)
+    return rotated
 
 
 def sketch_codes(codes: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def sketch_codes(codes: Tensor) -> Tensor:
         [..., 4 row_bytes], in 0 ... 15.
     """
     shift = torch.arange(0, 8, 2, device=codes.device)[:, None]
-    plane = (codes.long().unflatten(-1, (-1, 1, 16)) >> shift & 3).flatten(-3)
+    plane: Tensor = (codes.long().unflatten(-1, (-1, 1, 16)) >> shift & 3).flatten(-3)
     return 4 * plane[..., 0, :] + plane[..., 1, :]
 
 
@@ -313,7 +314,7 @@ def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, bu
     """The last page, then the best pages while a whole page still fits the budget.
 
     A page counts as much as for the head of the group that wants it most, by the logarithm of its share in the softmax
-    of that head's scores; see `page_log_share`. Ties go to the lower page.
+    of that head's scores; see `page_log_softmax`. Ties go to the lower page.
 
     Args:
         scores: [q_heads, pages] float32, finite, of the pages in use.
@@ -326,14 +327,14 @@ def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, bu
         keep [kv_heads, pages], bool.
     """
     pages = scores.shape[1]
-    want = page_log_share(scores.view(kv_heads, -1, pages)).amax(1)
+    want = page_log_softmax(scores.view(kv_heads, -1, pages)).amax(1)
     want[:, -1] = math.inf
     room = max(0, budget - page_lengths(seq_len, page_size)[-1]) // page_size
     best = want.sort(dim=-1, descending=True, stable=True).indices[:, : 1 + room]
     return torch.zeros_like(want, dtype=torch.bool).scatter_(1, best, True)
 
 
-def page_log_share(scores: Tensor) -> Tensor:
+def page_log_softmax(scores: Tensor) -> Tensor:
     """The logarithm of every page's share in the softmax of a head's scores, but for what is the same for a group.
 
     exp and log are linear between powers of two, as the ops have them: whole numbers, which any device sums alike.
@@ -365,7 +366,8 @@ def mean_power(m: Tensor, t: Tensor, beta: float) -> Tensor:
     """
     t = t.clamp(min=1e-150)
     r = m / t
-    cdf, pdf = torch.special.ndtr(r), (-r.square() / 2).exp() / math.sqrt(2 * math.pi)
+    cdf: Tensor = torch.special.ndtr(r)
+    pdf: Tensor = (-r.square() / 2).exp() / math.sqrt(2 * math.pi)
     if abs(beta - 1) < 1e-6:
         return (m * cdf + t * pdf).clamp(min=0)
     if abs(beta - 2) < 1e-6:

@@ -31,11 +31,11 @@ def kept(select, q, cache, b, seq_len, **options):
     """keep [kv_heads, seq_len] of one row, token by token."""
     keep = torch.zeros(cache.kv_heads, seq_len, dtype=torch.bool)
     if isinstance(select, entmaxkv.KeySketch):
-        selected, counts, _ = select.tokens(q, cache, **options)
+        selected, counts, *_ = select.select(q, cache, entmaxkv.Scoring(**options))
         for head in range(cache.kv_heads):
             keep[head, selected[b, head, : counts[b, head]].long()] = True
         return keep
-    selected, counts = select.pages(q, cache, **options)
+    selected, counts, *_ = select.select(q, cache, entmaxkv.Scoring(**options))
     for head in range(cache.kv_heads):
         for page in selected[b, head, : counts[b, head]].tolist():
             keep[head, page * cache.page_size : (page + 1) * cache.page_size] = True
@@ -78,12 +78,12 @@ def test_against_the_oracle(select, alpha, slopes):
         pages += -(-seq_len // 16)
     index_bytes = 0 if select is DENSE else 2 * 2 * pages * 64 * 4
     if isinstance(select, entmaxkv.KeySketch):
-        survivors = torch.zeros_like(found.tokens)
+        refined = torch.zeros_like(found.tokens)
         if select.bits == 4:
-            survivors = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
-        assert torch.equal(found.survivors, survivors)
+            refined = entmaxkv.KeySketch(bits=2).select(q, cache, entmaxkv.Scoring(**options)).counts
+        assert torch.equal(found.refined, refined)
         sampled = 1 + 100 + 2 * 64  # two heads
-        index_bytes = 2 * (sum(lengths) * (16 + 2) + sampled * 64 * 4) + int(survivors.sum()) * (16 + 1)
+        index_bytes = 2 * (sum(lengths) * (16 + 2) + sampled * 64 * 4) + int(refined.sum()) * (16 + 1)
     assert found.index_bytes == index_bytes
     assert found.bytes_read == rows_read * 64 * 4 + index_bytes
     assert found.kv_bytes == 2 * 2 * sum(lengths) * 64 * 4

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import entmaxkv
-from entmaxkv.hf.layer import DTYPES, announced, needs
+from entmaxkv.cache import DTYPES, MAX_HEAD_DIM
+from entmaxkv.hf.layer import announced
 from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
+from entmaxkv.select import kept_for
 
 # Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
 # page table, repeated for each row, stays small.
@@ -162,12 +164,13 @@ def _scatter(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
 def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
     """A cache that holds just these keys and values [batch, kv_heads, tokens, head_dim]."""
     batch, kv_heads, tokens, head_dim = key.shape
-    if key.dtype not in DTYPES or head_dim > 256:
+    if key.dtype not in DTYPES or head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            "entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most 256 dimensions, got "
-            f"{key.dtype} and {head_dim}"
+            f"entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most {MAX_HEAD_DIM} dimensions, "
+            f"got {key.dtype} and {head_dim}"
         )
-    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **needs(None))
+    kept = kept_for(None)
+    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **kept)
     cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
     return cache
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from entmaxkv.cache import DTYPES, check_page_size
 from entmaxkv.check import is_count
-from entmaxkv.hf.layer import DTYPES, EntmaxLayer, tokens_to_keep
+from entmaxkv.hf.layer import EntmaxLayer, tokens_to_keep
 from entmaxkv.hf.models import alpha_of
 from entmaxkv.select import Selector, check_select
 
@@ -56,8 +57,7 @@ class EntmaxCache(Cache):
         for name, value, least in (("max_tokens", max_tokens, 1), ("batch", 1 if batch is None else batch, 1)):
             if not is_count(value) or value < least:
                 raise ValueError(f"EntmaxCache: {name}: expected a whole number of at least {least}, got {value!r}")
-        if page_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"EntmaxCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
+        check_page_size("EntmaxCache", page_size)
         if dtype not in (None, *DTYPES):
             raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
         check_select("EntmaxCache", select)
@@ -99,7 +99,7 @@ class EntmaxCache(Cache):
         self.paged_layers[0].checks_masks = True
         # The states of linear layers that took part in the last step, and all linear layers that ever did; the layer
         # that was called last; the appends before the last step.
-        self._touched: set[tuple] = set()
+        self._touched: set[tuple[Any, ...]] = set()
         self._linear: set[int] = set()
         self._at, self._appends = -1, 0
         super().__init__(layers=layers)

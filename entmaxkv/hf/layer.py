@@ -8,16 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 import entmaxkv
-from entmaxkv.select import Selector
-
-DTYPES = torch.float32, torch.float16, torch.bfloat16
-
-
-def needs(select: Selector | None) -> dict[str, bool]:
-    """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
-    known = {"minmax": entmaxkv.TopPages, "moments": entmaxkv.Gaussian, "sketch": entmaxkv.KeySketch}
-    theirs = not (select is None or isinstance(select, tuple(known.values())))
-    return {name: theirs or isinstance(select, kind) for name, kind in known.items()}
+from entmaxkv.cache import DTYPES, MAX_HEAD_DIM
+from entmaxkv.select import Selector, kept_for
 
 
 class Step:
@@ -57,7 +49,7 @@ class Announced(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answers what is asked about shape, dtype, device and the like, and refuses whatever makes a new tensor."""
         cause = None
@@ -128,7 +120,7 @@ class EntmaxLayer(CacheLayerMixin):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.max_tokens, self.batch, self.page_size = max_tokens, batch, page_size
         self.alpha, self.select, self.dtype, self.device = alpha, select, dtype, device
         self.paged: entmaxkv.PagedKVCache
@@ -140,10 +132,10 @@ class EntmaxLayer(CacheLayerMixin):
         """Allocates the page pool for keys and values like these [batch, kv_heads, tokens, head_dim]."""
         head_dim = max(key_states.shape[3], value_states.shape[3])
         dtype = self.dtype or key_states.dtype
-        if head_dim > 256 or dtype not in DTYPES:
+        if head_dim > MAX_HEAD_DIM or dtype not in DTYPES:
             raise ValueError(
-                "EntmaxCache: expected keys and values of float32, float16 or bfloat16 and at most 256 dimensions, got "
-                f"{dtype} and {head_dim}"
+                "EntmaxCache: expected keys and values of float32, float16 or bfloat16 and at most "
+                f"{MAX_HEAD_DIM} dimensions, got {dtype} and {head_dim}"
             )
         self.paged = entmaxkv.PagedKVCache(
             key_states.shape[0],
@@ -153,7 +145,7 @@ class EntmaxLayer(CacheLayerMixin):
             page_size=self.page_size,
             dtype=dtype,
             device=self.device or key_states.device,
-            **needs(self.select),
+            **kept_for(self.select),
         )
         # Some models ask these whether anything is there; what is there is in pages.
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -163,7 +155,7 @@ class EntmaxLayer(CacheLayerMixin):
         """Decodes by another selector from now on, which may need statistics of the tokens that are there."""
         self.select = select
         if self.is_initialized:
-            self.paged.keep(**needs(select))
+            self.paged.keep(**kept_for(select))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Announces new tokens [batch, kv_heads, tokens, head_dim] to the attention function."""

@@ -1,6 +1,7 @@
 """Causal attention of whole sequences, differentiable: PyTorch's where alpha is 1, AdaSplash where it is 1.5."""
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -44,13 +45,13 @@ def whole(
     if query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes groups of fp32 heads
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    return nn.functional.scaled_dot_product_attention(
+    out: Tensor = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=pattern, is_causal=pattern is None, scale=scale, enable_gqa=True
     )
+    return out
 
 
-@torch.compiler.disable
-def _adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _compute_adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal entmax-1.5 attention of whole sequences [batch, heads, tokens, head_dim], differentiable.
 
     The sequences are padded at their end, which no earlier token sees, to a power of two: AdaSplash asks for
@@ -62,4 +63,8 @@ def _adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     padding = max(ADASPLASH_MIN_TOKENS, 1 << (tokens - 1).bit_length()) - tokens
     query = query * (scale * math.sqrt(head_dim))
     query, key, value = (nn.functional.pad(x, (0, 0, 0, padding)).contiguous() for x in (query, key, value))
-    return adasplash_v2(query, key, value, niter=ADASPLASH_ITERATIONS)[:, :, :tokens]
+    out: Tensor = adasplash_v2(query, key, value, niter=ADASPLASH_ITERATIONS)
+    return out[:, :, :tokens]
+
+
+_adasplash: Callable[[Tensor, Tensor, Tensor, float], Tensor] = torch.compiler.disable(_compute_adasplash)
