@@ -118,17 +118,15 @@ def check_select(name: str, select: Selector | None) -> None:
         why = "a class" if isinstance(select, type) else f"without {lacks[0]}()" if lacks else "without needs"
         expected = "expected a selector such as KeySketch(), or None"
         raise ValueError(f"{name}: select: {expected}, got {check.described(select)}, {why}")
-    # Compiled functions cannot compare sets of strings.
-    if not torch.compiler.is_compiling() and not (isinstance(select.needs, Set) and select.needs <= NEEDS.keys()):
-        raise ValueError(
-            f"{name}: select: {type(select).__name__}.needs: expected a set of any of {', '.join(NEEDS)}, got "
-            f"{check.described(select.needs)}"
-        )
 
 
-def kept_for(select: Selector | None) -> dict[str, bool]:
+def kept_for(name: str, select: Selector | None) -> dict[str, bool]:
     """What a cache has to keep for a selector, as keywords of `PagedKVCache`."""
-    return {need: select is not None and need in select.needs for need in NEEDS}
+    needs: Set[Need] = frozenset() if select is None else select.needs
+    if not (isinstance(needs, Set) and needs <= NEEDS.keys()):
+        expected = f"expected a set of any of {', '.join(NEEDS)}"
+        raise ValueError(f"{name}: select: {type(select).__name__}.needs: {expected}, got {check.described(needs)}")
+    return {need: need in needs for need in NEEDS}
 
 
 def selection(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection | None:

@@ -12,7 +12,6 @@ from entmaxkv.hf.layer import announced
 from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
-from entmaxkv.select import kept_for
 
 # Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
 # page table, repeated for each row, stays small.
@@ -169,8 +168,17 @@ def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.Paged
             f"entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most {MAX_HEAD_DIM} dimensions, "
             f"got {key.dtype} and {head_dim}"
         )
-    kept = kept_for(None)
-    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **kept)
+    cache = entmaxkv.PagedKVCache(
+        batch,
+        tokens,
+        kv_heads,
+        head_dim,
+        dtype=key.dtype,
+        device=key.device,
+        minmax=False,
+        moments=False,
+        sketch=False,
+    )
     cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
     return cache
 

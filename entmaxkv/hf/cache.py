@@ -11,7 +11,7 @@ from entmaxkv.cache import DTYPES, check_page_size
 from entmaxkv.check import is_count
 from entmaxkv.hf.layer import EntmaxLayer, tokens_to_keep
 from entmaxkv.hf.models import alpha_of
-from entmaxkv.select import Selector, check_select
+from entmaxkv.select import Selector, check_select, kept_for
 
 
 class EntmaxCache(Cache):
@@ -61,6 +61,7 @@ class EntmaxCache(Cache):
         if dtype not in (None, *DTYPES):
             raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
         check_select("EntmaxCache", select)
+        kept_for("EntmaxCache", select)  # raises where it cannot be kept
         self._config = config = config.get_text_config(decoder=True)
         self.max_tokens, self.alpha = max_tokens, alpha_of(config, alpha)
         layers = _transformers_layers(config)
@@ -128,6 +129,7 @@ class EntmaxCache(Cache):
     @select.setter
     def select(self, select: Selector | None) -> None:
         check_select("EntmaxCache", select)
+        kept_for("EntmaxCache", select)  # raises where it cannot be kept
         for layer in self.paged_layers:
             layer.read_by(select)
 

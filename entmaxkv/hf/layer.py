@@ -145,7 +145,7 @@ class EntmaxLayer(CacheLayerMixin):
             page_size=self.page_size,
             dtype=dtype,
             device=self.device or key_states.device,
-            **kept_for(self.select),
+            **kept_for("EntmaxCache", self.select),
         )
         # Some models ask these whether anything is there; what is there is in pages.
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -155,7 +155,7 @@ class EntmaxLayer(CacheLayerMixin):
         """Decodes by another selector from now on, which may need statistics of the tokens that are there."""
         self.select = select
         if self.is_initialized:
-            self.paged.keep(**kept_for(select))
+            self.paged.keep(**kept_for("EntmaxCache", select))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Announces new tokens [batch, kv_heads, tokens, head_dim] to the attention function."""
