@@ -1,4 +1,4 @@
-"""Decoding of entmax attention over a paged KV cache: only what exact zeros cannot rule out is read."""
+"""Decodes entmax attention over a paged KV cache, and reads only the tokens that may have weight."""
 
 from entmaxkv import metrics, ops, reference
 from entmaxkv.attention import DecodeInfo, decode

@@ -1,4 +1,4 @@
-"""Decoding one step of attention over a cache."""
+"""Decodes one step of attention over a cache."""
 
 from typing import Literal, NamedTuple, overload
 
@@ -12,7 +12,7 @@ from entmaxkv.select import Selection, Selector, check_select, check_step, selec
 
 
 class DecodeInfo(NamedTuple):
-    """What a decode step found, and what it proved (`entmaxkv.certify`).
+    """What a decode step found, and what `entmaxkv.certify` proved of it.
 
     Attributes:
         tau: [batch, q_heads] float32, threshold in units of z = (alpha - 1) s; logsumexp(s) where alpha = 1.

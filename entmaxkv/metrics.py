@@ -1,4 +1,4 @@
-"""What a selector costs and what it loses, against the dense result in float64."""
+"""Measures what a selector reads, and what it loses against the dense result in float64."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,10 @@ from entmaxkv.select import KeySketch, Selector
 
 @dataclass(frozen=True)
 class Metrics:
-    """One decode step beside the dense one.
+    """A decode step compared with the dense one.
 
     Attributes:
-        dropped_mass: [batch, q_heads] float64, delta: dense weight of the tokens that were not read.
+        dropped_mass: [batch, q_heads] float64, delta, the dense weight of the tokens that were not read.
         support_recall: [batch, q_heads] float64, tokens of the dense support that were read, over all of it.
         output_error: [batch, q_heads] float64, ||out - dense|| / ||dense||.
         support: [batch, q_heads] int32, tokens to which `decode` gave weight.
@@ -60,9 +60,9 @@ def measure(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Metrics:
-    """Decodes q [batch, q_heads, head_dim] with a selector and compares with dense attention in float64.
+    """Decodes q [batch, q_heads, head_dim] with a selector, and compares the result with dense attention in float64.
 
-    Rows without tokens drop nothing and have no error. The arguments are those of `decode`.
+    The arguments are those of `decode`. A row without tokens drops nothing and has no error.
 
     Example:
         >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=1, head_dim=64)

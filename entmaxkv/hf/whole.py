@@ -14,7 +14,7 @@ ADASPLASH_ITERATIONS = 2
 
 
 def lacks(query: Tensor, alpha: float) -> str | None:
-    """What `whole` would need to take this query, or None if it fits."""
+    """What `whole` lacks to take this query, as the end of a message; None if it lacks nothing."""
     if alpha == 1:
         return None
     if not query.is_cuda:
@@ -36,9 +36,9 @@ def whole(
     Args:
         query: [batch, q_heads, tokens, head_dim].
         key, value: [batch, kv_heads, keys, head_dim].
-        alpha: 1, or what `lacks` agrees to.
+        alpha: 1, or a value for which `lacks` returns None.
         scale: Factor of the scores.
-        pattern: [batch, 1, tokens, keys], which keys each query sees, where alpha is 1; the causal ones where None.
+        pattern: [batch, 1, tokens, keys] bool, which keys each query sees; only where alpha is 1. None is causal.
     """
     if alpha != 1:
         return _adasplash(query, key, value, scale)
