@@ -26,7 +26,8 @@ bench: $(VENV)/entmaxkv-bench.installed
 	$(RUN) bench/decode.py $(ARGS)
 
 figures: $(VENV)/entmaxkv-bench.installed
-	$(RUN) bench/plot.py $(ARGS)
+	$(RUN) bench/report/plot.py $(ARGS)
+	$(RUN) bench/report/pictures.py
 
 $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH) numpy
@@ -37,6 +38,11 @@ $(VENV)/entmaxkv-%.installed: $(SOURCES) | $(RUN)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+.PHONY: docs
+docs: $(VENV)/entmaxkv-docs.installed ## the pages of docs and the API reference, into build/docs/html; runs its examples
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b html docs build/docs/html
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b doctest docs build/docs/doctest
 
 clean:
 	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so $(VENV)/entmaxkv-*.installed

@@ -13,25 +13,28 @@ On a GPU a method is captured in a CUDA graph, and each replay starts with a col
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
-from inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
-from model_text import ModelText
-from peers import peers
-from reference import authors
-from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
-from timing import Time, medians, read_rate
 from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, metrics, reference
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.authors import authors
+from bench.inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
+from bench.model_text import ModelText
+from bench.peers import peers
+from bench.report.document import check, machine, report, wide_console
+from bench.steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
+from bench.timing import Time, medians, read_rate
 
 CONTEXTS = {"cpu": "1024 8192 32768 131072", "cuda": "16384 32768 131072 1048576 16x32768"}
 WIDTHS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}

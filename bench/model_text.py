@@ -10,22 +10,15 @@ positions before it; all see the whole context, up to a few tokens behind their 
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
-from inputs import DTYPES, Case, Inputs
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from watch import Watch
 
 import entmaxkv
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES / "train"))
-from calls import with_cache  # noqa: E402
-from corpus import SEPARATOR, default_source, files, held_out  # noqa: E402
+from bench.examples import MODEL, SEPARATOR, Watch, default_source, files, held_out, with_cache
+from bench.inputs import DTYPES, Case, Inputs
 
 BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
 
@@ -59,9 +52,9 @@ class ModelText:
 
         disable_progress_bar()
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(
-            EXAMPLES / "stdlib-entmax", attn_implementation=entmaxkv.hf.NAME, dtype=dtype
-        ).to(device)
+        model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(
+            device
+        )
         config = model.config
         self.head_dim = config.head_dim
         self.heads = config.num_hidden_layers * config.num_key_value_heads

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from inputs import Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.inputs import Inputs
 from entmaxkv import PagedKVCache
 
 sdpa = torch.nn.functional.scaled_dot_product_attention

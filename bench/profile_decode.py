@@ -8,14 +8,17 @@ import argparse
 import shlex
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
-from inputs import add_case_arguments, cases, drawn, filled, positive, rows
-from model_text import ModelText
-from report import check, wide_console
-from steps import stages
 
 from entmaxkv import Gaussian, KeySketch, TopPages
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.inputs import add_case_arguments, cases, drawn, filled, positive, rows
+from bench.model_text import ModelText
+from bench.report.document import check, wide_console
+from bench.steps import stages
 
 WARM_UP = 3
 

@@ -1,59 +1,33 @@
-"""The authors' entmaxkv (github.com/deep-spin/entmaxkv), timed on the same inputs in a process of its own.
+"""Times the authors' code, entmaxkv of github.com/deep-spin/entmaxkv, on the inputs that bench/decode.py hands to it.
 
-Its package has the name of ours: `authors` runs this file as a program that finds theirs first, hands it the inputs in
-a file, and reads back times and outputs; each case anew, so that their kernels' search for launches is made for it.
-Its functions are called as its tests do: two refinements of the threshold, the cache filled beforehand, and float16
-where the inputs are bfloat16 (they know float16 and float32). Their paged kernel takes groups of query heads, and every
-page makes it dense; their selectors take none, so that the heads of a group become rows of a batch over the same keys,
-each with a budget of its own.
+Not to be run by hand: `bench/decode.py --reference CHECKOUT` starts it (bench/authors.py), in a process in which
+`import entmaxkv` finds the authors' package. It reads q, k and v from a folder, and writes times and outputs there.
+
+The authors' functions are called as the authors' tests call them:
+
+- The threshold is refined twice, and the cache is filled beforehand.
+- Inputs in bfloat16 are converted to float16: their kernels know float16 and float32 only.
+- Dense entmax is their paged kernel, given every page. It takes groups of query heads.
+- Their selectors take no groups. Each head of a group becomes a row of a batch over the same keys, with a budget of its
+  own.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from timing import medians
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.timing import medians
 
 REFINEMENTS = 2
 SPLITS, BINS = 32, 16  # the defaults of their decode functions
-
-
-class Result(NamedTuple):
-    """One of their methods: figures as in the rows of bench/decode.py, and out [batch, heads, head_dim]."""
-
-    dtype: str
-    us: float
-    timed: str
-    tokens: float
-    out: Tensor
-
-
-def authors(
-    path: Path, inputs: dict[str, Tensor], *, page_size: int, budgets: list[int], alpha: float, repeats: int
-) -> tuple[dict[str, Result], dict[str, str]]:
-    """Results, and reasons why there is none, by the name of the method; inputs are q, k and v."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_file({name: x.contiguous() for name, x in inputs.items()}, Path(folder) / "inputs")
-        order = {"page_size": page_size, "budgets": budgets, "alpha": alpha, "repeats": repeats}
-        (Path(folder) / "order").write_text(json.dumps(order))
-        paths = [str(path.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        ran = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True)
-        if ran.returncode:
-            last = (ran.stderr.strip() or f"ended with code {ran.returncode}").splitlines()[-1]
-            return {}, {"the authors' entmaxkv": last}
-        answer = json.loads((Path(folder) / "answer").read_text())
-        outs = load_file(Path(folder) / "outs", device=str(inputs["q"].device))
-        return {name: Result(**row, out=outs[name]) for name, row in answer["rows"].items()}, answer["failures"]
 
 
 class Method(NamedTuple):

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from inputs import Inputs
 from torch import Tensor
 
 import entmaxkv
+from bench.inputs import Inputs
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, ops
 from entmaxkv.metrics import Metrics
 

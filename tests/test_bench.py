@@ -4,28 +4,22 @@ import importlib
 import json
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-inputs, model_text, profile_decode, reference, tables, timing = (
-    importlib.import_module(name)
-    for name in ("inputs", "model_text", "profile_decode", "reference", "tables", "timing")
-)
-sys.path.remove(str(BENCH))
+from bench import authors, inputs, model_text, profile_decode, timing
+from bench.report import tables
+
 SMALL = shlex.split("--context 300 2x128 --dtype bf16 --heads 4/2 --head-dim 64 --budget 64 --repeats 1")
 
 
 def run(program, monkeypatch, *arguments):
     """Runs a program of bench/ as from the command line, in this process."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
-    importlib.import_module(program).main()
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    importlib.import_module(f"bench.{program}").main()
 
 
 def refused(program, monkeypatch, capsys, *arguments):
@@ -98,7 +92,7 @@ def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeyp
     file = {f"a.{x}": torch.randn(100, 64) for x in "kv"} | {"a.q": 3 * torch.randn(2, 8, 64)}
     save_file(file, tmp_path / "file.safetensors")
     options = ["--context", 128, "--cases", 1, "--max-tokens", 8, "--json", tmp_path / "certify.json"]
-    run("certify", monkeypatch, tmp_path / "file.safetensors", *options)
+    run("evals.certify", monkeypatch, tmp_path / "file.safetensors", *options)
     rows = json.loads((tmp_path / "certify.json").read_text())["rows"]
     exact = [row for row in rows if row["kind"] == "exact"]
     kinds = ["file", "model", "normal", "clustered", "outlier", "adversarial"]
@@ -112,12 +106,14 @@ def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeyp
     delta = [row for row in rows if row["kind"] == "delta"]
     assert [row["select"] for row in delta] == 2 * ["KeySketch", "TopPages", "Gaussian"]
     assert [row["broken_bounds"] for row in delta] == 6 * [0]
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert (tmp_path / "sketch.png").exists()
 
 
 def test_certify_says_what_it_expected(monkeypatch, capsys):
-    assert "expected an activations file or --keys, got neither" in refused("certify", monkeypatch, capsys, "--keys")
+    assert "expected an activations file or --keys, got neither" in refused(
+        "evals.certify", monkeypatch, capsys, "--keys"
+    )
 
 
 def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
@@ -126,7 +122,7 @@ def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_p
         report = json.loads((tmp_path / f"{name}.json").read_text())
         report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert tables.SKETCH not in (tmp_path / "README.md").read_text()
 
 
@@ -163,7 +159,7 @@ def test_medians_leave_out_the_first_round(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="theirs would be looked for on the GPU")
 def test_authors_who_cannot_run_are_a_note(tmp_path):
     given = inputs.drawn(inputs.Case("normal", "bf16", 2, 1, 16, 16, 1, 32), "cpu")._asdict()
-    results, failures = reference.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
+    results, failures = authors.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
     assert results == {} and list(failures) == ["the authors' entmaxkv"]
 
 
@@ -219,9 +215,9 @@ def recorded_results(tmp_path):
 
 
 def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkeypatch, capsys):
-    assert "expected the tables of" in refused("plot", monkeypatch, capsys, *recorded_results, "--check")
+    assert "expected the tables of" in refused("report.plot", monkeypatch, capsys, *recorded_results, "--check")
     assert not list(tmp_path.glob("*.png"))
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert {path.name for path in tmp_path.glob("*.png")} == {"steps.png", "floor.png", "delta.png", "cpu.png"}
     text = (tmp_path / "README.md").read_text()
     assert "old" not in text
@@ -230,22 +226,38 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     assert "a processor, torch 2, commit abc, 4000 GB/s" in text
     assert "| model, 1K | dense entmax | 8.0 | 1024 | 0.10 |" in text
     assert "| model, 1K | authors, dense entmax | 70.0 | 1024 | 0.10 |" in text
-    run("plot", monkeypatch, *recorded_results, "--check")
+    assert "| `KeySketch()` | yes, proved | 10.0 | 2.00 | 100% | 0.25 | 10.0 | 2.00 | 100% | 0.25 |" in text
+    run("report.plot", monkeypatch, *recorded_results, "--check")
+
+
+def test_tables_of_certificates():
+    row = {"kind": "exact", "keys": "normal", "tokens": 1024, "select": "certain", "cases": 100, "certified": 1.0}
+    row |= {"misses": 0, "candidates_share": 0.25, "bytes_share": 0.5, "machine": {"gpu": "a GPU", "torch": "2"}}
+    rows = [row, row | {"cases": 300, "misses": 2, "certified": 0.5}]
+    for select in ("KeySketch", "TopPages", "Gaussian"):
+        rows.append(row | {"kind": "delta", "select": select, "max_tokens": 64, "delta": 0.125})
+    made = {name: table(rows) for name, table in tables.TABLES_OF_CERTIFIED.items()}
+    assert "| i.i.d. | 1K | `KeySketch()` | 400 | 62.5% | 2 | 25.0% | 50.0% |" in made["certified"]
+    assert "| i.i.d. | 1K | 64 | 50.0% | 0.12 | 50.0% | 0.12 | 50.0% | 0.12 |" in made["equal_bytes"]
 
 
 def test_the_pages_have_the_committed_figures(monkeypatch):
-    run("plot", monkeypatch, "--check")
+    run("report.plot", monkeypatch, "--check")
 
 
 def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
-    said = refused("plot", monkeypatch, capsys, *recorded_results)
-    assert "expected bench:NAME to be one of steps, ops, peers, authors, shapes, cpu, " in said
+    said = refused("report.plot", monkeypatch, capsys, *recorded_results)
+    assert "expected bench:NAME to be one of summary, steps, ops, peers, authors, cpu, " in said
     assert said.strip().endswith("got bench:speed")
     (tmp_path / "gpu.json").unlink()
     readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")
-    assert "bench:ops: expected rows for it in the results" in refused("plot", monkeypatch, capsys, *recorded_results)
+    assert "bench:ops: expected rows for it in the results" in refused(
+        "report.plot", monkeypatch, capsys, *recorded_results
+    )
     for name in ("cpu", "authors"):
         (tmp_path / f"{name}.json").unlink()
-    assert "expected JSON of bench/decode.py, got none in" in refused("plot", monkeypatch, capsys, *recorded_results)
+    assert "expected JSON of bench/decode.py, got none in" in refused(
+        "report.plot", monkeypatch, capsys, *recorded_results
+    )
