@@ -31,7 +31,13 @@ SPLITS, BINS = 32, 16  # the defaults of their decode functions
 
 
 class Method(NamedTuple):
-    """A step, the output that it leaves [batch, heads, head_dim], and the tokens that a head reads."""
+    """One way of the authors to decode.
+
+    Attributes:
+        call: Runs a step.
+        out: Returns the step's output [batch, heads, head_dim].
+        tokens: Returns how many tokens a head reads.
+    """
 
     call: Callable[[], object]
     out: Callable[[], Tensor]
@@ -39,10 +45,10 @@ class Method(NamedTuple):
 
 
 def filled(k: Tensor, v: Tensor, page_size: int) -> Any:
-    """Their cache of k and v [rows, kv_heads, tokens, head_dim].
+    """The authors' cache, filled with k and v [rows, kv_heads, tokens, head_dim].
 
-    The statistics are those of its `initialize`, which goes through the tokens page by page and takes seconds for a
-    million.
+    Its statistics are computed here, and equal those of the cache's own `initialize`. That method goes through the
+    tokens page by page, and takes seconds for a million tokens.
     """
     from entmaxkv import PagedKVCache
 
@@ -57,7 +63,12 @@ def filled(k: Tensor, v: Tensor, page_size: int) -> Any:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float) -> Method:
-    """Every page by their paged kernel; q [batch, heads, head_dim], k and v [batch, kv_heads, tokens, head_dim]."""
+    """Dense entmax: the authors' paged kernel, given every page.
+
+    Args:
+        q: [batch, heads, head_dim].
+        k, v: [batch, kv_heads, tokens, head_dim].
+    """
     from entmaxkv.kernels.adadecode_paged import make_adadecode_paged_workspace, sparse_attention_decode_paged
 
     batch, heads, head_dim = q.shape
@@ -90,7 +101,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float) -> Meth
 
 
 def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, budgets: list[int]) -> dict[str, Method]:
-    """Their selectors; shapes as in `dense`."""
+    """The authors' selectors. The arguments have the shapes of those of `dense`."""
     from entmaxkv import sparse_attention_decode_gaussian_aware_entmax, sparse_attention_decode_paged
 
     batch, kv_heads, tokens = k.shape[:3]
@@ -107,7 +118,7 @@ def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, bud
         return result[:, :, 0].unflatten(0, (batch, group)).transpose(1, 2).flatten(1, 2)
 
     def top_pages(budget: int) -> Method:
-        best = max(budget - page_size, 0)  # the last page comes on top
+        best = max(budget - page_size, 0)  # their kernel adds the last page
         read = page_size * (1 + min(best // page_size, tokens // page_size - 1))
         shorter = torch.full_like(lengths, read)
 
@@ -128,9 +139,9 @@ def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, bud
 
 @torch.no_grad()
 def main() -> None:
-    """Runs in their process: reads order and inputs from the folder, and writes answer and outs there."""
-    parser = argparse.ArgumentParser(description="The other half of bench/decode.py --reference, which runs it.")
-    parser.add_argument("folder", type=Path)
+    """Reads `order` and `inputs` from the folder, and writes `answer` and `outs` to it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the inputs, and gets the results")
     folder = parser.parse_args().folder
     order = json.loads((folder / "order").read_text())
     inputs = load_file(folder / "inputs", device="cuda")

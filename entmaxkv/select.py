@@ -79,7 +79,7 @@ class Selector(Protocol):
     """
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Set[str]:
         """What a cache has to keep for this selector: any of "minmax", "moments" and "sketch"."""
         ...
 
@@ -122,7 +122,7 @@ def check_select(name: str, select: Selector | None) -> None:
 
 def kept_for(name: str, select: Selector | None) -> dict[str, bool]:
     """What a cache has to keep for a selector, as keywords of `PagedKVCache`."""
-    needs: Set[Need] = frozenset() if select is None else select.needs
+    needs: Set[str] = frozenset() if select is None else select.needs
     if not (isinstance(needs, Set) and needs <= NEEDS.keys()):
         expected = f"expected a set of any of {', '.join(NEEDS)}"
         raise ValueError(f"{name}: select: {type(select).__name__}.needs: {expected}, got {check.described(needs)}")

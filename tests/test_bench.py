@@ -1,4 +1,4 @@
-"""The programs of bench/ run, and say what they were given wrong."""
+"""The programs of bench run, and their error messages name the wrong argument."""
 
 import importlib
 import json
@@ -17,13 +17,13 @@ SMALL = shlex.split("--context 300 2x128 --dtype bf16 --heads 4/2 --head-dim 64 
 
 
 def run(program, monkeypatch, *arguments):
-    """Runs a program of bench/ as from the command line, in this process."""
+    """Runs a program of bench in this process, with arguments as on the command line."""
     monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
     importlib.import_module(f"bench.{program}").main()
 
 
 def refused(program, monkeypatch, capsys, *arguments):
-    """What a program says when it ends without a result."""
+    """The error message of a program that ends without a result."""
     with pytest.raises(SystemExit) as ended:
         run(program, monkeypatch, *arguments)
     assert ended.value.code not in (None, 0)
@@ -117,7 +117,7 @@ def test_certify_says_what_it_expected(monkeypatch, capsys):
 
 
 def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
-    """Results of before it was there."""
+    """Results from before KeySketch existed still give figures and tables."""
     for name in ("gpu", "cpu"):
         report = json.loads((tmp_path / f"{name}.json").read_text())
         report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]
@@ -141,7 +141,7 @@ def test_model_keys_have_the_case_s_shape(model_inputs):
 
 
 def test_model_keys_are_the_model_s(model_inputs):
-    """Wider heads are two of the model's side by side, and what it lacks comes from the next text."""
+    """A wider head is two heads of the model side by side; further heads come from the next text."""
     (_, narrow), (_, wide) = model_inputs
     assert torch.equal(wide.k[0, :, 0, :64], narrow.k[0, -70:, 0])
     assert torch.equal(wide.k[0, :, 0, 64:], narrow.k[0, -70:, 1])
@@ -156,7 +156,7 @@ def test_medians_leave_out_the_first_round(monkeypatch):
     assert found.us == pytest.approx(9) and found.of == "call"  # of 1, 5, 9 and 13
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="theirs would be looked for on the GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which the authors' code cannot run")
 def test_authors_who_cannot_run_are_a_note(tmp_path):
     given = inputs.drawn(inputs.Case("normal", "bf16", 2, 1, 16, 16, 1, 32), "cpu")._asdict()
     results, failures = authors.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
@@ -184,7 +184,7 @@ def test_profile_decode_takes_one_case(monkeypatch, capsys):
 
 
 def recorded(device):
-    """A report as bench/decode.py writes it, of two contexts and two kinds of keys."""
+    """A report like those of bench/decode.py, with two contexts and two kinds of keys."""
     softmax = "softmax SDPA, cuDNN" if device == "gpu" else "softmax SDPA"
     machine = {"torch": "2", "commit": "abc", "read_gb_per_s": 4000.0, device: "a processor", "threads": 1}
     rows = []

@@ -1,4 +1,4 @@
-"""The programs of bench/ and examples/ say what they do, also where matplotlib is not installed."""
+"""The programs of bench and examples print their help, also where matplotlib is not installed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""bench/evals/quality.py, bench/evals/tune.py and what the example models are trained on."""
+"""The programs of bench/evals that decode with a model, the tables of their results, and the training of the models."""
 
 import json
 import sys
@@ -91,7 +91,7 @@ def test_positions_skip_at_most_once_and_stay_below_the_most():
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """As if it had not stopped; with other settings it does not."""
+    """A resumed run gives the same losses and parameters; with other settings it does not start."""
 
     def begin(**settings):
         torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_near_copies_of_held_out_files_are_left_out():
 
 @torch.no_grad()
 def test_a_context_is_decoded_again_and_again():
-    """By any selector, and as the model itself reads the whole."""
+    """Each selector decodes after the same context, as the model does when it reads the whole text."""
     model = load(MODEL, "cpu")
     text = torch.from_numpy(suites.held_out_text(corpus.default_source())[: 2 * 276].reshape(2, 276).astype(np.int64))
     context = Context(model, text[:, :256], room=20)
@@ -186,14 +186,14 @@ def test_programs_say_what_they_expected(monkeypatch, capsys):
             assert expected in told(program, monkeypatch, capsys, *arguments)
     for program, first in ((quality, "'dense', 'KeySketch()', "), (tune, "'bound, 256', ")):
         refused = told(program, monkeypatch, capsys, MODEL, "--select", "box")
-        assert f"--select: expected some of {first}" in refused and "got 'box'" in refused
+        assert f"--select: expected names out of {first}" in refused and "got 'box'" in refused
     if not torch.cuda.is_available():
         assert "expected a CUDA GPU, got none" in told(train, monkeypatch, capsys, "twin")
         assert "expected a CUDA GPU, got none" in told(end_to_end, monkeypatch, capsys, MODEL)
 
 
 def recorded():
-    """Rows as the programs write them."""
+    """Rows like those that the programs write."""
     rows = []
     for model in (accuracy.ENTMAX, accuracy.SOFTMAX, accuracy.SHIPPED):
         for context in (4096, 16384, 131072):

@@ -1,11 +1,10 @@
-"""Decodes the queries of real activations with each way of reading the cache, and compares with float64.
+"""Decodes the queries of real activations with each selector, and compares the outputs with float64.
 
-The file (safetensors) holds, for each KV head NAME, NAME.k and NAME.v [tokens, head_dim] and NAME.q [group, steps,
-head_dim], the queries of the last `steps` positions: query i sees the tokens up to its own. All of them go into one
-cache as its KV heads, and are decoded step by step, with one token appended before each.
+The file is a safetensors file. For each KV head NAME it holds NAME.k and NAME.v [tokens, head_dim], and NAME.q [group,
+steps, head_dim]: the queries of the last `steps` positions. All of them become the KV heads of one cache. They are
+decoded step by step. Before each step one token is appended, so that a query sees the tokens up to its own position.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,13 +19,11 @@ from entmaxkv import metrics
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.files import load
 from bench.inputs import DTYPES, positive
-from bench.report.document import check, machine, report, wide_console
+from bench.report.document import Row, check, machine, parser_of, report, wide_console
 
 
-def measure(
-    activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: Console
-) -> list[dict]:
-    """One row per selector."""
+def measure(activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: Console) -> list[Row]:
+    """One row for each selector, over all steps and heads."""
     q, k, v = (x.to(device, DTYPES[dtype]) for x in activations)
     steps, (tokens, kv_heads, head_dim) = len(q), k.shape
     selectors = {
@@ -52,8 +49,8 @@ def measure(
             for key, value in values.items():
                 found[name].setdefault(key, []).append(value.cpu())
     rows = []
-    for name, values in found.items():
-        all_steps = {key: torch.cat(value) for key, value in values.items()}
+    for name, by_step in found.items():
+        all_steps = {key: torch.cat(x) for key, x in by_step.items()}
         support, error = all_steps["support"], all_steps["error"]
         row = {"dtype": dtype, "select": name, "cases": support.numel()}
         row |= {f"support_{what}": int(getattr(support, what)()) for what in ("min", "median", "max")}
@@ -63,14 +60,10 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("activations", type=Path, help="safetensors file of NAME.q, NAME.k and NAME.v for each KV head")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--budget", type=positive, default=2048, help="tokens that TopPages reads")
-    parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
+    parser = parser_of(__doc__)
+    parser.add_argument("activations", type=Path, help="safetensors file, as described above")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the cache")
+    parser.add_argument("--budget", type=positive, default=2048, help="tokens per KV head that TopPages reads")
     args = parser.parse_args()
     check(parser, args)
     activations = load(args.activations)

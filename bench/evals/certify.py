@@ -1,16 +1,16 @@
-"""Shows that KeySketch decodes exactly, from how little, and what other selectors lose with as many bytes.
+"""Counts the tokens that KeySketch misses, and measures what other selectors lose when they read as many bytes.
 
-A case is one query head at one step. Supports are those of float64: a miss is a token with weight outside of what was
-read. Cases come in sets that share a cache: steps of the activations file, where one is given, or 64 steps over drawn
-keys. `adversarial` keys mix near ties along the query, single coordinates, and norms from 0.001 to 500; half of its
-queries are keys. Strengths of drawn queries range from wide supports to narrow ones.
+A case is one query head at one step. Its support is that of float64. A miss is a token of the support that was not
+read. Cases come in sets that share one cache: the steps of the activations file, if one is given, or 64 steps over
+drawn keys. The scale of drawn queries differs from head to head, so that some supports are wide and others narrow.
+"adversarial" keys are a mixture of nearly equal keys, keys with a single coordinate that is not 0, and keys with norms
+from 0.001 to 500; half of their queries are keys.
 
-At equal bytes: KeySketch(max_tokens=...), and the smallest TopPages budget and Gaussian margin that read at least as
-much, values and what the selectors look at included. That is measured on the first set of the first kind of keys, if
---max-tokens names a number.
+If --max-tokens names a number, selectors are compared at equal bytes, on the first set of the first kind of keys:
+KeySketch(max_tokens=...), TopPages with the smallest budget and Gaussian with the smallest margin that read at least as
+many bytes. Bytes are those of the keys, of the values, and of what the selectors look at.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -29,22 +29,28 @@ sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.files import load
 from bench.inputs import DTYPES, Case, drawn, head_dim, positive
 from bench.model_text import ModelText
-from bench.report.document import check, machine, report, wide_console
+from bench.report.document import Row, check, machine, parser_of, report, wide_console
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
-AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores
-EXACT = {  # KeySketch(), with bits=2, with a certainty below 1
+AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores in memory at once
+EXACT: dict[str, Selector | None] = {
     "certain": KeySketch(dense_below=0),
     "2 bits": KeySketch(bits=2, dense_below=0),
     "1 - 1e-9": KeySketch(certainty=1 - 1e-9, dense_below=0),
 }
 ALPHA = 1.5
-SEARCH = 4  # steps on which settings are searched for
+SEARCH = 4  # steps that the search for settings of equal bytes looks at
 HALVINGS = 14
 
 
 class Steps(NamedTuple):
-    """q [steps, heads, head_dim], k and v [tokens, kv_heads, head_dim], and how many tokens each step sees."""
+    """Cases that share a cache.
+
+    Attributes:
+        q: [steps, heads, head_dim].
+        k, v: [tokens, kv_heads, head_dim].
+        seq_lens: [steps] int32, tokens that each step sees.
+    """
 
     q: Tensor
     k: Tensor
@@ -63,7 +69,7 @@ def of_file(path: Path, dtype: torch.dtype, device: str) -> Steps:
 
 
 def adversarial(k: Tensor) -> Tensor:
-    """Keys like these [tokens, kv_heads, head_dim] that are hard for codes."""
+    """Keys [tokens, kv_heads, head_dim] made from k that are hard to encode in a few bits."""
     tokens, _, head_dim = k.shape
     kind = torch.randint(4, (tokens, 1, 1), device=k.device)
     ties = k[:1] * (1 + 1e-3 * torch.randn_like(k))
@@ -107,7 +113,7 @@ def filled(steps: Steps) -> PagedKVCache:
 
 
 def seen_by(cache: PagedKVCache, seq_lens: Tensor) -> PagedKVCache:
-    """A batch of rows over the one row of a cache, each as long as told."""
+    """A batch of len(seq_lens) rows, each of which sees the first tokens of the one row of `cache`."""
     rows = copy.copy(cache)
     rows.batch, rows.seq_lens = len(seq_lens), seq_lens
     rows.page_table = cache.page_table.repeat(len(seq_lens), 1)
@@ -127,10 +133,10 @@ class Found:
         for name, values in most.items():
             self.most[name] = max(self.most.get(name, 0.0), float(values.max()))
 
-    def row(self) -> dict:
-        """Counts as they are, shares of what they are shares of."""
+    def row(self) -> Row:
+        """Counts as counts, and everything else as a fraction of its whole or as a mean per case."""
         s = self.sums
-        row: dict = {name: int(s[name]) for name in ("cases", "misses", "other_supports", "broken_bounds")}
+        row: Row = {name: int(s[name]) for name in ("cases", "misses", "other_supports", "broken_bounds")}
         row |= self.most
         row |= {f"{name}_share": s[name] / s["rows_of_keys"] for name in ("candidates", "refined")}
         row["bytes_share"] = s["bytes"] / s["kv_bytes"]
@@ -141,7 +147,7 @@ class Found:
 def evaluate(
     steps: Steps, selectors: dict[str, Selector | None], found: dict[str, Found], advance: Callable[[int], object]
 ) -> None:
-    """Adds what each selector does with each step."""
+    """Adds to `found` what each selector does at each step."""
     whole, kv_heads = filled(steps), steps.k.shape[1]
     tokens, heads = len(steps.k), steps.q.shape[1]
     group = heads // kv_heads
@@ -149,7 +155,7 @@ def evaluate(
     size = max(1, AT_A_TIME[steps.k.device.type] // (heads * tokens))
     for q, seq_lens in zip(steps.q.split(size), steps.seq_lens.split(size), strict=True):
         cache, rows = seen_by(whole, seq_lens), len(q)
-        # Queries of all rows as one group of each KV head: [kv_heads, rows * group, head_dim].
+        # The queries of all rows become one group per KV head: [kv_heads, rows * group, head_dim].
         queries = q.view(rows, kv_heads, group, -1).transpose(0, 1).reshape(kv_heads * rows * group, -1)
         s = reference.scores(queries, steps.k).view(kv_heads, rows, group, tokens).transpose(0, 1)
         seen = torch.arange(tokens, device=q.device) < seq_lens[:, None]
@@ -194,7 +200,7 @@ def bytes_share(steps: Steps, select: Selector) -> float:
 
 
 def reading(steps: Steps, share: float) -> tuple[TopPages, Gaussian]:
-    """The selectors with the smallest settings that read at least such a share of the bytes."""
+    """TopPages and Gaussian with the smallest settings that read at least this fraction of the bytes."""
     least, most = 1, -(-len(steps.k) // PAGE_SIZE)
     while least < most:
         pages = (least + most) // 2
@@ -212,8 +218,8 @@ def reading(steps: Steps, share: float) -> tuple[TopPages, Gaussian]:
     return TopPages(least * PAGE_SIZE, dense_below=0), Gaussian(margin=high, dense_below=0)
 
 
-def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[dict]:
-    """Rows of δ against bytes read, KeySketch's and the others' at as many."""
+def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[Row]:
+    """For each of max_tokens three rows with δ: KeySketch, then TopPages and Gaussian at as many bytes."""
     few = torch.linspace(0, len(steps.q) - 1, min(SEARCH, len(steps.q))).long().to(steps.q.device)
     some = Steps(steps.q[few], steps.k, steps.v, steps.seq_lens[few])
     rows = []
@@ -231,9 +237,19 @@ def at_equal_bytes(steps: Steps, max_tokens: list[int], bar: Progress) -> list[d
     return rows
 
 
-def show(rows: list[dict], console: Console) -> None:
-    exact = Table(title="cases, and what they take", title_justify="left")
-    titles = ("keys", "tokens", "selector", "cases", "misses", "other supports", "broken bounds", "τ off", "out off")
+def show(rows: list[Row], console: Console) -> None:
+    exact = Table(title="misses of KeySketch, and what it reads", title_justify="left")
+    titles = (
+        "keys",
+        "tokens",
+        "selector",
+        "cases",
+        "misses",
+        "supports unlike dense",
+        "broken bounds",
+        "τ error",
+        "output error",
+    )
     for title in (*titles, "candidates", "refined", "bytes", "certified", "δ"):
         exact.add_column(title)
     for row in (row for row in rows if row["kind"] == "exact"):
@@ -245,7 +261,7 @@ def show(rows: list[dict], console: Console) -> None:
     delta = [row for row in rows if row["kind"] == "delta"]
     if not delta:
         return
-    equal = Table(title="δ at equal bytes, and how many times that of KeySketch", title_justify="left")
+    equal = Table(title="δ at equal bytes; times: δ divided by the δ of KeySketch", title_justify="left")
     for title in ("max_tokens", "bytes", "KeySketch", "TopPages", "times", "Gaussian", "times"):
         equal.add_column(title)
     for sketch, pages, gaussian in zip(*(iter(delta),) * 3, strict=True):
@@ -259,19 +275,16 @@ def show(rows: list[dict], console: Console) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("activations", type=Path, nargs="?", help="safetensors file as bench/activations.py takes it")
-    parser.add_argument("--device", choices=AT_A_TIME, default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser = parser_of(__doc__)
+    parser.add_argument("activations", type=Path, nargs="?", help="safetensors file, see bench/evals/activations.py")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the caches")
     kinds = ["model", "normal", "clustered", "outlier", "adversarial"]
-    parser.add_argument("--keys", nargs="*", choices=kinds, default=kinds, help="keys beside those of the file")
-    parser.add_argument("--context", type=positive, nargs="+", default=[16384], help="tokens, but for the file's")
-    parser.add_argument("--head-dim", type=head_dim, default=64, help="but for the file's")
-    parser.add_argument("--cases", type=positive, default=1024, help="at least so many of each kind and context")
-    parser.add_argument("--max-tokens", type=positive, nargs="*", default=[16, 64, 256, 1024], help="of KeySketch")
-    parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
+    parser.add_argument("--keys", nargs="*", choices=kinds, default=kinds, help="keys to measure beside the file")
+    parser.add_argument("--context", type=positive, nargs="+", default=[16384], help="tokens; not for the file")
+    parser.add_argument("--head-dim", type=head_dim, default=64, help="size of a head; not for the file")
+    capped = "the max_tokens of KeySketch to compare at equal bytes; without a number, compare nothing"
+    parser.add_argument("--cases", type=positive, default=1024, help="at least so many for each kind and context")
+    parser.add_argument("--max-tokens", type=positive, nargs="*", default=[16, 64, 256, 1024], help=capped)
     args = parser.parse_args()
     check(parser, args)
     if not args.activations and not args.keys:
@@ -280,7 +293,7 @@ def main() -> None:
     sets = -(-args.cases // (STEPS * GROUP * KV_HEADS))
 
     def sources() -> Iterator[tuple[str, int, Iterator[Steps]]]:
-        """Keys, tokens, and the sets of both."""
+        """The kinds of keys, each with its tokens and its sets."""
         if args.activations:
             steps = of_file(args.activations, DTYPES[args.dtype], args.device)
             yield "file", len(steps.k), iter([steps])
@@ -292,7 +305,7 @@ def main() -> None:
                 else:
                     yield keys, context, (of_drawn(keys, *like, seed) for seed in range(sets))
 
-    rows: list[dict] = []
+    rows: list[Row] = []
     first: tuple[str, int, Steps] | None = None
     for keys, tokens, of in sources():
         found = {name: Found() for name in EXACT}

@@ -1,9 +1,9 @@
-"""Language models that decode through the cache: read a context once, then decode after it again and again."""
+"""Decoding with a language model: it reads a context once, and decodes after it as often as needed."""
 
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +14,28 @@ import entmaxkv.hf
 from bench.examples import fix_launches, with_cache
 from entmaxkv.select import Selector
 
-# No token is padding, which transformers would find out from a mask of its own, waiting for the device.
+# No token is padding. Without this, transformers would look at a mask to find that out, and wait for the device.
 UNMASKED = {"full_attention": None}
 
 
 def load(path: Path, device: str) -> PreTrainedModel:
-    """The model in bf16 on a GPU and fp32 on the CPU."""
+    """Loads the model, in bf16 on a GPU and in fp32 on the CPU."""
     disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype)
+    model.to(device)
     if device == "cuda" and model.config.entmax_alpha != 1 and find_spec("adasplash"):
         fix_launches()
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 class Decoded(NamedTuple):
     """Decode steps after one context.
 
     Attributes:
-        bits: [rows, steps] fp32, what the byte that comes next costs.
-        argmax: [rows, steps] int64, the byte that the model takes for the next.
+        bits: [rows, steps] fp32, the cost of the next byte in bits.
+        argmax: [rows, steps] int64, the byte that the model expects next.
     """
 
     bits: Tensor
@@ -41,23 +43,23 @@ class Decoded(NamedTuple):
 
 
 class Context:
-    """A model that has read [rows, tokens] int64, and decodes what follows as often as one likes.
+    """A model that has read the tokens `read` [rows, tokens] int64, and can decode after them again and again.
 
-    Tokens must fill whole pages: what is decoded lies in pages of its own, and can be forgotten by its length alone.
+    The tokens must fill whole pages. Decoded tokens are then in other pages, and resetting the lengths removes them.
     """
 
     def __init__(self, model: PreTrainedModel, read: Tensor, room: int):
         self.model = model
         self.rows, self.tokens = read.shape
         self.cache = entmaxkv.hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
-        self.layers: list[entmaxkv.hf.EntmaxLayer] = list(self.cache.layers)
+        self.layers = self.cache.paged_layers
         if self.tokens % self.layers[0].page_size:
             raise ValueError(f"expected a context of whole pages of {self.layers[0].page_size}, got {self.tokens}")
         with torch.no_grad():
             model(input_ids=read, **with_cache(model, self.cache), attention_mask=UNMASKED, logits_to_keep=1)
 
     def rewind(self, select: Selector | None) -> None:
-        """Forgets what was decoded, and decodes by this selector from now on."""
+        """Removes the decoded tokens from the cache, and decodes with this selector from now on."""
         for layer in self.layers:
             layer.seen = self.tokens
             layer.paged.seq_lens.fill_(self.tokens)
@@ -66,15 +68,16 @@ class Context:
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after ids [rows, 1] at positions [1, 1]."""
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": UNMASKED}
-        return self.model(**inputs, **with_cache(self.model, self.cache)).logits[:, -1]
+        logits: Tensor = self.model(**inputs, **with_cache(self.model, self.cache)).logits
+        return logits[:, -1]
 
 
 class Stepper:
-    """The decode steps of a context by one selector, on a GPU as replays of one CUDA graph unless `eager`.
+    """Decodes after a context with one selector; on a GPU by replays of a CUDA graph, unless `eager`.
 
     Attributes:
         ids: [rows, 1] int64, the step's input.
-        positions: [1, 1] int64; moves on by itself.
+        positions: [1, 1] int64, the step's position; `step` adds 1 to it.
         logits: [rows, vocabulary] of the last step.
     """
 
@@ -101,7 +104,7 @@ class Stepper:
         self.rewind()
 
     def rewind(self) -> None:
-        """Back to the end of the context."""
+        """Goes back to the end of the context."""
         self.context.rewind(self.select)
         self.positions.fill_(self.context.tokens)
 
@@ -114,7 +117,7 @@ class Stepper:
             self.positions += 1
 
     def read(self, text: Tensor) -> Decoded:
-        """Decodes text [rows, steps + 1] int64: every byte but the last, and how well each next one was foreseen."""
+        """Decodes text [rows, steps + 1] int64 byte by byte, and compares each prediction with the next byte."""
         self.rewind()
         bits, argmax = [], []
         for i in range(text.shape[1] - 1):
@@ -127,7 +130,7 @@ class Stepper:
         return Decoded(torch.stack(bits, dim=1), torch.stack(argmax, dim=1))
 
     def write(self, first: Tensor, steps: int) -> Tensor:
-        """Greedy continuation [rows, steps] after the bytes first [rows, 1] int64."""
+        """The greedy continuation [rows, steps] after the bytes `first` [rows, 1] int64."""
         self.rewind()
         self.ids.copy_(first)
         written = []

@@ -1,9 +1,9 @@
-"""Tokens per second of a whole language model that decodes through `entmaxkv.hf`, and where the time goes.
+"""Measures the tokens per second of a whole language model that decodes through `entmaxkv.hf`, and where the time goes.
 
-    python bench/end_to_end.py runs/twin-entmax --batch 1 8 --json bench/results/h200-end-to-end-entmax.json
+    python bench/evals/end_to_end.py runs/twin-entmax --batch 1 8 --json bench/results/h200-end-to-end-entmax.json
 
-A step is the whole model, from a byte to the logits of the next: as a CUDA graph, and eager, which is as transformers'
-`generate` calls it. The profiler tells the graph's attention kernels from the others.
+A step is the whole model, from a byte to the logits of the next byte. It is timed twice: as a CUDA graph, and eager, as
+transformers' `generate` runs it. The profiler gives the times of the graph's kernels. A GPU is needed.
 """
 
 import sys
@@ -22,10 +22,10 @@ from entmaxkv.select import Selector
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.decoding import Context, Stepper, load
-from bench.evals.options import check_contexts, parser_of
+from bench.evals.options import check_contexts, decoding_parser
 from bench.evals.suites import haystacks, held_out_text, tensor
 from bench.inputs import positive
-from bench.report.document import machine, report, wide_console
+from bench.report.document import Row, machine, report, wide_console
 
 SELECTORS: dict[str, Selector | None] = {
     "dense": None,
@@ -36,12 +36,12 @@ SELECTORS: dict[str, Selector | None] = {
     "TopPages(4096)": entmaxkv.TopPages(4096, dense_below=0),
     "Gaussian()": entmaxkv.Gaussian(dense_below=0),
 }
-FOR_ZEROS = ("KeySketch()", "Gaussian()")  # that read all of softmax
+FOR_ZEROS = ("KeySketch()", "Gaussian()")  # with softmax these two select every token
 ROOM, WARM, TIMED = 256, 8, 64
 
 
 def microseconds(stepper: Stepper) -> float:
-    """Of one step, after text that the model is at home in: the bytes that it takes for the likeliest."""
+    """The time of one step in microseconds, while the model decodes a greedy continuation."""
     stepper.rewind()
     for i in range(WARM + TIMED):
         if i == WARM:
@@ -56,7 +56,7 @@ def microseconds(stepper: Stepper) -> float:
 def kernels(stepper: Stepper) -> dict[str, float]:
     """Microseconds of the graph's kernels: reading the cache, appending to it, and everything else.
 
-    Kernels that are chained by dependent launches overlap, so that together they can take longer than the step.
+    A kernel of a dependent launch overlaps with the kernel before it, so the sum can be larger than the step's time.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(WARM):
@@ -64,18 +64,18 @@ def kernels(stepper: Stepper) -> dict[str, float]:
         torch.cuda.synchronize()
     found = {"attention": 0.0, "append": 0.0, "other": 0.0}
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             ours = "entmaxkv" in event.name
             appends = any(name in event.name for name in ("append_", "advance", "code_new"))
             found["append" if ours and appends else "attention" if ours else "other"] += event.device_time_total / WARM
     return found
 
 
-def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int) -> list[dict[str, Any]]:
-    """One row per selector for a batch of contexts."""
+def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int) -> list[Row]:
+    """One row for each selector, on a batch of contexts."""
     read, follows = haystacks(text, batch, context, context)
     state = Context(model, tensor(read, model.device), room=ROOM)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     softmax = model.config.entmax_alpha == 1
     for name in [name for name in SELECTORS if not (softmax and name in FOR_ZEROS)]:
         row: dict[str, Any] = {"select": name, "context": context, "batch": batch}
@@ -89,7 +89,7 @@ def evaluate(model: PreTrainedModel, text: np.ndarray, context: int, batch: int)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     shown = Table(title=f"{rows[0]['model']}, {rows[0]['batch']} rows of {rows[0]['context']} tokens")
     shown.add_column("selector")
     for title in ("tokens/s", "µs", "attention", "append", "other kernels", "eager µs"):
@@ -101,9 +101,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, 131072)
-    parser.set_defaults(device="cuda", longest=None)
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="contexts decoded at once (default 1)")
+    parser = decoding_parser(__doc__, 131072, devices=("cuda",))
+    parser.set_defaults(longest=None)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="contexts that are decoded together")
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, max(args.batch))

@@ -1,15 +1,16 @@
-"""What a model loses by each way of reading its cache, and what it reads, on text that it was not trained on.
+"""Measures what a model loses with each selector, and what each selector reads, on text held out from training.
 
-    python bench/quality.py examples/stdlib-entmax --json bench/results/cpu-quality.json
+    python bench/evals/quality.py examples/stdlib-entmax --json bench/results/cpu-quality.json
 
-The model reads a context, exactly, and then decodes what follows with each selector in turn:
+The model reads a context with dense attention, and then decodes what follows with each selector in turn:
 
-- text: held-out files of the standard library, the same bytes after contexts of every length; bits per byte, where the
-  argmax is dense decoding's, and how long a greedy continuation is,
-- passkey: one line `# key NAME = VALUE` somewhere in the text, asked for at the end,
-- recall: 32 such lines, of which eight are asked for; both count values that are right to the last digit.
+- text: held-out files of the standard library, the same bytes after contexts of every length. Measured are bits per
+  byte, how often the likeliest next byte is the one of dense decoding, and how long a greedy continuation agrees.
+- passkey: the context has one line `# key NAME = VALUE`, which is asked for at the end.
+- recall: the context has 32 such lines, and eight of them are asked for.
 
-At some steps of the text each layer's queries also go through `entmaxkv.metrics.measure`, against float64.
+A passkey or a recalled value counts if all of its digits are right. At some steps of the text, each layer's queries are
+also compared with attention in float64, by `entmaxkv.metrics.measure`.
 """
 
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import entmaxkv
@@ -29,16 +31,16 @@ from entmaxkv.select import Selector
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals import suites
-from bench.evals.decoding import Context, Stepper, load
-from bench.evals.options import check_contexts, chosen, evaluating_parser
+from bench.evals.decoding import Context, Decoded, Stepper, load
+from bench.evals.options import check_contexts, chosen, comparing_parser
 from bench.evals.suites import Suite, answering, facts_of, held_out_text, probed, tensor
-from bench.report.document import machine, report, wide_console
+from bench.report.document import Row, machine, report, wide_console
 
 BUDGETS = (64, 256, 1024, 4096)
 
 
 def selectors(alpha: float) -> dict[str, Selector | None]:
-    """What is compared, none of it falling back to dense decoding."""
+    """The selectors that are compared, by name; `dense_below=0` keeps short contexts from being decoded densely."""
     found: dict[str, Selector | None] = {"dense": None}
     if alpha > 1:
         found["KeySketch()"] = entmaxkv.KeySketch(dense_below=0)
@@ -59,16 +61,17 @@ def selectors(alpha: float) -> dict[str, Selector | None]:
 def decode_text(
     model: PreTrainedModel, suite: Suite, methods: dict[str, Any], advance: Callable[[], object]
 ) -> dict[str, dict[str, Any]]:
-    """What each method makes of the text, beside the first one, which is dense; and what `probed` finds."""
+    """Each selector's loss on the text beside that of dense decoding, which is the first; and its metrics."""
     found: dict[str, dict[str, Any]] = {}
     read = Context(model, tensor(suite.read, model.device), room=suites.STEPS)
     follows = tensor(suite.follows, model.device)
     rows = len(follows)
-    dense = written = None
+    dense: Decoded | None = None
+    written: Tensor | None = None
     for method, select in methods.items():
         stepper = Stepper(read, select)
         decoded, mine = stepper.read(follows), stepper.write(follows[:, :1], suites.STEPS)
-        if dense is None:
+        if dense is None or written is None:
             dense, written = decoded, mine
         above = (decoded.bits - dense.bits).double().mean(1)
         found[method] = {
@@ -94,11 +97,11 @@ def evaluate(
     longest: int,
     rows: int,
     console: Console,
-) -> list[dict]:
+) -> list[Row]:
     """One row per selector at this context."""
     drawn = suites.prepared(text, context, longest, rows)
     with Progress(console=console) as bar:
-        # Of passkeys there are twice as many rows, half of them at a time.
+        # The passkeys have twice as many rows, and are decoded in two halves.
         task = bar.add_task(f"context {context}", total=4 * len(methods) + 1)
         advance = partial(bar.advance, task)
         found = decode_text(model, drawn["text"], methods, advance)
@@ -108,7 +111,7 @@ def evaluate(
     return [{"select": method, "context": context} | facts for method, facts in found.items()]
 
 
-def table(rows: list[dict]) -> Table:
+def table(rows: list[Row]) -> Table:
     shown = Table(title=f"context {rows[0]['context']}")
     shown.add_column("selector", no_wrap=True)
     titles = ("bits", "agrees", "prefix", "passkey", "recall", "δ", "support", "error", "keys", "bytes")
@@ -137,7 +140,7 @@ def table(rows: list[dict]) -> Table:
 
 
 def main() -> None:
-    parser = evaluating_parser(__doc__)
+    parser = comparing_parser(__doc__)
     args = parser.parse_args()
     text = held_out_text(args.source)
     check_contexts(parser, args, text, 2 * args.rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,38 +20,48 @@ from bench.evals.decoding import Context, Stepper
 from bench.examples import LINE, RECALL, RELATED, SEPARATOR, Watch, draw, files, held_out, put
 from entmaxkv.metrics import Metrics, measure
 
-STEPS = 256  # bytes decoded of each text
+Bytes = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+STEPS = 256  # decoded bytes of each text
 FACTS, ASKED = 32, 8
 LEAST_CONTEXT = 2 * FACTS * LINE
 PROBED_ROWS, PROBED_STEPS = 8, 2
-SEED = 2**33  # of the facts; training draws others
+SEED = 2**33  # of the facts; the seeds of training are smaller
 
 
-def held_out_text(source: Path) -> np.ndarray:
-    """The held-out files of the standard library joined, those with near relatives in the training text last."""
+def held_out_text(source: Path) -> Bytes:
+    """The held-out files of the standard library, joined. Files with near relatives in the training text come last."""
     names = {name: path for name, path in files(source).items() if held_out(name)}
     order = sorted(names, key=lambda name: (name.startswith(RELATED), name))
     return np.frombuffer(b"".join(names[name].read_bytes() + SEPARATOR for name in order), np.uint8)
 
 
 class Suite(NamedTuple):
-    """Contexts [rows, context], what follows [rows, steps + 1], and which of its bytes are answers."""
+    """Texts to decode.
 
-    read: np.ndarray
-    follows: np.ndarray
-    answers: np.ndarray
+    Attributes:
+        read: [rows, context] uint8, contexts that are read first.
+        follows: [rows, steps + 1] uint8, what is decoded after them.
+        answers: like `follows`, bool, whether a byte belongs to an answer.
+    """
+
+    read: Bytes
+    follows: Bytes
+    answers: Mask
 
 
-def haystacks(text: np.ndarray, rows: int, context: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [rows, context] and the STEPS + 1 bytes after each, which are the same for every context."""
+def haystacks(text: Bytes, rows: int, context: int, longest: int) -> tuple[Bytes, Bytes]:
+    """Windows [rows, context] and the STEPS + 1 bytes after each; these are the same bytes for every context."""
     ends = np.linspace(longest, len(text) - STEPS - 1, rows).astype(int)
     return np.stack([text[end - context : end] for end in ends]), np.stack([text[end:][: STEPS + 1] for end in ends])
 
 
-def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, asked: int, seed: int = SEED) -> Suite:
-    """Facts spread over each context, some asked for after it; of a single one, each row holds it elsewhere."""
+def asking(text: Bytes, rows: int, context: int, longest: int, facts: int, asked: int, seed: int = SEED) -> Suite:
+    """Contexts with facts spread over them, some of which are asked for. A single fact is elsewhere in each row."""
     read = haystacks(text, rows, context, longest)[0].copy()
-    follows, answers = [], []
+    follows: list[bytes] = []
+    answers: list[list[bool]] = []
     for row, window in enumerate(read):
         rng = np.random.default_rng((seed, facts, row))
         drawn = [draw(rng) for _ in range(facts)]
@@ -65,8 +76,8 @@ def asking(text: np.ndarray, rows: int, context: int, longest: int, facts: int, 
     return Suite(read, np.stack([np.frombuffer(line, np.uint8) for line in follows]), np.array(answers))
 
 
-def prepared(text: np.ndarray, context: int, longest: int, rows: int, seed: int = SEED) -> dict[str, Suite]:
-    """What is decoded after a context, leaving room before it for the longest."""
+def prepared(text: Bytes, context: int, longest: int, rows: int, seed: int = SEED) -> dict[str, Suite]:
+    """The suites for one context; what follows a context is the same for all contexts up to `longest`."""
     read, follows = haystacks(text, rows, context, longest)
     return {
         "text": Suite(read, follows, np.zeros(follows.shape, bool)),
@@ -75,12 +86,12 @@ def prepared(text: np.ndarray, context: int, longest: int, rows: int, seed: int 
     }
 
 
-def tensor(x: np.ndarray, device: torch.device) -> Tensor:
+def tensor(x: Bytes, device: torch.device) -> Tensor:
     return torch.from_numpy(x.astype(np.int64)).to(device)
 
 
 def answered(suite: Suite, argmax: Tensor) -> float:
-    """Share of the values whose every byte is the argmax."""
+    """The fraction of the answers of which every byte is the argmax."""
     expected = suite.follows[:, 1:][suite.answers[:, 1:]].reshape(-1, RECALL)
     got = argmax.cpu().numpy()[suite.answers[:, 1:]].reshape(-1, RECALL)
     return float((expected == got).all(axis=1).mean())
@@ -89,10 +100,11 @@ def answered(suite: Suite, argmax: Tensor) -> float:
 def answering(
     model: PreTrainedModel, suite: Suite, methods: dict[str, Any], at_a_time: int, advance: Callable[[], object]
 ) -> dict[str, float]:
-    """What `answered` says of each method, after so many contexts at a time."""
+    """`answered` for each method, decoding `at_a_time` rows together."""
     found = dict.fromkeys(methods, 0.0)
     for start in range(0, len(suite.read), at_a_time):
-        part = Suite(*(x[start : start + at_a_time] for x in suite))
+        rows = slice(start, start + at_a_time)
+        part = Suite(suite.read[rows], suite.follows[rows], suite.answers[rows])
         read = Context(model, tensor(part.read, model.device), room=part.follows.shape[1])
         follows = tensor(part.follows, model.device)
         for method, select in methods.items():
@@ -103,7 +115,7 @@ def answering(
 
 
 def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str, list[list[Metrics]]]:
-    """What `measure` says of each method at some steps of the text, [layer][step], of the first PROBED_ROWS."""
+    """Each method's metrics at some steps of the text, [layer][step], for the first PROBED_ROWS rows."""
     found: dict[str, list[list[Metrics]]] = {name: [[] for _ in context.layers] for name in methods}
     layers = itertools.cycle(range(len(context.layers)))
     at = {(2 * i + 1) * STEPS // (2 * PROBED_STEPS) for i in range(PROBED_STEPS)}
@@ -127,17 +139,18 @@ def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str,
 
 
 def by_head(found: list[list[Metrics]], name: str) -> Tensor:
-    """Mean of a metric over steps and rows, [layers, heads] float64."""
+    """A metric's mean over steps and rows, [layers, heads] float64."""
     layers = [torch.stack([getattr(step, name).double().mean(0) for step in layer]).mean(0) for layer in found]
     return torch.stack(layers).cpu()
 
 
 def share(steps: list[Metrics]) -> float:
+    """Bytes read as a fraction of the bytes of the cache."""
     return sum(step.bytes_read for step in steps) / sum(step.kv_bytes for step in steps)
 
 
 def facts_of(found: list[list[Metrics]]) -> dict[str, Any]:
-    """A selector's metrics: their means, and those of each layer's heads; bytes are a layer's."""
+    """The means of a selector's metrics, the metrics of each layer's heads, and the bytes of each layer."""
     names = {
         "delta": "dropped_mass",
         "support_recall": "support_recall",

@@ -1,9 +1,10 @@
-"""Page scores and margins that `TopPages` and `Gaussian` could have, by what they drop of a model's attention.
+"""Compares page scores and margins that `TopPages` and `Gaussian` could use, by what they lose of a model's attention.
 
-    python bench/tune.py examples/stdlib-entmax --context 4096 16384 --text training
+    python bench/evals/tune.py examples/stdlib-entmax --context 4096 16384 --text training
 
-Under a budget, pages are ranked by the merit that their best head gives them; z = (alpha - 1) s as in docs/ops.md, tau
-is the threshold that the mixture of the pages' Gaussians has. What `Gaussian` reads follows its quantile and margin.
+Under a budget, pages are ranked by merit; a page has the best merit that a head of its group gives to it. Formulas use
+z = (alpha - 1) s, where s is the score (docs/ops.md). tau is the threshold of the mixture of all pages' Gaussians. What
+`Gaussian` reads follows from its quantile and its margin.
 """
 
 import math
@@ -28,19 +29,19 @@ from entmaxkv import ops
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals import suites
 from bench.evals.decoding import Context, load
-from bench.evals.options import check_contexts, chosen, evaluating_parser
+from bench.evals.options import check_contexts, chosen, comparing_parser
 from bench.evals.suites import SEED, answering, facts_of, held_out_text, probed, tensor
 from bench.examples import SEPARATOR, files, held_out
-from bench.report.document import machine, report, wide_console
+from bench.report.document import Row, machine, report, wide_console
 
 BUDGETS = (256, 1024)
 SEEDS = {"training": SEED + 1, "held-out": SEED}
-UNUSED = -1e9  # scores of pages that hold no token, too low to matter
-TRAINING_BYTES = 1_200_000  # about as many as the held-out text has
+UNUSED = -1e9  # score of a page without tokens, low enough to have no weight
+TRAINING_BYTES = 1_200_000  # about the size of the held-out text
 
 
 def mixture_threshold(mean: Tensor, std: Tensor, counts: Tensor) -> Tensor:
-    """tau [batch, heads] of sum_pages counts E[(z - tau)_+^2] = 1 for z ~ N(mean, std^2), where alpha is 1.5."""
+    """tau [batch, heads] that solves sum_pages counts E[(z - tau)_+^2] = 1 for z ~ N(mean, std^2), with alpha 1.5."""
     low, high = mean.amax(-1) - 1, (mean + 9 * std).amax(-1)
     for _ in range(60):
         tau = (low + high) / 2
@@ -50,7 +51,7 @@ def mixture_threshold(mean: Tensor, std: Tensor, counts: Tensor) -> Tensor:
 
 
 def expected_weight(mean: Tensor, std: Tensor) -> Tensor:
-    """E[x_+^2] of x ~ N(mean, std^2)."""
+    """E[x_+^2] for x ~ N(mean, std^2)."""
     std = std.clamp_min(1e-12)
     at = mean / std
     below = torch.special.ndtr(at)
@@ -60,7 +61,10 @@ def expected_weight(mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Merit:
-    """Best pages under a budget by one of the merits in `MERITS`, of rows with more tokens than that; alpha is 1.5."""
+    """Selects the pages with the best merits under a budget, by the merit of this name in `MERITS`; alpha is 1.5.
+
+    Every row must have more tokens than the budget.
+    """
 
     name: str
     budget: int
@@ -80,7 +84,7 @@ class Merit:
         return entmaxkv.Selection(selected, counts)
 
     def merits(self, q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> Tensor:
-        """By KV head, [batch, kv_heads, max_pages] float64: inf for the last page, -inf behind it."""
+        """The merits [batch, kv_heads, max_pages] float64: inf for the last page, -inf for pages after it."""
         table = cache.page_table, cache.seq_lens, cache.page_size, scoring.scale, scoring.alibi_slopes
         bound = ops.score_pages(q, cache.k_min, cache.k_max, *table).double()
         least = -ops.score_pages(-q, cache.k_min, cache.k_max, *table).double()
@@ -98,7 +102,14 @@ class Merit:
 
 @dataclass(frozen=True)
 class Pages:
-    """What is known of the scores z of each page's tokens, [batch, heads, pages] float64; tau is [batch, heads, 1]."""
+    """What is known about the scores z of each page's tokens.
+
+    Attributes:
+        most, least: [batch, heads, pages] float64, bounds.
+        mean, std: [batch, heads, pages] float64.
+        counts: [batch, heads, pages] float64, tokens of the page.
+        tau: [batch, heads, 1] float64.
+    """
 
     most: Tensor
     least: Tensor
@@ -114,11 +125,11 @@ class Pages:
         return self.mean + c * self.std
 
     def within(self, c: float) -> Tensor:
-        """From the middle of the box, c = 0, to its bound, c = 1."""
+        """A score between the middle of the box (c = 0) and its upper bound (c = 1)."""
         return (self.most + self.least) / 2 + c * (self.most - self.least) / 2
 
     def between(self, c: float) -> Tensor:
-        """From the mean, c = 0, to the bound, c = 1."""
+        """A score between the mean (c = 0) and the upper bound (c = 1)."""
         return self.mean + c * (self.most - self.mean)
 
 
@@ -126,8 +137,8 @@ def less_best(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 
 
-def log_share(x: Tensor) -> Tensor:
-    """Half the logarithm of a page's share, as x is z = s / 2."""
+def log_softmax(x: Tensor) -> Tensor:
+    """Half the logarithm of the page softmax: x is z = s / 2, and the page softmax is that of s."""
     return x - (2 * x).logsumexp(-1, keepdim=True) / 2
 
 
@@ -137,18 +148,21 @@ SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "mean to bound at 0.4": lambda p: p.between(0.4),
     "mean + 4 std": lambda p: p.raised(4),
 }
-# A score by itself, less the head's best, as a share in the softmax of the head's, or less tau.
+# A score by itself; minus the best score of the head; as its page softmax; minus tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
     **SCORES,
     **{f"{name} - best": lambda p, score=score: less_best(score(p)) for name, score in SCORES.items()},
-    **{f"{name} - all": lambda p, score=score: log_share(score(p)) for name, score in SCORES.items()},
+    **{f"{name} - all": lambda p, score=score: log_softmax(score(p)) for name, score in SCORES.items()},
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),
 }
 
 
 def gaussians() -> dict[str, Any]:
-    """Quantiles of a page's best token, the last as for all pages of 4096 tokens together, and margins."""
+    """`Gaussian` with several quantiles and margins, by name.
+
+    The last quantile is that of the best token of 256 pages, 4096 tokens, together.
+    """
     found = {}
     for quantile in (0.8, 0.95, 0.99, 0.95 ** (1 / 256)):
         for margin in (0.0, 0.25, 0.5):
@@ -158,7 +172,7 @@ def gaussians() -> dict[str, Any]:
 
 
 def training_text(source: Path) -> np.ndarray:
-    """Training files of the standard library joined, evenly taken."""
+    """An even sample of the standard library's training files, joined."""
     names = {name: path for name, path in files(source).items() if not held_out(name)}
     texts = [names[name].read_bytes() + SEPARATOR for name in sorted(names)]
     stride = max(1, sum(map(len, texts)) // TRAINING_BYTES)
@@ -174,8 +188,8 @@ def evaluate(
     rows: int,
     seed: int,
     console: Console,
-) -> list[dict]:
-    """One row per selector at this context."""
+) -> list[Row]:
+    """One row for each selector at this context."""
     drawn = suites.prepared(text, context, longest, rows, seed)
     read = Context(model, tensor(drawn["text"].read, model.device), room=suites.STEPS)
     found: dict[str, dict[str, Any]] = {}
@@ -191,8 +205,8 @@ def evaluate(
 
 
 def main() -> None:
-    parser = evaluating_parser(__doc__)
-    parser.add_argument("--text", choices=SEEDS, default="training", help="default training")
+    parser = comparing_parser(__doc__)
+    parser.add_argument("--text", choices=SEEDS, default="training", help="which files of the standard library to read")
     args = parser.parse_args()
     text = (training_text if args.text == "training" else held_out_text)(args.source)
     check_contexts(parser, args, text, 2 * args.rows)

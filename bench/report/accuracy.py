@@ -1,6 +1,7 @@
-"""Tables and figures of what selectors lose: rows of bench/quality.py, tune.py, end_to_end.py, and training logs.
+"""Makes the tables and figures of what selectors lose, from the other programs of bench/evals and from training logs.
 
-`TABLES` and `FIGURES` are functions of all reports under bench/results, which return nothing where rows are missing.
+The rows are those of quality.py, tune.py and end_to_end.py, and of the logs of examples/train/train.py. `TABLES` and
+`FIGURES` hold functions of all rows under bench/results, which return "" or None if there are no rows for them.
 """
 
 import json
@@ -14,13 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.report.tables import Row, digits, machine_line, size, table
+from bench.report.document import Row
+from bench.report.tables import digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
 LONGEST = 131072
 KINDS = ("quality", "tune", "end to end", "training")
 COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
-RANKED = ", 1024"  # ends the names of tune.py's merits with that budget
+RANKED = ", 1024"  # the end of the names of tune.py's merits with this budget
 QUANTILES, MARGINS = (0.95, 0.99), (0, 0.25)  # of `Gaussian`, in its table
 CHOICE = (
     (ENTMAX, "dense"),
@@ -35,9 +37,9 @@ ALWAYS = ("dense", "KeySketch()", "KeySketch(max_tokens=1024)", "TopPages(1024)"
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of the reports that say what kind they are of, each with its machine.
+    """The rows of the kinds in `KINDS`, each with its machine.
 
-    Where two files hold the same row, that of the last by name.
+    If several files have the same row, the last file by name counts.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):
@@ -50,16 +52,17 @@ def load(folder: Path) -> list[Row]:
 
 
 def of(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows that have all of the wanted values."""
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
 def family(select: str) -> str:
-    """The last of COLORS' names in it."""
+    """The last name of `COLORS` that is part of the selector's name."""
     return next(name for name in reversed(COLORS) if name in select)
 
 
 def name(select: str) -> str:
-    """As the pages call it."""
+    """The selector as the pages write it."""
     return select if select == "dense" else f"`{select}`"
 
 
@@ -68,7 +71,7 @@ def contexts(rows: list[Row]) -> list[int]:
 
 
 def by_context(rows: list[Row], cell: Callable[[Row], str], **wanted: Any) -> list[str]:
-    """A cell for each context of the rows, empty where those that are wanted have none."""
+    """A cell for each context of the rows; it is empty if no wanted row has this context."""
     found = {row["context"]: row for row in of(rows, **wanted)}
     return [cell(found[context]) if context in found else "" for context in contexts(rows)]
 
@@ -78,7 +81,7 @@ def percent(share: float) -> str:
 
 
 def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
-    """Every selector's losses and costs at one context."""
+    """A table of every selector's losses and costs at one context."""
 
     def made(rows: list[Row]) -> str:
         here = of(rows, kind="quality", model=model, context=context)
@@ -104,15 +107,17 @@ def quality_at(model: str, context: int) -> Callable[[list[Row]], str]:
 
 
 def twins(rows: list[Row]) -> list[Row]:
+    """The rows of quality.py with one of the two twins."""
     return [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX)]
 
 
 def attention(model: str) -> str:
+    """The attention of a twin: entmax or softmax."""
     return model.removeprefix("twin-")
 
 
 def contexts_of(cell: Callable[[Row], str]) -> Callable[[list[Row]], str]:
-    """One measure against context, of both twins."""
+    """A table of one measure by context, for both twins."""
 
     def made(rows: list[Row]) -> str:
         here = [row for row in twins(rows) if row["select"] in ALWAYS]
@@ -128,7 +133,7 @@ def contexts_of(cell: Callable[[Row], str]) -> Callable[[list[Row]], str]:
 
 
 def twins_of(what: str) -> Callable[[list[Row]], str]:
-    """What top pages lose of entmax and of softmax at the same budgets."""
+    """A table of what top pages lose with entmax and with softmax, at the same budgets."""
 
     def cell(row: Row) -> str:
         return digits(row[what])
@@ -146,7 +151,7 @@ def twins_of(what: str) -> Callable[[list[Row]], str]:
 
 
 def table_of_choice(rows: list[Row]) -> str:
-    """What each selector that one would choose loses at the longest context, and how fast the whole model is."""
+    """What the selectors in `CHOICE` lose at the longest context, and how fast the whole model is with them."""
     lines, used = [], []
     for model, select in CHOICE:
         found = of(rows, kind="quality", model=model, context=LONGEST, select=select)
@@ -169,7 +174,7 @@ def table_of_choice(rows: list[Row]) -> str:
 
 
 def table_of_gaussian(rows: list[Row]) -> str:
-    """`Gaussian` with the paper's quantile, and passkeys, as the paper has them."""
+    """Figures that the paper has, too: `Gaussian` with the paper's quantile, and passkeys."""
     here = twins(rows)
     paper = "Gaussian(quantile=0.95)"
     measures: dict[str, Callable[[Row], str]] = {
@@ -190,7 +195,7 @@ def table_of_gaussian(rows: list[Row]) -> str:
 
 
 def table_of_end_to_end(rows: list[Row]) -> str:
-    """Tokens per second of the whole model, and where a step's time goes."""
+    """Tokens per second of the whole model, and the parts of a step's time."""
     here = of(rows, kind="end to end")
     parts = ("graph", "attention", "append", "other", "eager")
     lines = [
@@ -233,7 +238,10 @@ def table_of_training(rows: list[Row]) -> str:
 
 
 def table_of_merits(rows: list[Row]) -> str:
-    """What top pages drop by other ranks, on training text, where one would be chosen, and on held-out text."""
+    """What top pages lose when ranked by other merits.
+
+    A merit would be chosen on training text; held-out text shows what the choice is worth.
+    """
     here = [row for row in of(rows, kind="tune", model=ENTMAX) if row["select"].endswith(RANKED)]
     places = [
         (context, text)
@@ -308,13 +316,13 @@ def finish(figure: Figure, rows: list[Row]) -> Figure:
 
 
 def draw_quality(rows: list[Row]) -> Figure | None:
-    """What is lost against the bytes that are read, at the longest context."""
+    """Losses against the bytes that are read, at the longest context."""
     here = of(rows, kind="quality", model=ENTMAX, context=LONGEST)
     if not here:
         return None
     figure, axes = panels(3)
     (dense,) = of(here, select="dense")
-    measures = (
+    measures: tuple[tuple[str, Callable[[Row], float]], ...] = (
         ("bits per byte, above dense", lambda row: row["bits"] - dense["bits"]),
         ("values recalled, of 32 in the context", lambda row: row["recall"]),
         ("δ, mass dropped", lambda row: row["delta"]),
@@ -335,7 +343,7 @@ def draw_quality(rows: list[Row]) -> Figure | None:
 
 
 def draw_contexts(rows: list[Row]) -> Figure | None:
-    """Loss and dropped mass against context, entmax beside softmax."""
+    """Bits per byte, δ and recall against context, with entmax and with softmax."""
     here = [row for row in of(rows, kind="quality") if row["model"] in (ENTMAX, SOFTMAX) and row["select"] in ALWAYS]
     if not here:
         return None
@@ -357,7 +365,7 @@ def draw_contexts(rows: list[Row]) -> Figure | None:
 
 
 def draw_heads(rows: list[Row]) -> Figure | None:
-    """Tokens with weight of each layer's heads, and what top pages drop of them, for each context."""
+    """The size of each head's support, and δ of top pages for each head, by context."""
     here = sorted(of(rows, kind="quality", model=ENTMAX, select="dense"), key=lambda row: row["context"])
     if not here:
         return None
@@ -382,7 +390,7 @@ def draw_heads(rows: list[Row]) -> Figure | None:
 
 
 def draw_training(rows: list[Row]) -> Figure | None:
-    """Held-out loss and recall of the twins against steps, at the context trained on and at the longest."""
+    """Held-out loss and recall of the twins against training steps, for the trained and the longest context."""
     here = [row for row in of(rows, kind="training") if "train_bits" in row]
     if not here:
         return None
@@ -406,7 +414,7 @@ def draw_training(rows: list[Row]) -> Figure | None:
 
 
 def draw_tuning(rows: list[Row]) -> Figure | None:
-    """`Gaussian`'s quantiles and margins, and top pages by some merits, against the keys that they read."""
+    """What `Gaussian` loses, by quantile and margin, and top pages by some merits, against the keys that are read."""
     here = of(rows, kind="tune", model=ENTMAX, text="held-out")
     here = of(here, context=max(contexts(here), default=0))
     if not here:
@@ -416,9 +424,10 @@ def draw_tuning(rows: list[Row]) -> Figure | None:
     for row in here:
         quantile = re.match(r"Gaussian\(quantile=(.*), margin=", row["select"])
         merit = re.match(r"(bound - best|box at 0.6 - best|box at 0.6 - all), ", row["select"])
-        if quantile or merit:
-            label = f"Gaussian, quantile {float(quantile[1]):.6g}" if quantile else f"pages by {merit[1]}"
-            lines.setdefault(label, []).append(row)
+        if quantile:
+            lines.setdefault(f"Gaussian, quantile {float(quantile[1]):.6g}", []).append(row)
+        elif merit:
+            lines.setdefault(f"pages by {merit[1]}", []).append(row)
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, sum(label.startswith("Gaussian") for label in lines)))
     for panel, what in zip(axes, ("delta", "passkey", "recall"), strict=True):
         of_quantile = iter(colors)

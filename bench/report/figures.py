@@ -1,10 +1,12 @@
-"""The figures of steps and selectors, drawn from the results of bench/decode.py and bench/evals/certify.py."""
+"""Draws the figures of times and of bytes, from the results of bench/decode.py and bench/evals/certify.py."""
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
+from bench.report.document import Row
 from bench.report.tables import (
     KEYS,
     OPS,
@@ -12,7 +14,6 @@ from bench.report.tables import (
     SKETCH,
     TOP,
     TUNED,
-    Row,
     machine_line,
     measured,
     places,
@@ -39,7 +40,7 @@ def present(rows: list[Row]) -> list[str]:
 
 
 def lines(rows: list[Row], keys: str) -> dict[str, list[Row]]:
-    """Single rows of a cache by method, short contexts first; an op only in the step that `OPS` names."""
+    """The rows with batch 1 by method, short contexts first. An op counts only in the step that `OPS` names for it."""
     found: dict[str, list[Row]] = {}
     for (of, batch, _), here in places(rows).items():
         for row in here if of == keys and batch == 1 else []:
@@ -49,7 +50,7 @@ def lines(rows: list[Row], keys: str) -> dict[str, list[Row]]:
 
 
 def draw_steps(rows: list[Row]) -> Figure | None:
-    """Step time against context as a share of softmax, a step's stages by their share when timed alone."""
+    """Step time relative to softmax, by method and context. A step is divided among its ops by their own times."""
     rows = standard(rows, "gpu", "bf16")
     columns = list(dict.fromkeys(place[1:] for place in places(rows)))
     methods = [method for method in STACKED if any(row["method"] == method for row in rows)]
@@ -79,7 +80,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
     grid[0][0].set_yticks(range(len(methods)), [method.removeprefix("softmax ") for method in methods])
     grid[0][0].invert_yaxis()
     grid[0][0].set_xlim(0, MOST_SHOWN + 0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in STAGES.values()]
     labels = ["whole step", "score pages", "select pages or tokens", "decode them"]
     figure.legend(handles, labels, loc="lower center", ncols=len(STAGES), frameon=False)
     figure.suptitle(f"time of a step, softmax = 1\n{machine_line(rows)}")
@@ -88,7 +89,7 @@ def draw_steps(rows: list[Row]) -> Figure | None:
 
 
 def draw_floor(rows: list[Row]) -> Figure | None:
-    """How much of the machine's read rate each op and dense step reaches, against context."""
+    """The fraction of the machine's read rate that each op and each dense step reaches, against context."""
     rows = standard(rows, "gpu", "bf16")
     if not rows:
         return None
@@ -114,7 +115,7 @@ def draw_floor(rows: list[Row]) -> Figure | None:
 
 
 def draw_delta(rows: list[Row]) -> Figure | None:
-    """What the selectors drop against the time they take, one point for each context."""
+    """δ of the selectors against the time of a step, one point for each context."""
     rows = standard(rows, "gpu", "bf16")
     if not rows:
         return None
@@ -143,7 +144,7 @@ def draw_delta(rows: list[Row]) -> Figure | None:
 
 
 def draw_cpu(rows: list[Row]) -> Figure | None:
-    """Step time against context on the CPU, one panel for each dtype."""
+    """Step time on the CPU against context, one panel for each dtype."""
     by_dtype = {dtype: standard(rows, "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")}
     by_dtype = {dtype: here for dtype, here in by_dtype.items() if here}
     if not by_dtype:
@@ -168,8 +169,8 @@ def draw_cpu(rows: list[Row]) -> Figure | None:
 
 
 def draw_sketch(rows: list[Row]) -> Figure | None:
-    """What selectors drop against the share of the bytes that they read, a panel for each certify.py report."""
-    reports: dict[tuple, list[Row]] = {}
+    """δ of the selectors against the bytes that they read, one panel for each report of certify.py."""
+    reports: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         if row["kind"] == "delta":
             reports.setdefault((machine_line([row]), row["keys"], row["tokens"]), []).append(row)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
+from bench.report.document import Help, Row
 from bench.report.tables import (
     KEYS,
     OWN,
     SKETCH,
     TOP,
-    Row,
     best_softmax,
     load,
     machine_line,
@@ -43,7 +43,7 @@ CELLS = 56  # tokens that the picture of a step shows
 
 
 def draw_cost(rows: list[Row]) -> Figure:
-    """For each way of decoding, the time of a step to the left and the mass that it drops to the right."""
+    """For each way of decoding, the time of a step on the left, and the weight that it loses on the right."""
     import matplotlib.pyplot as plt
 
     rows = standard(rows, "gpu", "bf16")
@@ -114,7 +114,7 @@ def draw_weights() -> Figure:
 
 
 def strip(panel: Axes, y: float, name: str, read: list[int], color: str, note: str) -> None:
-    """One row of cells, a cell per token, of which those in `read` are coloured."""
+    """One row of cells, a cell per token; the cells in `read` are coloured."""
     for cell in range(CELLS):
         color_of = color if cell in read else PALE
         panel.broken_barh([(0.255 + cell * 0.0078, 0.0062)], (y, 0.042), color=color_of, linewidth=0)
@@ -185,10 +185,8 @@ def draw_step(rows: list[Row]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="folder of the pictures")
     args = parser.parse_args()
     try:

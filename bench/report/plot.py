@@ -1,9 +1,8 @@
-"""Draws the figures and writes the tables of README.md and of the pages of docs, from the JSON under bench/results.
+"""Draws the figures, and writes the tables of README.md and docs/*.md, from the JSON files in bench/results.
 
-The JSON is that of bench/decode.py, of bench/evals/certify.py for sketch.png and the tables of certificates, and of the
-programs that accuracy.py names for what accuracy.py shows.
-
-A table stands between <!-- bench:NAME --> and <!-- /bench -->.
+A table stands between <!-- bench:NAME --> and <!-- /bench -->. tables.py and figures.py show the results of
+bench/decode.py and bench/evals/certify.py; accuracy.py shows those of the other programs in bench/evals, and the logs
+of examples/train/train.py.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
+from bench.report.document import Help
 from bench.report.tables import TABLES, TABLES_OF_CERTIFIED, load, load_certified
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,9 @@ def pages() -> list[Path]:
 
 
 def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
-    """The page's text with its tables written anew."""
+    """The text of the page, with new contents for each of its tables."""
 
-    def block(match: re.Match) -> str:
+    def block(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in tables:
             raise SystemExit(f"{page}: expected bench:NAME to be one of {', '.join(tables)}, got bench:{name}")
@@ -40,14 +40,15 @@ def with_tables(page: Path, tables: dict[str, Callable[[], str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench" / "results", help="folder of JSON; the figures go there too"
+        "--results",
+        type=Path,
+        default=ROOT / "bench" / "results",
+        help="folder of the JSON files; the figures are written there, too",
     )
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages(), help="whose tables to write")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables would change")
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages(), help="pages whose tables to write")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if a table would change")
     args = parser.parse_args()
     try:
         from bench.report import accuracy, figures
@@ -59,7 +60,7 @@ def main() -> None:
     rows, lost = load(args.results), accuracy.load(args.results)
     if not rows:
         parser.error(f"--results: expected JSON of bench/decode.py, got none in {args.results}")
-    tables = {name: partial(made, rows) for name, made in TABLES.items()}
+    tables: dict[str, Callable[[], str]] = {name: partial(made, rows) for name, made in TABLES.items()}
     tables |= {name: partial(made, lost) for name, made in accuracy.TABLES.items()}
     certified = load_certified(args.results)
     tables |= {name: partial(made, certified) for name, made in TABLES_OF_CERTIFIED.items()}

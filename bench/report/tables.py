@@ -1,12 +1,13 @@
-"""The rows of bench/decode.py under bench/results, and the pages' tables of them.
+"""Reads the rows of bench/decode.py from bench/results, and makes the tables of these rows.
 
-`TABLES` holds a function for each name that may stand in <!-- bench:NAME -->; it returns "" where there are no rows.
+`TABLES` has a function for each NAME in <!-- bench:NAME -->. It returns "" if there are no rows for the table.
 """
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from bench.report.document import Row
 
 SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table
 CASE = (*SHAPE, "dtype", "keys", "batch", "context")
@@ -15,7 +16,7 @@ KEYS = {
     "clustered": "clustered",
     "normal": "i.i.d.",
     "outlier": "outlier",
-}  # as the pages call them, in their order
+}  # as the pages call them, in the order of the pages
 TIMES = "\N{MULTIPLICATION SIGN}"
 BUDGET = 2048
 TOP, TUNED = f"TopPages({BUDGET})", f"Gaussian, {BUDGET} tokens"
@@ -35,7 +36,7 @@ CERTIFIED = {  # the names of bench/evals/certify.py, as the documents call them
     "2 bits": "`KeySketch(bits=2)`",
     "1 - 1e-9": "`KeySketch(certainty=1 - 1e-9)`",
 }
-OPS = {  # and the step that each op is shown in
+OPS = {  # each op, and the step whose op is shown
     "score_pages": TOP,
     "select_pages": TOP,
     "sparse_decode": TOP,
@@ -45,14 +46,14 @@ OPS = {  # and the step that each op is shown in
     "append_kv": "one token",
 }
 
-Row = dict[str, Any]
 Place = tuple[str, int, int]  # keys, batch, context
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of every report, with its machine; where two files hold the same row, that of the last by name.
+    """The rows of every report, each with its machine.
 
-    Reports with the authors' code in them stand apart: `beside_authors` says that a row is from one.
+    If several files have the same row, the last file by name counts.
+    Rows of a report that also has the authors' code are kept apart from the others: `beside_authors` is true for them.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):
@@ -67,7 +68,7 @@ def load(folder: Path) -> list[Row]:
 
 
 def load_certified(folder: Path) -> list[Row]:
-    """The rows of every report of bench/certify.py, with its machine and shape."""
+    """The rows of every report of bench/evals/certify.py, with its machine and shape."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [
         row | {"machine": report["machine"], "shape": report["shape"]}
@@ -78,14 +79,17 @@ def load_certified(folder: Path) -> list[Row]:
 
 
 def standard(rows: list[Row], device: str, dtype: str, *, others: bool = False) -> list[Row]:
-    """Those of the usual shape, not beside the authors' code; of others' steps SDPA's alone, unless all are wanted."""
+    """The rows with the usual shape, from reports without the authors' code.
+
+    Steps of other implementations are left out, except SDPA's, unless `others`.
+    """
     wanted = SHAPE | {"device": device, "dtype": dtype, "beside_authors": False}
     rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     return [row for row in rows if others or row["kind"] == "op" or by_sdpa(row) or row["method"] in OWN_STEPS]
 
 
 def places(rows: list[Row]) -> dict[Place, list[Row]]:
-    """The rows of each place: model keys first, then single rows, then short contexts."""
+    """The rows by place. Places are sorted by keys in the order of `KEYS`, then by batch, then by context."""
     found: dict[Place, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (list(KEYS).index(row["keys"]), row["batch"], row["context"])):
         found.setdefault((row["keys"], row["batch"], row["context"]), []).append(row)
@@ -93,31 +97,31 @@ def places(rows: list[Row]) -> dict[Place, list[Row]]:
 
 
 def steps(rows: list[Row]) -> dict[str, Row]:
-    """The rows of one place that are whole steps, by method."""
+    """The whole steps among the rows of one place, by method."""
     return {row["method"]: row for row in rows if row["kind"] == "step"}
 
 
 def best_softmax(rows: list[Row]) -> Row:
-    """The row that ratios refer to."""
+    """The fastest SDPA row, to which ratios refer."""
     return min((row for row in steps(rows).values() if by_sdpa(row)), key=lambda row: row["us"])
 
 
 def measured(names: Iterable[str], rows: list[Row]) -> list[str]:
-    """Those of the methods that there are rows of."""
+    """The names that have a row."""
     there = {row["method"] for row in rows}
     return [name for name in names if name in there]
 
 
 def by_sdpa(row: Row) -> bool:
-    return row["method"].startswith("softmax SDPA")
+    return bool(row["method"].startswith("softmax SDPA"))
 
 
 def by_authors(row: Row) -> bool:
-    return row["method"].startswith("authors")
+    return bool(row["method"].startswith("authors"))
 
 
 def size(batch: int, context: int) -> str:
-    """16K, 1M, 16 rows of 32K."""
+    """A size in words, such as 16K, 1M or 16 rows of 32K."""
     unit, divisor = next(pair for pair in (("M", 1 << 20), ("K", 1 << 10), ("", 1)) if context >= pair[1])
     return (f"{batch} rows of " if batch > 1 else "") + f"{context / divisor:g}{unit}"
 
@@ -127,7 +131,7 @@ def where(keys: str, batch: int, context: int) -> str:
 
 
 def machine_line(rows: list[Row]) -> str:
-    """Where the rows were measured, and how fast that machine reads."""
+    """The machines and commits that the rows were measured with, and the read rates of these machines."""
     lines: dict[str, None] = {}
     for row in rows:
         facts = row["machine"]
@@ -148,7 +152,7 @@ def us(row: Row | None) -> str:
 
 
 def speed(row: Row | None) -> str:
-    """How many times as fast as softmax."""
+    """How many times as fast as softmax the row is."""
     return f"{1 / row['ratio']:.2f}" if row else ""
 
 
@@ -157,13 +161,13 @@ def delta(row: Row | None) -> str:
 
 
 def table(titles: list[str], lines: list[list[str]], rows: list[Row]) -> str:
-    """Markdown, and the machine of the rows below it."""
+    """A Markdown table with the machine line of the rows below it."""
     both = [titles, ["---"] * len(titles), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in both) + f"\n\n{machine_line(rows)}" if lines else ""
 
 
 def table_of_steps(rows: list[Row]) -> str:
-    """Whole steps: µs, how many times as fast as softmax, and what is dropped."""
+    """Whole steps: µs, speed relative to softmax, and δ."""
     rows = standard(rows, "gpu", "bf16")
     titles = ["keys, tokens", "softmax µs", "dense entmax, exact, µs", TIMES]
     selecting = measured((SKETCH, TOP, TUNED, "Gaussian()"), rows)
@@ -180,7 +184,7 @@ def table_of_steps(rows: list[Row]) -> str:
 
 
 def table_of_ops(rows: list[Row]) -> str:
-    """Each op's µs, and the share of them that its bytes would take at the machine's best."""
+    """Each op's µs, and the fraction of that time that reading its bytes takes at the machine's best rate."""
     rows = standard(rows, "gpu", "bf16")
     ops = measured(OPS, rows)
     lines = []
@@ -192,7 +196,7 @@ def table_of_ops(rows: list[Row]) -> str:
 
 
 def table_of_peers(rows: list[Row]) -> str:
-    """Every implementation's µs and output error, on the keys that come first."""
+    """The µs and the output error of every implementation, on the first kind of keys."""
     whole = places(standard(rows, "gpu", "bf16", others=True))
     first = next(iter(whole), ("", 0, 0))[0]
     here = {place: steps(found) for place, found in whole.items() if place[0] == first}
@@ -209,7 +213,7 @@ def table_of_peers(rows: list[Row]) -> str:
 
 
 def table_of_authors(rows: list[Row]) -> str:
-    """The authors' code and ours where theirs was measured: µs, tokens read and output error."""
+    """The authors' code beside ours: µs, tokens read and output error."""
     used = [row for row in rows if row["beside_authors"] and (row["method"] in OWN or by_authors(row))]
     lines = [
         [where(*place), OWN.get(name, name), us(row), f"{row['tokens']:.0f}", digits(row["error"])]
@@ -220,7 +224,7 @@ def table_of_authors(rows: list[Row]) -> str:
 
 
 def table_of_cpu(rows: list[Row]) -> str:
-    """The longest context on the CPU: times with the keys that come first, δ with all."""
+    """The longest context on the CPU: times on the first kind of keys, and δ on every kind."""
     by_dtype = {dtype: places(standard(rows, "cpu", dtype)) for dtype in ("fp32", "bf16")}
     if not all(by_dtype.values()):
         return ""
@@ -243,7 +247,7 @@ def table_of_cpu(rows: list[Row]) -> str:
 
 
 def table_of_summary(rows: list[Row]) -> str:
-    """Each way of decoding at the two longest contexts: µs, speed, bytes and what is dropped."""
+    """Each way of decoding at the two longest contexts: µs, speed, bytes and δ."""
     whole = places(standard(rows, "gpu", "bf16"))
     first = next(iter(whole), ("", 0, 0))[0]
     longest = [place for place in whole if place[:2] == (first, 1)][-2:]
@@ -265,7 +269,7 @@ def table_of_summary(rows: list[Row]) -> str:
 def table_of_certified(rows: list[Row]) -> str:
     """What bench/evals/certify.py counted, over all its reports: cases, certified heads, misses, and what was read."""
     rows = [row for row in rows if row["kind"] == "exact"]
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple[str, int, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["keys"], row["tokens"])):
         found.setdefault((row["keys"], row["tokens"], row["select"]), []).append(row)
     lines = []
@@ -284,9 +288,9 @@ def table_of_certified(rows: list[Row]) -> str:
 
 
 def table_of_equal_bytes(rows: list[Row]) -> str:
-    """δ and bytes of `KeySketch` under each cap, and of page selectors that read as much."""
+    """δ and bytes of `KeySketch` with each cap, and of the page selectors that read as many bytes."""
     rows = [row for row in rows if row["kind"] == "delta"]
-    found: dict[tuple, dict[str, Row]] = {}
+    found: dict[tuple[str, int, int | None], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["keys"], row["tokens"], row["max_tokens"]), {})[row["select"]] = row
     ways = ("KeySketch", "TopPages", "Gaussian")
