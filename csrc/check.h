@@ -116,7 +116,8 @@ class Arguments {
     sizes.page_size = (*this)["page_size"];
     sizes.max_pages = (*this)["max_pages"];
     expect(sizes.kv_heads >= 1, "kv_heads", "at least 1", sizes.kv_heads);
-    expect(sizes.page_size >= 8 && sizes.page_size <= kMaxPageSize && (sizes.page_size & (sizes.page_size - 1)) == 0,
+    expect(sizes.page_size >= kMinPageSize && sizes.page_size <= kMaxPageSize &&
+               (sizes.page_size & (sizes.page_size - 1)) == 0,
            "page_size", "a power of two in 8 ... 128", sizes.page_size);
     expect(int64_t{sizes.max_pages} * sizes.page_size <= kMostTokens, "max_pages",
            "room for at most 2^31 - 4097 tokens", sizes.max_pages);

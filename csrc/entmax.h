@@ -59,15 +59,17 @@ struct Excess {
   }
 };
 
+/// An alpha that exceeds 1 by no more than this is taken for 1: there, entmax and softmax differ by less than rounding.
+constexpr double kSoftmaxGap = 1e-9;
+
 /// One head's alpha, as the formulas above use it.
 template <typename Real>
 struct Entmax {
   Real gap;   // alpha - 1; 0 where alpha = 1
   Real beta;  // 1 / gap, infinite where alpha = 1. Tokens with weight have scores s above best - beta.
 
-  /// Takes an alpha below 1 + 1e-9 as 1: there, entmax and softmax differ by less than rounding.
   ENTMAXKV_HOST_DEVICE explicit Entmax(Real alpha)
-      : gap(alpha - 1 > Real(1e-9) ? alpha - 1 : 0),
+      : gap(alpha - 1 > Real(kSoftmaxGap) ? alpha - 1 : 0),
         beta(gap > 0 ? snapped(1 / gap) : std::numeric_limits<Real>::infinity()) {}
 
   /// The same alpha in another precision.

@@ -11,6 +11,7 @@
 namespace entmaxkv {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kMinPageSize = 8;
 constexpr int kMaxPageSize = 128;
 /// The most tokens that a row may have room for. Kernels may round it up to a multiple of 4096 without overflow.
 constexpr int64_t kMostTokens = INT32_MAX - 4096;
