@@ -27,7 +27,13 @@ class NinjaFile:
         if keep_log:
             self.logged.add(rule)
             line += " >$out.log 2>&1 || { cat $out.log; exit 1; }; grep -A 3 warning $out.log || true"
-        self.lines += [f"rule {rule}", f"  command = {line}", "  depfile = $out.d", "  deps = gcc"]
+        self.lines += [
+            f"rule {rule}",
+            f"  command = {line}",
+            "  description = $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
 
     def compile(self, rule: str, sources: Iterable[Path], into: str = "") -> list[str]:
         """Compiles each source into an object that is named after it; returns the objects."""
@@ -42,7 +48,8 @@ class NinjaFile:
         """A shared library, which takes its place when it is complete."""
         rule = f"link_{Path(library).name}"
         line = f"{_command(command)} -shared $in {_command(flags)} -o $out.new && mv $out.new $out"
-        self.lines += [f"rule {rule}", f"  command = {line}", f"build {library}: {rule} {' '.join(objects)}"]
+        self.lines += [f"rule {rule}", f"  command = {line}", "  description = $out"]
+        self.lines.append(f"build {library}: {rule} {' '.join(objects)}")
 
     def run(self) -> None:
         """Builds what is out of date; MAX_JOBS limits how many compilers run at once."""

@@ -22,18 +22,8 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulation"
 
-OPS = [
-    "append_kv",
-    "build_sketch",
-    "page_stats",
-    "score_pages",
-    "score_gaussian",
-    "select_pages",
-    "select_gaussian",
-    "select_sketch",
-    "sparse_decode",
-    "dense_decode",
-]
+DOORS = sorted(path for path in CSRC.glob("*.cpp") if path.name != "parallel_torch.cpp")
+OPS = [path.stem for path in DOORS if path.stem != "decode"]  # decode is made of other ops
 TRUSTING = "dense_decode", "sparse_decode", "select_gaussian", "select_sketch"
 
 
@@ -66,11 +56,10 @@ def compile_kernels() -> None:
     compiler += [f"-I{path}" for path in (HERE, *cpp_extension.include_paths())]
     ninja.compiler("compile", [*compiler, "-x", "c++"])
     ninja.compiler("compile_trusting", [*compiler, "-DEMULATE_TRUST"])
-    doors = sorted(path for path in CSRC.glob("*.cpp") if path.name != "parallel_torch.cpp")
     kernels = ninja.compile("compile", [*sorted(CSRC.glob("cuda/*.cu")), HERE / "emulation.cpp"])
-    checked = ninja.compile("compile", doors)
+    checked = ninja.compile("compile", DOORS)
     # A second library has the same kernels behind front doors that look at no values, as on a device.
-    trusting = ninja.compile("compile_trusting", [path for path in doors if path.stem in TRUSTING], into="trusting/")
+    trusting = ninja.compile("compile_trusting", [path for path in DOORS if path.stem in TRUSTING], into="trusting/")
     torch = [f"-L{cpp_extension.TORCH_LIB_PATH}", "-ltorch_cpu"]
     ninja.link("entmaxkv/_C.abi3.so", kernels + checked, compiler[:1], torch)
     ninja.link("trusting.so", kernels + trusting, compiler[:1], torch)
