@@ -19,7 +19,7 @@ $(error expected OP among $(OPS), got "$(OP)")
 endif
 endif
 
-.PHONY: demo test kernel gpu bench figures clean help
+.PHONY: demo test kernel gpu bench figures docs clean help
 
 demo: $(VENV)/entmaxkv-demo.installed ## an entmax language model continues a file; ARGS: examples/generate.py --help
 	$(RUN) examples/generate.py $(ARGS)
@@ -40,8 +40,13 @@ gpu: ## the commands for a machine with a GPU: tests, sanitizer, profile and ben
 bench: $(VENV)/entmaxkv-bench.installed ## times decode steps; ARGS: bench/decode.py --help
 	$(RUN) bench/decode.py $(ARGS)
 
-figures: $(VENV)/entmaxkv-bench.installed ## draws the README's figures; ARGS: bench/plot.py --help
-	$(RUN) bench/plot.py $(ARGS)
+figures: $(VENV)/entmaxkv-bench.installed ## draws the README's figures; ARGS: bench/report/plot.py --help
+	$(RUN) bench/report/plot.py $(ARGS)
+	$(RUN) bench/report/pictures.py
+
+docs: $(VENV)/entmaxkv-docs.installed ## the pages of docs and the API reference, into build/docs/html; runs its examples
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b html docs build/docs/html
+	$(RUN) -m sphinx -q -W --keep-going -d build/docs/doctrees -b doctest docs build/docs/doctest
 
 clean: ## removes what was built
 	rm -rf build entmaxkv/_C*.so entmaxkv/_cuda*.so $(VENV)/entmaxkv-*.installed $(VENV)/entmaxkv-*.ready

@@ -1,37 +1,47 @@
-"""Times one decode step, and each of its ops, against softmax attention on the same inputs.
+"""Times one decode step, and each op of it, against softmax attention on the same inputs.
 
-A row is one method on one case: microseconds; their ratio to the best scaled_dot_product_attention (SDPA) softmax of
-the case; the bytes that the method has to move, counted from tensors, and the time of the fastest read of as many in
-this run, a plain one or softmax's (floor_us, and fraction = floor_us / us); dropped mass (delta) and output error
-against dense attention in float64; and the tokens that a KV head reads. Methods of kind `step` go from q to out; those
-of kind `op` are the stages of the step that `of` names, each timed alone. Peers run where they are installed, and the
-authors' code where --reference leads to a checkout.
+A case is a shape, a dtype and a kind of keys. The result has one row for each method of each case:
 
-On a GPU a method is captured in a CUDA graph, and each replay starts with a cold L2 cache. The methods take turns,
---repeats times over; the median counts.
+- us: median time in microseconds. ratio: that time divided by the time of the fastest softmax attention by PyTorch's
+  scaled_dot_product_attention (SDPA) on this case.
+- bytes: what the method has to move, counted from tensors. floor_us: the time of the fastest read in this run for as
+  many bytes, where the fastest read is the sum of a large tensor or, on a GPU, softmax attention. fraction: floor_us
+  divided by us.
+- delta: attention weight of the tokens that are not read. error: relative error of the output. Both are against dense
+  attention in float64.
+- tokens: tokens that a KV head reads.
+
+A row of kind "step" is a whole step, from the query to the output. A row of kind "op" is one op of the step that "of"
+names, timed alone. Other implementations are timed where they are installed. The authors' code is timed where
+--reference names a checkout of it.
+
+On a GPU each method is captured in a CUDA graph, and each replay starts with a cold L2 cache. The methods take turns.
 """
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
-from inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
-from model_text import ModelText
-from peers import peers
-from reference import authors
-from report import check, machine, report, wide_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
-from timing import Time, medians, read_rate
 from torch import Tensor
 
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, metrics, reference
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.authors import authors
+from bench.inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
+from bench.model_text import ModelText
+from bench.peers import peers
+from bench.report.document import Row, check, machine, parser_of, report, wide_console
+from bench.steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
+from bench.timing import Time, medians, read_rate
 
 CONTEXTS = {"cpu": "1024 8192 32768 131072", "cuda": "16384 32768 131072 1048576 16x32768"}
 WIDTHS = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
@@ -48,29 +58,29 @@ def oracle(inputs: Inputs, alpha: float) -> Tensor:
 
 
 def error(out: Tensor, truth: Tensor) -> float:
-    """Mean over rows and heads of ||out - truth|| / ||truth||."""
-    return ((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean().item()
+    """||out - truth|| / ||truth||, the mean over rows and heads."""
+    return float(((out.reshape(truth.shape).double() - truth).norm(dim=-1) / truth.norm(dim=-1)).mean())
 
 
 def ways(q: Tensor, paged: PagedKVCache, args: argparse.Namespace) -> dict[str, tuple[Select | None, float]]:
-    """Our own steps: selector and alpha of each."""
+    """Our own steps by name, each with its selector and alpha."""
     found: dict[str, tuple[Select | None, float]] = {"dense softmax": (None, 1.0)}
     if args.alpha > 1:
         found["dense entmax"] = None, args.alpha
         found["KeySketch()"] = KeySketch(dense_below=0), args.alpha
     for budget in args.budget:
         found[f"TopPages({budget})"] = TopPages(budget, dense_below=0), args.alpha
-    if args.alpha > 1:  # with alpha 1 there is no threshold, and all but TopPages keep everything
+    if args.alpha > 1:  # softmax (alpha 1) has no threshold: every selector but TopPages selects all tokens
         for budget in args.budget:
             found[f"Gaussian, {budget} tokens"] = gaussian_reading(budget, q, paged, args.alpha), args.alpha
         found["Gaussian()"] = Gaussian(dense_below=0), args.alpha
     return found
 
 
-def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[str, str]) -> list[dict]:
-    """One row for each method, the ops of a step behind it."""
+def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[str, str]) -> list[Row]:
+    """One row for each method; the rows of a step's ops follow the row of the step."""
     q, k, v = inputs
-    paged = filled(case, inputs, room=args.repeats + 8)  # what is appended below, the warm-up included
+    paged = filled(case, inputs, room=args.repeats + 8)  # append_kv below adds a token at each call
     others, own = peers(inputs, paged, args.alpha, notes, only_sdpa=args.peers == "sdpa"), ways(q, paged, args)
     ops = {name: stages(q, paged, *way) for name, way in own.items() if way[0]}
     calls: dict[str, Callable[[], object]] = {name: peer.call for name, peer in others.items()}
@@ -79,7 +89,7 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
     times = medians(calls, args.repeats, args.device)
     best = min(times[name].us for name in others if name.startswith("softmax SDPA"))
 
-    def row(kind: str, method: str, alpha: float, time: Time, figures: dict) -> dict:
+    def row(kind: str, method: str, alpha: float, time: Time, figures: Row) -> Row:
         entry = asdict(case) | {"alpha": alpha, "kind": kind, "method": method, "timed": time.of, "us": time.us}
         return entry | ({"ratio": time.us / best} if kind == "step" else {}) | figures
 
@@ -87,7 +97,7 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
     def truth(alpha: float) -> Tensor:
         return oracle(inputs, alpha)
 
-    found: list[dict] = []
+    found: list[Row] = []
     for name, peer in others.items():
         figures = {"error": error(peer.call(), truth(peer.alpha))}
         if peer.alpha == 1:
@@ -103,7 +113,7 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
             "certified": measured.certified.double().mean().item(),
         }
         if isinstance(select, KeySketch):
-            figures["survivors"] = measured.survivors.double().mean().item()
+            figures["refined"] = measured.refined.double().mean().item()
         if isinstance(select, Gaussian) and math.isfinite(select.margin):
             figures["margin"] = select.margin
         found.append(row("step", name, alpha, times[name], figures))
@@ -131,10 +141,11 @@ def measure(case: Case, inputs: Inputs, args: argparse.Namespace, notes: dict[st
     return [*found, row("op", "append_kv", args.alpha, time, {"of": "one token", "bytes": append_bytes(paged, inputs)})]
 
 
-def complete(found: list[dict], device: str) -> float:
-    """Adds to the rows what follows from their bytes; returns GB/s of the fastest read of this run.
+def complete(found: list[Row], device: str) -> float:
+    """Adds gb_per_s, floor_us and fraction to the rows that have bytes; returns the GB/s of the fastest read.
 
-    That is the sum of a large tensor, or on a GPU, where nothing is cached, softmax if it reads keys and values faster.
+    The fastest read is the sum of a large tensor. On a GPU it is softmax attention if that reads keys and values
+    faster; on the CPU softmax does not count, as its keys and values can be in a cache.
     """
     rate = read_rate(device)
     for row in found:
@@ -149,7 +160,7 @@ def complete(found: list[dict], device: str) -> float:
     return rate
 
 
-def show(found: list[dict], console: Console) -> None:
+def show(found: list[Row], console: Console) -> None:
     """Prints the rows of one case as a table."""
     case = Case(**{name: found[0][name] for name in Case.__dataclass_fields__})
     table = Table(title=f"{case}, alpha {found[-1]['alpha']:g}", title_justify="left")
@@ -167,21 +178,26 @@ def show(found: list[dict], console: Console) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--device", choices=CONTEXTS, default="cpu", help="where to measure")
+    parser = parser_of(__doc__)
     widths = {device: " ".join(names) for device, names in WIDTHS.items()}
     add_case_arguments(parser, by_device(CONTEXTS), by_device(widths))
-    parser.add_argument("--alpha", type=float, default=1.5, help="of entmax, in [1, 2]")
+    parser.add_argument("--alpha", type=float, default=1.5, help="alpha of entmax, in [1, 2]; 1 is softmax")
     parser.add_argument(
-        "--budget", type=positive, nargs="+", default=[2048], help="tokens that TopPages, and a tuned Gaussian, read"
+        "--budget",
+        type=positive,
+        nargs="+",
+        default=[2048],
+        help="tokens per KV head that TopPages and the tuned Gaussian read",
     )
-    repeats = f"runs of each method, of which the median counts (default: {by_device(REPEATS)})"
+    repeats = f"timed runs of each method; the result is their median (default: {by_device(REPEATS)})"
     parser.add_argument("--repeats", type=positive, help=repeats, default=argparse.SUPPRESS)
-    parser.add_argument("--peers", choices=["all", "sdpa"], default="all", help="others to time, where installed")
-    parser.add_argument("--reference", type=Path, help="a checkout of the authors' entmaxkv, to time it too")
-    parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
+    parser.add_argument(
+        "--peers",
+        choices=["all", "sdpa"],
+        default="all",
+        help="other code to time: SDPA, or all",
+    )
+    parser.add_argument("--reference", type=Path, help="also time the authors' code, in this checkout of it (GPU only)")
     args = parser.parse_args()
     check(parser, args)
     args.context = getattr(args, "context", [rows(text) for text in CONTEXTS[args.device].split()])

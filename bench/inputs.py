@@ -1,8 +1,13 @@
-"""What is measured on: the cases, and the queries, keys and values of each.
+"""The cases that are measured, and the queries, keys and values of each.
 
-`normal` keys are i.i.d., `clustered` ones are alike from one to the next, `outlier` ones are i.i.d. but for a channel
-that is far from 0 in all, `model` ones are those of the shipped model on real text (`model_text.py`). Queries and
-values of the first three are i.i.d. normal.
+Kinds of keys:
+
+- normal: independent normal numbers.
+- clustered: normal numbers, each key correlated with the one before it.
+- outlier: as normal, but one channel is far from 0 in all keys.
+- model: the keys of the shipped model on real text, with its queries and values (model_text.py).
+
+Queries and values of the first three kinds are independent normal numbers.
 """
 
 import argparse
@@ -16,7 +21,7 @@ from torch import Tensor
 import entmaxkv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CORRELATION = {"normal": 0.0, "clustered": 0.97, "outlier": 0.0}  # of one key with the next
+CORRELATION = {"normal": 0.0, "clustered": 0.97, "outlier": 0.0}  # between a key and the next
 OUTLIER = 30.0  # mean of the channel that is far from 0
 PAGE_SIZES = [8, 16, 32, 64, 128]
 KEYS = [*CORRELATION, "model"]
@@ -52,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a cache; batch None leaves their number to --batch."""
+    """Rows of a cache; where `batch` is None, --batch gives their number."""
 
     batch: int | None
     context: int
@@ -79,7 +84,7 @@ def head_dim(text: str) -> int:
 
 
 def rows(text: str) -> Rows:
-    """TOKENS, or BATCHxTOKENS."""
+    """Parses TOKENS or BATCHxTOKENS."""
     *batch, context = text.split("x")
     if len(batch) > 1 or not all(part.isdecimal() and int(part) for part in (*batch, context)):
         raise argparse.ArgumentTypeError(
@@ -89,7 +94,7 @@ def rows(text: str) -> Rows:
 
 
 def heads(text: str) -> Heads:
-    """QUERY/KV."""
+    """Parses QUERY/KV."""
     query, _, kv = text.partition("/")
     if not (query.isdecimal() and kv.isdecimal() and int(kv)) or int(query) % int(kv) or not int(query):
         raise argparse.ArgumentTypeError(
@@ -99,20 +104,26 @@ def heads(text: str) -> Heads:
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, contexts: str, dtypes: str) -> None:
-    """The options that `cases` reads; contexts and dtypes say what is measured where they are not given."""
+    """Adds the options that `cases` reads; `contexts` and `dtypes` name the defaults in the help."""
     where = "tokens, or rows of tokens such as 16x32768"
     later = argparse.SUPPRESS  # the default may depend on the device
     parser.add_argument("--context", type=rows, nargs="+", default=later, help=f"{where} (default: {contexts})")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows of each --context that names none")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=later, help=f"(default: {dtypes})")
-    parser.add_argument("--keys", nargs="+", choices=KEYS, default=["normal"], help="where keys come from")
-    parser.add_argument("--heads", type=heads, nargs="+", default=[Heads(32, 8)], help="query/KV heads")
-    parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], help="of queries, keys and values")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows of a --context without its own")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=later, help=f"of the cache (default: {dtypes})")
+    parser.add_argument(
+        "--keys",
+        nargs="+",
+        choices=KEYS,
+        default=["normal"],
+        help="model: of the shipped model",
+    )
+    parser.add_argument("--heads", type=heads, nargs="+", default=[Heads(32, 8)], help="query heads/KV heads")
+    parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], help="size of a head")
     parser.add_argument("--page-size", type=int, nargs="+", choices=PAGE_SIZES, default=[16], help="tokens per page")
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """Every combination of what was asked for."""
+    """Every combination of the options' values."""
     sizes = [(batch, row.context) for row in args.context for batch in ([row.batch] if row.batch else args.batch)]
     return [
         Case(keys, dtype, pair.query, pair.kv, head_dim, page_size, batch, context)
@@ -123,12 +134,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def drawn(case: Case, device: str, seed: int = 0) -> Inputs:
-    """Random inputs, the same at every call."""
+    """Random inputs, the same at every call with the same arguments."""
     torch.manual_seed(seed)
     batch, context, kv_heads, head_dim = case.batch, case.context, case.kv_heads, case.head_dim
     k = torch.randn(batch, context, kv_heads, head_dim, device=device)
     if correlation := CORRELATION[case.keys]:
-        decay = correlation ** torch.arange(256.0, device=device)  # older keys no longer count
+        decay = correlation ** torch.arange(256.0, device=device)  # the weights of older keys are negligible
         kernel = decay.flip(0) * (1 - correlation**2) ** 0.5
         series = k.permute(0, 2, 3, 1).reshape(-1, 1, context)
         series = torch.nn.functional.conv1d(torch.nn.functional.pad(series, (255, 0)), kernel.view(1, 1, -1))
@@ -141,7 +152,7 @@ def drawn(case: Case, device: str, seed: int = 0) -> Inputs:
 
 
 def filled(case: Case, inputs: Inputs, *, room: int = 0) -> entmaxkv.PagedKVCache:
-    """A cache that holds the keys and values, with room for so many tokens more."""
+    """A cache that holds the keys and values, and has room for `room` more tokens in each row."""
     cache = entmaxkv.PagedKVCache(
         case.batch,
         case.context + room,

@@ -1,37 +1,30 @@
 """Keys, values and queries of the shipped model on real text: the Python standard library, held-out files first.
 
-The model reads windows of text, each by itself and at most as long as its context; longer inputs are windows joined, so
-that positions start anew in each. Keys and queries are taken as attention sees them, after RoPE.
+The model reads the text in windows, each by itself and at most as long as the model's context. A longer input is made
+of several windows, and positions start at 0 in each. Keys and queries are taken after RoPE, as attention sees them.
 
-A KV head of head_dim 64 is one of the model's (layer, KV head) pairs. Wider heads are several of them side by side:
-their scores add up, and the usual scale, 1 / sqrt(head_dim), gives a sum of n the spread of one. Where a row has more
-heads than the model, the next text gives the rest. The queries of a group are the last position's, then those of the
-positions before it; all see the whole context, up to a few tokens behind their own.
+A KV head of head_dim 64 is one (layer, KV head) pair of the model. A wider head is several pairs side by side: their
+scores add up, and the usual scale, 1 / sqrt(head_dim), gives the sum the spread of one score. If a row needs more heads
+than the model has, the next text gives the rest. The queries of a group are those of the last position, then of the
+positions before it. All of them see the whole context, also the few tokens behind their own position.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
-from inputs import DTYPES, Case, Inputs
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from watch import Watch
 
 import entmaxkv
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES / "train"))
-from calls import with_cache  # noqa: E402
-from corpus import SEPARATOR, default_source, files, held_out  # noqa: E402
+from bench.examples import MODEL, SEPARATOR, Watch, default_source, files, held_out, with_cache
+from bench.inputs import DTYPES, Case, Inputs
 
 BATCH = {"cpu": 1, "cuda": 8}  # windows that the model reads at a time
 
 
 def text(size: int) -> bytes:
-    """So many bytes of the standard library."""
+    """The first `size` bytes of the standard library's files, held-out files first."""
     found = files(default_source())
     joined = bytearray()
     for name in sorted(found, key=lambda name: (not held_out(name), name)):
@@ -42,11 +35,11 @@ def text(size: int) -> bytes:
 
 
 class ModelText:
-    """What the model's heads hold after each window, enough for all of the given cases.
+    """The keys, values and queries of the model's heads after each window, enough for all of the given cases.
 
     Attributes:
-        k, v: [windows, window, heads, head_dim], heads being pairs of layer and KV head.
-        q: [windows, heads, queries, head_dim], those of the last position first.
+        k, v: [windows, window, heads, head_dim]; a head is a (layer, KV head) pair.
+        q: [windows, heads, queries, head_dim], the queries of the last position first.
     """
 
     def __init__(self, cases: list[Case], device: str, console: Console) -> None:
@@ -59,19 +52,19 @@ class ModelText:
 
         disable_progress_bar()
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(
-            EXAMPLES / "stdlib-entmax", attn_implementation=entmaxkv.hf.NAME, dtype=dtype
-        ).to(device)
+        model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(
+            device
+        )
         config = model.config
-        self.head_dim = config.head_dim
-        self.heads = config.num_hidden_layers * config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+        self.heads: int = config.num_hidden_layers * config.num_key_value_heads
         for case in cases:
             if case.head_dim % self.head_dim:
                 raise SystemExit(
                     f"--keys model: expected --head-dim to be a multiple of {self.head_dim}, got {case.head_dim}"
                 )
         longest = max(case.context for case in cases)
-        self.window = max(64, min(config.max_position_embeddings, longest))
+        self.window: int = max(64, min(config.max_position_embeddings, longest))
         group = config.num_attention_heads // config.num_key_value_heads
         steps = max(-(-case.heads // (case.kv_heads * group)) for case in cases)
         windows = max(case.batch * self._texts(case) * self._windows(case) for case in cases)
@@ -86,11 +79,11 @@ class ModelText:
 
     @torch.no_grad()
     def _read(self, model: torch.nn.Module, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of windows [batch, window], the last `steps` positions one by one."""
+        """q, k and v of the windows ids [batch, window]; the last `steps` positions are decoded one by one."""
         batch, window = ids.shape
         cache = entmaxkv.hf.EntmaxCache(model.config, window, batch=batch)
-        # One token first: a prefill from the start would be left to AdaSplash where it is installed, which searches
-        # minutes for its launches.
+        # One token comes first. A prefill of an empty cache would be done by AdaSplash where it is installed, which
+        # searches for its launch settings for minutes.
         for chunk in ids[:, :-steps].split([1, window - steps - 1], dim=1):
             model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1)
         seen: list[Tensor] = []
@@ -103,7 +96,7 @@ class ModelText:
         q = q.permute(2, 1, 3, 0, 4, 5).reshape(batch, self.heads, -1, self.head_dim)
 
         def tokens(pools: list[Tensor]) -> Tensor:
-            """[batch, window, heads, head_dim] of the layers' pages, which each row owns in order."""
+            """[batch, window, heads, head_dim] from the layers' pages; the pages of a row follow one another."""
             pages = torch.stack([pool.unflatten(0, (batch, -1)) for pool in pools])
             # [layers, batch, pages, KV heads, page_size, head_dim] to tokens of all heads
             return pages.permute(1, 2, 4, 0, 3, 5).reshape(batch, -1, self.heads, self.head_dim)[:, :window]
@@ -114,7 +107,7 @@ class ModelText:
         return -(-case.context // self.window)
 
     def _texts(self, case: Case) -> int:
-        """Texts that one row takes."""
+        """How many texts give the heads of one row."""
         return math.ceil(case.kv_heads * case.head_dim / (self.heads * self.head_dim))
 
     def inputs(self, case: Case) -> Inputs:
@@ -124,11 +117,13 @@ class ModelText:
         taken = case.kv_heads * parts
 
         def joined(pieces: list[Tensor]) -> Tensor:
-            """[..., KV heads, head_dim] of the texts' [..., heads, head_dim]."""
-            return torch.cat(pieces, dim=-2)[..., :taken, :].unflatten(-2, (case.kv_heads, parts)).flatten(-2)
+            """The case's heads [..., KV heads, head_dim] from the texts' [..., heads, head_dim]."""
+            heads = torch.cat(pieces, dim=-2)[..., :taken, :]
+            wide: Tensor = heads.unflatten(-2, (case.kv_heads, parts)).flatten(-2)
+            return wide
 
         def tokens(windowed: Tensor, ends: list[int]) -> Tensor:
-            """k or v [context, KV heads, head_dim] of the texts whose windows end there."""
+            """k or v [context, KV heads, head_dim] from the texts whose windows end at `ends`."""
             return joined([windowed[end - windows : end].flatten(0, 1)[-case.context :] for end in ends])
 
         rows = [[(row * texts + i + 1) * windows for i in range(texts)] for row in range(case.batch)]

@@ -1,7 +1,7 @@
-"""Other implementations of the same step, each where it is installed, on the same queries, keys and values.
+"""Other implementations of a decode step, where they are installed, on the same queries, keys and values.
 
-AdaSplash's attention kernels take as many queries as keys, and so cannot decode; what stands for dense entmax in Triton
-is its `triton_entmax`, between a matrix product for the scores and one for the values.
+AdaSplash's attention kernels need as many queries as keys, so they cannot decode. Dense entmax in Triton is therefore
+its `triton_entmax` between two matrix products, one for the scores and one for the values.
 """
 
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from inputs import Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.inputs import Inputs
 from entmaxkv import PagedKVCache
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,  # slow, but takes everything
+    "math": SDPBackend.MATH,  # slow, but runs on every input
 }
-WORKSPACE = 128 << 20  # bytes that FlashInfer asks for
+WORKSPACE = 128 << 20  # bytes of FlashInfer's workspace
 
 
 class Peer(NamedTuple):
-    """A step from q to [batch, heads, head_dim] or [batch, heads, 1, head_dim], and the alpha of its attention."""
+    """A step that returns [batch, heads, head_dim] or [batch, heads, 1, head_dim], and the alpha of its attention."""
 
     call: Callable[[], Tensor]
     alpha: float = 1.0
@@ -41,12 +41,12 @@ def why(error: Exception) -> str:
 def compiled_flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 64  # one for each shape; beyond, it would run uncompiled
+    torch._dynamo.config.recompile_limit = 64  # one per shape; above this limit it would run uncompiled
     return torch.compile(flex_attention)
 
 
 def flashinfer(inputs: Inputs, paged: PagedKVCache) -> Callable[[], Tensor]:
-    """FlashInfer's batch decoding of our own pages."""
+    """FlashInfer's batch decode, on the pages of our cache."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     q, k, _ = inputs
@@ -69,7 +69,7 @@ def flashinfer(inputs: Inputs, paged: PagedKVCache) -> Callable[[], Tensor]:
 
 
 def adasplash(q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, alpha: float) -> Callable[[], Tensor]:
-    """Dense entmax by two batched products and AdaSplash's Triton entmax, scores in float32."""
+    """Dense entmax by two batched matrix products and AdaSplash's `triton_entmax`, with scores in float32."""
     from adasplash import triton_entmax
 
     q, k, v = (x.flatten(0, 1) for x in (q_rows, k_rows, v_rows))
@@ -85,11 +85,11 @@ def adasplash(q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, alpha: float) -> C
 def peers(
     inputs: Inputs, paged: PagedKVCache, alpha: float, notes: dict[str, str], *, only_sdpa: bool = False
 ) -> dict[str, Peer]:
-    """What can run here, by name; notes say why the others cannot."""
+    """The implementations that run here, by name; adds to `notes` why the others do not."""
     q, k, v = inputs
     k_rows, v_rows = (x.transpose(1, 2).contiguous() for x in (k, v))
-    q_rows = q.view(len(q), k.shape[2], -1, q.shape[2])  # the group's heads as queries of their KV head
-    if q.device.type == "cpu":  # there faster than enable_gqa=True
+    q_rows = q.view(len(q), k.shape[2], -1, q.shape[2])  # the heads of a group are queries of their KV head
+    if q.device.type == "cpu":  # faster on the CPU than enable_gqa=True
         return {"softmax SDPA": Peer(lambda: sdpa(q_rows, k_rows, v_rows).flatten(1, 2))}
 
     def by(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -125,6 +125,6 @@ def peers(
                 peer = make()
                 peer.call()
                 found[name] = peer
-            except Exception as error:  # whatever a peer raises, it must not end the run
+            except Exception as error:  # an error of another implementation must not end the run
                 notes[name] = why(error)
     return found

@@ -1,33 +1,35 @@
-"""Runs decode steps for a profiler, each op in a range named SELECTOR.OP.
+"""Runs decode steps for a profiler. Each op runs in a range named SELECTOR.OP.
 
-On a GPU the ranges are NVTX ranges, and the command lines for Nsight Systems and Nsight Compute are printed; on the CPU
-the table is that of torch.profiler.
+On a GPU the ranges are NVTX ranges, and the program prints the command lines that profile it with Nsight Systems and
+Nsight Compute. On the CPU it prints the table of torch.profiler.
 """
 
-import argparse
 import shlex
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
-from inputs import add_case_arguments, cases, drawn, filled, positive, rows
-from model_text import ModelText
-from report import check, wide_console
-from steps import stages
 
 from entmaxkv import Gaussian, KeySketch, TopPages
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.inputs import add_case_arguments, cases, drawn, filled, positive, rows
+from bench.model_text import ModelText
+from bench.report.document import check, parser_of, wide_console
+from bench.steps import stages
 
 WARM_UP = 3
 
 
-def ranged(name: str, device: str) -> AbstractContextManager:
+def ranged(name: str, device: str) -> AbstractContextManager[object]:
     return torch.cuda.nvtx.range(name) if device == "cuda" else torch.profiler.record_function(name)
 
 
 def commands(ranges: list[str], arguments: list[str]) -> list[str]:
-    """The lines that profile this program, run with these arguments: all of it, and each kernel of the ranges."""
+    """Command lines that profile this program with these arguments: a trace by nsys, and the ranges' kernels by ncu."""
     command = shlex.join(["python", *arguments])
-    included = " ".join(f"--nvtx-include {name}/" for name in ranges)  # the slash asks for a push/pop range
+    included = " ".join(f"--nvtx-include {name}/" for name in ranges)  # the slash means a push/pop range
     return [
         f"nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi --output decode {command}",
         f"ncu --set full --clock-control none --nvtx {included} --export decode {command}",
@@ -36,16 +38,12 @@ def commands(ranges: list[str], arguments: list[str]) -> list[str]:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser = parser_of(__doc__, writes=False)
     add_case_arguments(parser, "32768", "bf16")
-    parser.add_argument("--alpha", type=float, default=1.5, help="of entmax, in (1, 2]")
-    parser.add_argument("--budget", type=positive, default=2048, help="tokens that TopPages reads")
+    parser.add_argument("--alpha", type=float, default=1.5, help="alpha of entmax, in (1, 2]")
+    parser.add_argument("--budget", type=positive, default=2048, help="tokens per KV head that TopPages reads")
     parser.add_argument("--steps", type=positive, default=5, help="steps of each selector")
     args = parser.parse_args()
-    args.json = None
     check(parser, args)
     args.context = getattr(args, "context", [rows("32768")])
     args.dtype = getattr(args, "dtype", ["bf16"])

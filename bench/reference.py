@@ -1,63 +1,43 @@
-"""The authors' entmaxkv (github.com/deep-spin/entmaxkv), timed on the same inputs in a process of its own.
+"""Times the authors' code, entmaxkv of github.com/deep-spin/entmaxkv, on the inputs that bench/decode.py hands to it.
 
-Its package has the name of ours: `authors` runs this file as a program that finds theirs first, hands it the inputs in
-a file, and reads back times and outputs; each case anew, so that their kernels' search for launches is made for it.
-Its functions are called as its tests do: two refinements of the threshold, the cache filled beforehand, and float16
-where the inputs are bfloat16 (they know float16 and float32). Their paged kernel takes groups of query heads, and every
-page makes it dense; their selectors take none, so that the heads of a group become rows of a batch over the same keys,
-each with a budget of its own.
+Not to be run by hand: `bench/decode.py --reference CHECKOUT` starts it (bench/authors.py), in a process in which
+`import entmaxkv` finds the authors' package. It reads q, k and v from a folder, and writes times and outputs there.
+
+The authors' functions are called as the authors' tests call them:
+
+- The threshold is refined twice, and the cache is filled beforehand.
+- Inputs in bfloat16 are converted to float16: their kernels know float16 and float32 only.
+- Dense entmax is their paged kernel, given every page. It takes groups of query heads.
+- Their selectors take no groups. Each head of a group becomes a row of a batch over the same keys, with a budget of its
+  own.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from timing import medians
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.timing import medians
 
 REFINEMENTS = 2
 SPLITS, BINS = 32, 16  # the defaults of their decode functions
 
 
-class Result(NamedTuple):
-    """One of their methods: figures as in the rows of bench/decode.py, and out [batch, heads, head_dim]."""
-
-    dtype: str
-    us: float
-    timed: str
-    tokens: float
-    out: Tensor
-
-
-def authors(
-    path: Path, inputs: dict[str, Tensor], *, page_size: int, budgets: list[int], alpha: float, repeats: int
-) -> tuple[dict[str, Result], dict[str, str]]:
-    """Results, and reasons why there is none, by the name of the method; inputs are q, k and v."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_file({name: x.contiguous() for name, x in inputs.items()}, Path(folder) / "inputs")
-        order = {"page_size": page_size, "budgets": budgets, "alpha": alpha, "repeats": repeats}
-        (Path(folder) / "order").write_text(json.dumps(order))
-        paths = [str(path.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        ran = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True)
-        if ran.returncode:
-            last = (ran.stderr.strip() or f"ended with code {ran.returncode}").splitlines()[-1]
-            return {}, {"the authors' entmaxkv": last}
-        answer = json.loads((Path(folder) / "answer").read_text())
-        outs = load_file(Path(folder) / "outs", device=str(inputs["q"].device))
-        return {name: Result(**row, out=outs[name]) for name, row in answer["rows"].items()}, answer["failures"]
-
-
 class Method(NamedTuple):
-    """A step, the output that it leaves [batch, heads, head_dim], and the tokens that a head reads."""
+    """One way of the authors to decode.
+
+    Attributes:
+        call: Runs a step.
+        out: Returns the step's output [batch, heads, head_dim].
+        tokens: Returns how many tokens a head reads.
+    """
 
     call: Callable[[], object]
     out: Callable[[], Tensor]
@@ -65,10 +45,10 @@ class Method(NamedTuple):
 
 
 def filled(k: Tensor, v: Tensor, page_size: int) -> Any:
-    """Their cache of k and v [rows, kv_heads, tokens, head_dim].
+    """The authors' cache, filled with k and v [rows, kv_heads, tokens, head_dim].
 
-    The statistics are those of its `initialize`, which goes through the tokens page by page and takes seconds for a
-    million.
+    Its statistics are computed here, and equal those of the cache's own `initialize`. That method goes through the
+    tokens page by page, and takes seconds for a million tokens.
     """
     from entmaxkv import PagedKVCache
 
@@ -83,7 +63,12 @@ def filled(k: Tensor, v: Tensor, page_size: int) -> Any:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float) -> Method:
-    """Every page by their paged kernel; q [batch, heads, head_dim], k and v [batch, kv_heads, tokens, head_dim]."""
+    """Dense entmax: the authors' paged kernel, given every page.
+
+    Args:
+        q: [batch, heads, head_dim].
+        k, v: [batch, kv_heads, tokens, head_dim].
+    """
     from entmaxkv.kernels.adadecode_paged import make_adadecode_paged_workspace, sparse_attention_decode_paged
 
     batch, heads, head_dim = q.shape
@@ -116,7 +101,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float) -> Meth
 
 
 def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, budgets: list[int]) -> dict[str, Method]:
-    """Their selectors; shapes as in `dense`."""
+    """The authors' selectors. The arguments have the shapes of those of `dense`."""
     from entmaxkv import sparse_attention_decode_gaussian_aware_entmax, sparse_attention_decode_paged
 
     batch, kv_heads, tokens = k.shape[:3]
@@ -133,7 +118,7 @@ def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, bud
         return result[:, :, 0].unflatten(0, (batch, group)).transpose(1, 2).flatten(1, 2)
 
     def top_pages(budget: int) -> Method:
-        best = max(budget - page_size, 0)  # the last page comes on top
+        best = max(budget - page_size, 0)  # their kernel adds the last page
         read = page_size * (1 + min(best // page_size, tokens // page_size - 1))
         shorter = torch.full_like(lengths, read)
 
@@ -154,9 +139,9 @@ def selecting(q: Tensor, k: Tensor, v: Tensor, page_size: int, alpha: float, bud
 
 @torch.no_grad()
 def main() -> None:
-    """Runs in their process: reads order and inputs from the folder, and writes answer and outs there."""
-    parser = argparse.ArgumentParser(description="The other half of bench/decode.py --reference, which runs it.")
-    parser.add_argument("folder", type=Path)
+    """Reads `order` and `inputs` from the folder, and writes `answer` and `outs` to it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the inputs, and gets the results")
     folder = parser.parse_args().folder
     order = json.loads((folder / "order").read_text())
     inputs = load_file(folder / "inputs", device="cuda")

@@ -1,13 +1,14 @@
-"""The ways of one decode step, the ops that each consists of, and the bytes that each op has to move."""
+"""Decode steps, the ops that each step consists of, and the bytes that each op has to move."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from inputs import Inputs
 from torch import Tensor
 
 import entmaxkv
+from bench.inputs import Inputs
 from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, ops
 from entmaxkv.metrics import Metrics
 
@@ -15,34 +16,45 @@ MOST_HALVINGS = 30
 Select = KeySketch | TopPages | Gaussian
 
 
+def kept(part: Tensor | None) -> Tensor:
+    """A part of a cache that the selector needs, and which the cache therefore keeps."""
+    assert part is not None
+    return part
+
+
 def stages(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) -> dict[str, Callable[[], object]]:
-    """A step's ops by name, each on what the ones before it return."""
+    """The ops of a step by name; each is called on the results of the ops before it."""
     lengths, sizes = (cache.page_table, cache.seq_lens), (cache.seq_lens, cache.kv_heads, cache.page_size)
     if select is None:
         return {"dense_decode": partial(ops.dense_decode, q, cache.k_pages, cache.v_pages, *lengths, alpha)}
     if isinstance(select, KeySketch):
-        options = {"bits": select.bits, "certainty": select.certainty, "max_tokens": select.max_tokens}
-        sketch = cache.codes, cache.norms
+        options: dict[str, Any] = {"bits": select.bits, "certainty": select.certainty, "max_tokens": select.max_tokens}
+        sketch = kept(cache.codes), kept(cache.norms)
         choose = partial(ops.select_sketch, q, cache.k_pages, *sketch, *lengths, alpha, **options)
         read = partial(
             ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *choose()[:2], alpha, by_token=True
         )
         return {"select_sketch": choose, "sparse_decode": read}
+    score: Callable[[], Any]
+    pick: Callable[[], Any]
     if isinstance(select, TopPages):
-        score = partial(ops.score_pages, q, cache.k_min, cache.k_max, *lengths, cache.page_size, lower=select.LOWER)
+        score = partial(
+            ops.score_pages, q, kept(cache.k_min), kept(cache.k_max), *lengths, cache.page_size, lower=select.LOWER
+        )
         pick = partial(ops.select_pages, score(), *sizes, select.budget)
     else:
-        score = partial(ops.score_gaussian, q, cache.k_mean, cache.k_std, *lengths, cache.page_size)
-        pick = partial(ops.select_gaussian, *score(), *sizes, alpha, select.quantile, select.margin)
+        score = partial(ops.score_gaussian, q, kept(cache.k_mean), kept(cache.k_std), *lengths, cache.page_size)
+        mean, std = score()
+        pick = partial(ops.select_gaussian, mean, std, *sizes, alpha, select.quantile, select.margin)
     decode = partial(ops.sparse_decode, q, cache.k_pages, cache.v_pages, *lengths, *pick(), alpha)
     kind = "pages" if isinstance(select, TopPages) else "gaussian"
     return {f"score_{kind}": score, f"select_{kind}": pick, "sparse_decode": decode}
 
 
 def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) -> list[int]:
-    """Bytes that the ops of `stages` have to read and write, in their order.
+    """Bytes that each op of `stages` has to read and write, in their order.
 
-    Scores and selections are written by one op and read by the next, statistics and sketches only read.
+    One op writes scores or a selection, and the next one reads them. Statistics and sketches are only read.
     """
     if isinstance(select, KeySketch):
         chosen = 4 * (found.tokens.numel() + int(found.tokens.sum()))
@@ -55,7 +67,7 @@ def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) 
 
 
 def append_bytes(cache: PagedKVCache, inputs: Inputs) -> int:
-    """Bytes of one token's keys and values, read and written, and of its page's statistics and its sketch, written."""
+    """Bytes that appending one token moves: key and value are read and written, statistics and sketch written."""
     token = inputs.k[:, 0].nbytes
     statistics = sum(x is not None for x in (cache.k_min, cache.k_max, cache.k_mean, cache.k_std)) * token
     sketch = 0
@@ -65,11 +77,12 @@ def append_bytes(cache: PagedKVCache, inputs: Inputs) -> int:
 
 
 def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) -> Gaussian:
-    """The `Gaussian` whose margin makes it read about so many tokens per KV head, in the mean over rows and heads.
+    """The `Gaussian` whose margin makes it read about `tokens` tokens per KV head, in the mean over rows and heads.
 
-    A margin that keeps every page where there are no more tokens than that.
+    If there are no more tokens than that, its margin is infinite and it selects every page.
     """
-    mean, std = ops.score_gaussian(q, cache.k_mean, cache.k_std, cache.page_table, cache.seq_lens, cache.page_size)
+    table = cache.page_table, cache.seq_lens, cache.page_size
+    mean, std = ops.score_gaussian(q, kept(cache.k_mean), kept(cache.k_std), *table)
 
     def read(margin: float) -> float:
         sizes = cache.kv_heads, cache.page_size
@@ -95,5 +108,5 @@ def gaussian_reading(tokens: int, q: Tensor, cache: PagedKVCache, alpha: float) 
 
 
 def step(q: Tensor, cache: PagedKVCache, select: Select | None, alpha: float) -> Callable[[], Tensor]:
-    """The whole step, from q to out."""
+    """The whole step, from the query to the output."""
     return partial(entmaxkv.decode, q, cache, alpha=alpha, select=select)

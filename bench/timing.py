@@ -1,4 +1,4 @@
-"""Times of calls that take turns: CUDA graph replays with a cold L2 cache on a GPU, plain calls on the CPU."""
+"""Times calls that take turns: CUDA graph replays with a cold L2 cache on a GPU, plain calls on the CPU."""
 
 import statistics
 import time
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # far more than any cache holds
+READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # many times the size of any cache
 
 
 class Time(NamedTuple):
-    """Median microseconds, of a `graph` replay or of a plain `call`."""
+    """A median in microseconds; `of` says whether of a "graph" replay or of a plain "call"."""
 
     us: float
     of: str
@@ -28,12 +28,12 @@ class Stopwatch(NamedTuple):
 
 @cache
 def rubbish() -> torch.Tensor:
-    """What pushes everything else out of L2."""
+    """A tensor so large that writing it evicts everything else from L2."""
     return torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
 def waits(call: Callable[[], object]) -> bool:
-    """Whether a call that has run before waits for the GPU, which no graph can hold."""
+    """Whether the call waits for the GPU, so that it cannot be captured in a graph; it must have run before."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -45,7 +45,7 @@ def waits(call: Callable[[], object]) -> bool:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a call, after a warm-up on the stream of the capture."""
+    """Captures the call in a graph, after a warm-up on the same stream, and returns the graph's replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -58,7 +58,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def stopwatch(call: Callable[[], object], device: str) -> Stopwatch:
-    """Warms a call up, and captures it where it can be."""
+    """A stopwatch for the call, which is warmed up, and on a GPU captured in a graph if that is possible."""
     if device == "cpu":
 
         def on_cpu() -> float:
@@ -71,23 +71,23 @@ def stopwatch(call: Callable[[], object], device: str) -> Stopwatch:
     call()
     run, of = call, "call"
     if not waits(call):
-        with suppress(RuntimeError):  # what cannot be captured is called
+        with suppress(RuntimeError):  # a call that cannot be captured is timed as a plain call
             run, of = captured(call), "graph"
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def on_gpu() -> float:
-        rubbish().zero_()  # lasts until a replay has been queued
+        rubbish().zero_()  # keeps the GPU busy until the replay has been queued
         start.record()
         run()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
     return Stopwatch(on_gpu, of)
 
 
 def medians(methods: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Time]:
-    """Median time of each method, the methods taking turns after one round that does not count."""
+    """The median time of each method. Methods take turns, and the first round does not count."""
     watches = {name: stopwatch(call, device) for name, call in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats + 1):

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "entmax.h"
+#include "fast_math.h"
 #include "ops.h"
 
 namespace entmaxkv::sketch {
@@ -67,25 +68,6 @@ ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
   x = (x ^ x >> 16) * 0x85ebca6bu;
   x = (x ^ x >> 13) * 0xc2b2ae35u;
   return x >> 31 ? -1.0f : 1.0f;
-}
-
-/// On a GPU to 22 bits, without care for what is subnormal.
-ENTMAXKV_HOST_DEVICE inline float power_of_two(float x) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return std::exp2(x);
-#endif
-}
-
-ENTMAXKV_HOST_DEVICE inline float logarithm(float x) {
-#if defined(__CUDA_ARCH__)
-  return __logf(x);
-#else
-  return std::log(x);
-#endif
 }
 
 /// s of a scale: 8 steps to every power of two.

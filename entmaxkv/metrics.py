@@ -24,10 +24,10 @@ class Metrics:
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
         certified: [batch, q_heads] bool, what `decode` proved.
         delta_bound: [batch, q_heads] float32, likewise.
-        survivors: [batch, kv_heads] int32, tokens whose second plane of codes was read, too; 0 without a sketch.
-        index_bytes: what the selector looks at. Two statistics of every page; or of the sketch the first plane, scale
-            and norm of every token, the second plane and norm of the survivors, and the keys whose exact scores give
-            the lower bound of tau, as if no two heads took the same one.
+        refined: [batch, kv_heads] int32, tokens whose plane 1 was read; 0 without a sketch.
+        index_bytes: what the selector looks at. Two statistics of every page; or of the sketch plane 0, scale and norm
+            of every token, plane 1 and norm of the refined tokens, and the keys whose exact scores give the lower
+            bound of tau, as if no two heads took the same one.
         bytes_read: these, the keys of `tokens`, and the values that any head of their group gives weight.
         kv_bytes: all keys and values of the tokens in the cache.
     """
@@ -39,7 +39,7 @@ class Metrics:
     tokens: Tensor
     certified: Tensor
     delta_bound: Tensor
-    survivors: Tensor
+    refined: Tensor
     index_bytes: int
     bytes_read: int
     kv_bytes: int
@@ -94,7 +94,7 @@ def measure(
         support_recall[b] = ((p > 0) & heads).sum(dim=1).double() / (p > 0).sum(dim=1)
         output_error[b] = (out[b].double() - dense).norm(dim=1) / dense.norm(dim=1)
         rows_read += int((weight > 0).view(cache.kv_heads, -1, seq_len).any(dim=1).sum())
-    survivors, index_bytes = index(select if chosen else None, q, cache, **options)
+    refined, index_bytes = index(select if chosen else None, q, cache, **options)
     return Metrics(
         dropped_mass=dropped_mass,
         support_recall=support_recall,
@@ -103,7 +103,7 @@ def measure(
         tokens=info.tokens,
         certified=info.certified,
         delta_bound=info.delta_bound,
-        survivors=survivors,
+        refined=refined,
         index_bytes=index_bytes,
         bytes_read=rows_read * row_bytes + index_bytes,
         kv_bytes=2 * sum(seq_lens) * cache.kv_heads * row_bytes,
@@ -119,7 +119,7 @@ def index(
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """`survivors` and `index_bytes` of a step, see `Metrics`."""
+    """`refined` and `index_bytes` of a step, see `Metrics`."""
     none = torch.zeros((q.shape[0], cache.kv_heads), dtype=torch.int32, device=q.device)
     row_bytes = cache.head_dim * cache.k_pages.element_size()
     seq_lens = cache.seq_lens.tolist()
@@ -128,10 +128,10 @@ def index(
     if not isinstance(select, KeySketch) or cache.codes is None:
         pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
         return none, 2 * pages * cache.kv_heads * row_bytes
-    survivors, group, plane = none, q.shape[1] // cache.kv_heads, cache.codes.shape[-1]
+    refined, group, plane = none, q.shape[1] // cache.kv_heads, cache.codes.shape[-1]
     if select.bits == 4:  # what the first plane does not rule out is what it alone would select
         coarse = KeySketch(certainty=select.certainty, bits=2)
-        survivors = coarse.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)[1]
+        refined = coarse.tokens(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)[1]
     sampled = sum(min(seq_len, 64 * group) for seq_len in seq_lens)  # at most 64 of each head are scored exactly
     of_all = ((plane + 2) * sum(seq_lens) + row_bytes * sampled) * cache.kv_heads
-    return survivors, of_all + (plane + 1) * int(survivors.sum())
+    return refined, of_all + (plane + 1) * int(refined.sum())

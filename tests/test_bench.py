@@ -1,35 +1,29 @@
-"""The programs of bench/ run, and say what they were given wrong."""
+"""The programs of bench run, and their error messages name the wrong argument."""
 
 import importlib
 import json
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-inputs, model_text, profile_decode, reference, tables, timing = (
-    importlib.import_module(name)
-    for name in ("inputs", "model_text", "profile_decode", "reference", "tables", "timing")
-)
-sys.path.remove(str(BENCH))
+from bench import authors, inputs, model_text, profile_decode, timing
+from bench.report import tables
+
 SMALL = shlex.split("--context 300 2x128 --dtype bf16 --heads 4/2 --head-dim 64 --budget 64 --repeats 1")
 
 
 def run(program, monkeypatch, *arguments):
-    """Runs a program of bench/ as from the command line, in this process."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
-    importlib.import_module(program).main()
+    """Runs a program of bench in this process, with arguments as on the command line."""
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    importlib.import_module(f"bench.{program}").main()
 
 
 def refused(program, monkeypatch, capsys, *arguments):
-    """What a program says when it ends without a result."""
+    """The error message of a program that ends without a result."""
     with pytest.raises(SystemExit) as ended:
         run(program, monkeypatch, *arguments)
     assert ended.value.code not in (None, 0)
@@ -98,7 +92,7 @@ def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeyp
     file = {f"a.{x}": torch.randn(100, 64) for x in "kv"} | {"a.q": 3 * torch.randn(2, 8, 64)}
     save_file(file, tmp_path / "file.safetensors")
     options = ["--context", 128, "--cases", 1, "--max-tokens", 8, "--json", tmp_path / "certify.json"]
-    run("certify", monkeypatch, tmp_path / "file.safetensors", *options)
+    run("evals.certify", monkeypatch, tmp_path / "file.safetensors", *options)
     rows = json.loads((tmp_path / "certify.json").read_text())["rows"]
     exact = [row for row in rows if row["kind"] == "exact"]
     kinds = ["file", "model", "normal", "clustered", "outlier", "adversarial"]
@@ -112,21 +106,23 @@ def test_certify_finds_no_miss_and_its_figure_is_drawn(recorded_results, monkeyp
     delta = [row for row in rows if row["kind"] == "delta"]
     assert [row["select"] for row in delta] == 2 * ["KeySketch", "TopPages", "Gaussian"]
     assert [row["broken_bounds"] for row in delta] == 6 * [0]
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert (tmp_path / "sketch.png").exists()
 
 
 def test_certify_says_what_it_expected(monkeypatch, capsys):
-    assert "expected an activations file or --keys, got neither" in refused("certify", monkeypatch, capsys, "--keys")
+    assert "expected an activations file or --keys, got neither" in refused(
+        "evals.certify", monkeypatch, capsys, "--keys"
+    )
 
 
 def test_figures_without_key_sketch_have_no_place_for_it(recorded_results, tmp_path, monkeypatch):
-    """Results of before it was there."""
+    """Results from before KeySketch existed still give figures and tables."""
     for name in ("gpu", "cpu"):
         report = json.loads((tmp_path / f"{name}.json").read_text())
         report["rows"] = [row for row in report["rows"] if tables.SKETCH not in (row["method"], row.get("of"))]
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert tables.SKETCH not in (tmp_path / "README.md").read_text()
 
 
@@ -145,7 +141,7 @@ def test_model_keys_have_the_case_s_shape(model_inputs):
 
 
 def test_model_keys_are_the_model_s(model_inputs):
-    """Wider heads are two of the model's side by side, and what it lacks comes from the next text."""
+    """A wider head is two heads of the model side by side; further heads come from the next text."""
     (_, narrow), (_, wide) = model_inputs
     assert torch.equal(wide.k[0, :, 0, :64], narrow.k[0, -70:, 0])
     assert torch.equal(wide.k[0, :, 0, 64:], narrow.k[0, -70:, 1])
@@ -160,10 +156,10 @@ def test_medians_leave_out_the_first_round(monkeypatch):
     assert found.us == pytest.approx(9) and found.of == "call"  # of 1, 5, 9 and 13
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="theirs would be looked for on the GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which the authors' code cannot run")
 def test_authors_who_cannot_run_are_a_note(tmp_path):
     given = inputs.drawn(inputs.Case("normal", "bf16", 2, 1, 16, 16, 1, 32), "cpu")._asdict()
-    results, failures = reference.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
+    results, failures = authors.authors(tmp_path, given, page_size=16, budgets=[16], alpha=1.5, repeats=1)
     assert results == {} and list(failures) == ["the authors' entmaxkv"]
 
 
@@ -188,7 +184,7 @@ def test_profile_decode_takes_one_case(monkeypatch, capsys):
 
 
 def recorded(device):
-    """A report as bench/decode.py writes it, of two contexts and two kinds of keys."""
+    """A report like those of bench/decode.py, with two contexts and two kinds of keys."""
     softmax = "softmax SDPA, cuDNN" if device == "gpu" else "softmax SDPA"
     machine = {"torch": "2", "commit": "abc", "read_gb_per_s": 4000.0, device: "a processor", "threads": 1}
     rows = []
@@ -219,9 +215,9 @@ def recorded_results(tmp_path):
 
 
 def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkeypatch, capsys):
-    assert "expected the tables of" in refused("plot", monkeypatch, capsys, *recorded_results, "--check")
+    assert "expected the tables of" in refused("report.plot", monkeypatch, capsys, *recorded_results, "--check")
     assert not list(tmp_path.glob("*.png"))
-    run("plot", monkeypatch, *recorded_results)
+    run("report.plot", monkeypatch, *recorded_results)
     assert {path.name for path in tmp_path.glob("*.png")} == {"steps.png", "floor.png", "delta.png", "cpu.png"}
     text = (tmp_path / "README.md").read_text()
     assert "old" not in text
@@ -230,22 +226,38 @@ def test_plot_draws_figures_and_writes_tables(recorded_results, tmp_path, monkey
     assert "a processor, torch 2, commit abc, 4000 GB/s" in text
     assert "| model, 1K | dense entmax | 8.0 | 1024 | 0.10 |" in text
     assert "| model, 1K | authors, dense entmax | 70.0 | 1024 | 0.10 |" in text
-    run("plot", monkeypatch, *recorded_results, "--check")
+    assert "| `KeySketch()` | yes, proved | 10.0 | 2.00 | 100% | 0.25 | 10.0 | 2.00 | 100% | 0.25 |" in text
+    run("report.plot", monkeypatch, *recorded_results, "--check")
+
+
+def test_tables_of_certificates():
+    row = {"kind": "exact", "keys": "normal", "tokens": 1024, "select": "certain", "cases": 100, "certified": 1.0}
+    row |= {"misses": 0, "candidates_share": 0.25, "bytes_share": 0.5, "machine": {"gpu": "a GPU", "torch": "2"}}
+    rows = [row, row | {"cases": 300, "misses": 2, "certified": 0.5}]
+    for select in ("KeySketch", "TopPages", "Gaussian"):
+        rows.append(row | {"kind": "delta", "select": select, "max_tokens": 64, "delta": 0.125})
+    made = {name: table(rows) for name, table in tables.TABLES_OF_CERTIFIED.items()}
+    assert "| i.i.d. | 1K | `KeySketch()` | 400 | 62.5% | 2 | 25.0% | 50.0% |" in made["certified"]
+    assert "| i.i.d. | 1K | 64 | 50.0% | 0.12 | 50.0% | 0.12 | 50.0% | 0.12 |" in made["equal_bytes"]
 
 
 def test_the_pages_have_the_committed_figures(monkeypatch):
-    run("plot", monkeypatch, "--check")
+    run("report.plot", monkeypatch, "--check")
 
 
 def test_plot_says_what_it_expected(recorded_results, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:speed -->\n<!-- /bench -->")
-    said = refused("plot", monkeypatch, capsys, *recorded_results)
-    assert "expected bench:NAME to be one of steps, ops, peers, authors, shapes, cpu, " in said
+    said = refused("report.plot", monkeypatch, capsys, *recorded_results)
+    assert "expected bench:NAME to be one of summary, steps, ops, peers, authors, cpu, " in said
     assert said.strip().endswith("got bench:speed")
     (tmp_path / "gpu.json").unlink()
     readme.write_text("<!-- bench:ops -->\n<!-- /bench -->")
-    assert "bench:ops: expected rows for it in the results" in refused("plot", monkeypatch, capsys, *recorded_results)
+    assert "bench:ops: expected rows for it in the results" in refused(
+        "report.plot", monkeypatch, capsys, *recorded_results
+    )
     for name in ("cpu", "authors"):
         (tmp_path / f"{name}.json").unlink()
-    assert "expected JSON of bench/decode.py, got none in" in refused("plot", monkeypatch, capsys, *recorded_results)
+    assert "expected JSON of bench/decode.py, got none in" in refused(
+        "report.plot", monkeypatch, capsys, *recorded_results
+    )

@@ -172,11 +172,11 @@ def test_an_object_has_a_log_of_its_own(tmp_path, toy, capfd):
     assert "error" in capfd.readouterr().out
 
 
-def test_every_kernel_takes_its_turn():
-    """A kernel that did not wait for those before it would still pass most tests."""
+def test_every_kernel_waits_for_the_previous_one():
+    """A kernel that did not wait would still pass most tests."""
     for source in KERNELS:
         bodies = re.findall(r"__global__[^;{]*\{\s*(\S+)", source.read_text())
-        assert bodies and set(bodies) == {"take_turn();"}, source.name
+        assert bodies and set(bodies) == {"wait_for_previous_kernel();"}, source.name
 
 
 @with_nvcc

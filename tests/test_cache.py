@@ -13,7 +13,7 @@ from conftest import assert_same_bits, draw, make_query
 import entmaxkv
 from entmaxkv import PagedKVCache, reference
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "ops.md").read_text()
 STATISTICS = "k_min", "k_max", "k_mean", "k_std"
 KEPT = *STATISTICS, "codes", "norms"
 KINDS = "minmax", "moments", "sketch"
@@ -91,7 +91,7 @@ def test_sketch_takes_so_many_bytes(head_dim, bytes_per_key):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, None])
-def test_readme_tells_what_is_kept_costs(kind):
+def test_the_page_tells_what_is_kept_costs(kind):
     """Bytes per token and KV head, and their share of keys and values."""
     costs = []
     for head_dim in (64, 128):
@@ -100,7 +100,7 @@ def test_readme_tells_what_is_kept_costs(kind):
         keys_and_values = cache.k_pages.nbytes + cache.v_pages.nbytes
         more = cache.nbytes - keys_and_values
         costs.append(f"{more // 16} ({100 * more / keys_and_values:.1f} %)")
-    (row,) = re.findall(rf"^\| {f'`{kind}`' if kind else 'all three, the default'} \|.*", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {f'`{kind}`' if kind else 'all three, the default'} \|.*", PAGE, re.MULTILINE)
     assert [cell.strip() for cell in row.split("|")[3:5]] == costs
 
 

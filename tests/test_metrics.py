@@ -78,12 +78,12 @@ def test_against_the_oracle(select, alpha, slopes):
         pages += -(-seq_len // 16)
     index_bytes = 0 if select is DENSE else 2 * 2 * pages * 64 * 4
     if isinstance(select, entmaxkv.KeySketch):
-        survivors = torch.zeros_like(found.tokens)
+        refined = torch.zeros_like(found.tokens)
         if select.bits == 4:
-            survivors = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
-        assert torch.equal(found.survivors, survivors)
+            refined = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
+        assert torch.equal(found.refined, refined)
         sampled = 1 + 100 + 2 * 64  # two heads
-        index_bytes = 2 * (sum(lengths) * (16 + 2) + sampled * 64 * 4) + int(survivors.sum()) * (16 + 1)
+        index_bytes = 2 * (sum(lengths) * (16 + 2) + sampled * 64 * 4) + int(refined.sum()) * (16 + 1)
     assert found.index_bytes == index_bytes
     assert found.bytes_read == rows_read * 64 * 4 + index_bytes
     assert found.kv_bytes == 2 * 2 * sum(lengths) * 64 * 4

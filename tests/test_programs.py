@@ -1,4 +1,4 @@
-"""The programs of bench/ and examples/ say what they do, also where matplotlib is not installed."""
+"""The programs of bench and examples print their help, also where matplotlib is not installed."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("bench", "examples", "examples/train")
-    for path in (ROOT / folder).glob("*.py")
+    for folder in ("bench", "examples")
+    for path in (ROOT / folder).rglob("*.py")
     if "parse_args()" in path.read_text()
 )
 
@@ -23,7 +23,9 @@ def run_without_matplotlib(program: str, *options: str, folder: Path) -> subproc
 
 
 def test_there_are_programs():
-    assert {"bench/plot.py", "bench/decode.py", "examples/generate.py", "examples/train/train.py"} <= set(PROGRAMS)
+    assert {"bench/report/plot.py", "bench/decode.py", "examples/generate.py", "examples/train/train.py"} <= set(
+        PROGRAMS
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -33,5 +35,5 @@ def test_help(program, tmp_path):
 
 
 def test_plot_says_that_it_needs_matplotlib(tmp_path):
-    run = run_without_matplotlib("bench/plot.py", folder=tmp_path)
+    run = run_without_matplotlib("bench/report/plot.py", folder=tmp_path)
     assert run.returncode == 2 and "expected matplotlib, got" in run.stderr and "'.[bench]'" in run.stderr

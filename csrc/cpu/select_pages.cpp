@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "../page_share.h"
+#include "../page_softmax.h"
 #include "kernels.h"
 #include "pages.h"
 
@@ -29,14 +29,15 @@ void select_pages(const SelectPages& op) {
     for (int h = 0; h < op.group; ++h) {
       for (int page = 0; page < used; ++page) best[h] = scores(h)[page] > best[h] ? scores(h)[page] : best[h];
       uint64_t sum = 0;
-      for (int page = 0; page < used; ++page) sum += page_share::weight(page_share::distance(scores(h)[page], best[h]));
-      logarithm[h] = page_share::logarithm(sum);
+      for (int page = 0; page < used; ++page)
+        sum += page_softmax::weight(page_softmax::distance(scores(h)[page], best[h]));
+      logarithm[h] = page_softmax::logarithm(sum);
     }
     const int32_t least = *std::min_element(logarithm.begin(), logarithm.end());
     for (int h = 0; h < op.group; ++h) {
-      const float excess = page_share::excess(logarithm[h], least);
+      const float excess = page_softmax::excess(logarithm[h], least);
       for (int page = 0; page < used; ++page) {
-        const float share = page_share::distance(scores(h)[page], best[h]) - excess;
+        const float share = page_softmax::distance(scores(h)[page], best[h]) - excess;
         merit[page] = share > merit[page] ? share : merit[page];  // a head of NaN has no say
       }
     }

@@ -1,17 +1,23 @@
-// build_sketch on the GPU, and what append_kv has of it.
-//   keys -> codes [pages, kv_heads, 2, page_size, row_bytes], norms [pages, kv_heads, 3, page_size]
-// Grid (tokens of a row / kTokens, KV head, row); a warp codes a few keys at a time.
+// build_sketch on the GPU, and the sketch of new keys for append_kv.
+//   keys -> codes [pages, kv_heads, 2, page_size, row_bytes], norms [pages, kv_heads, 3, page_size] (sketch.h)
+// Grid (tokens of a row / kTokens, KV head, row); a warp codes 16 keys at a time, or 8 of more than 128 dimensions.
+// Each key is read once, and its codes and norms are written once.
+//   1. rotate: the rotated key, from tensor cores.
+//   2. code: the step for the key, the code of each coordinate, and the norms of the distances.
+//   3. store: the two planes of the codes, and the norms.
+#include "append_kv/new_tokens.cuh"
+#include "build_sketch/key_coder.cuh"
 #include "kernels.h"
-#include "key_coder.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTokens = 256;  // of a block
+constexpr int kCodeThreads = 128;
+constexpr int kTokens = 256;  // tokens of a block
 
-/// How many of them registers must suffice for: later compilations need a few more.
+/// Blocks per multiprocessor that the compiler must leave registers for. Code for newer GPUs needs a few more
+/// registers.
 template <typename T, int kDims>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kOccupancy = kDims == 64 ? 4 : 2;
@@ -21,7 +27,8 @@ constexpr int kOccupancy = kDims == 64      ? 4
                                             : 2;
 #endif
 
-/// Codes this block's tokens of those from `begin` to `end` of a row; key(token, page) says where a key is.
+/// Codes this block's part of the tokens begin ... end - 1 of a row. key(token, page) returns the address of a key. All
+/// threads call.
 template <typename T, int kDims, typename Op, typename Key>
 __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors, Key key) {
   using Coder = KeyCoder<T, kDims>;
@@ -33,7 +40,7 @@ __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors
   if (begin >= end) return;
   const Coder coder(op.head_dim, vectors);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kThreads / 32 * Coder::kKeys) {
+  for (int first = begin; first < end; first += kCodeThreads / 32 * Coder::kKeys) {
     KeyPlace<T> places[Coder::kOfLane];
 #pragma unroll
     for (int n = 0; n < Coder::kOfLane; ++n) {
@@ -47,8 +54,8 @@ __device__ void code(const Op& op, int64_t row, int begin, int end, bool vectors
 }
 
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(BuildSketch op, bool vectors) {
-  take_turn();
+__global__ void __launch_bounds__(kCodeThreads, kOccupancy<T, kDims>) code_cache(BuildSketch op, bool vectors) {
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.z;
   code<T, kDims>(op, row, 0, length_of(op, row), vectors, [&](int token, int64_t page) {
     return op.k_pages.at<T>(page, blockIdx.y, token & (op.page_size - 1));
@@ -56,12 +63,12 @@ __global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_cache(Bui
 }
 
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kThreads, kOccupancy<T, kDims>) code_new(AppendKv op, bool vectors) {
-  take_turn();
+__global__ void __launch_bounds__(kCodeThreads, kOccupancy<T, kDims>) code_new(AppendKv op, bool vectors) {
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.z;
-  const Span span(op, row);
-  code<T, kDims>(op, row, span.first, span.end, vectors,
-                 [&](int token, int64_t) { return op.k.at<T>(row, token - span.first, blockIdx.y); });
+  const NewTokens added(op, row);
+  code<T, kDims>(op, row, added.first, added.end, vectors,
+                 [&](int token, int64_t) { return op.k.at<T>(row, token - added.first, blockIdx.y); });
 }
 
 }  // namespace
@@ -73,7 +80,7 @@ void build_sketch(const BuildSketch& op, cudaStream_t stream) {
   sketch::dispatch_blocks(op.head_dim, [&](auto blocks) {
     dispatch_element(op.dtype, [&](auto element) {
       constexpr int kDims = blocks * sketch::kBlock;
-      launch("build_sketch", code_cache<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
+      launch("build_sketch", code_cache<decltype(element), kDims>, {grid, kCodeThreads}, stream, op, vectors);
     });
   });
 }
@@ -84,7 +91,7 @@ void sketch_new_keys(const AppendKv& op, cudaStream_t stream) {
   sketch::dispatch_blocks(op.head_dim, [&](auto blocks) {
     dispatch_element(op.dtype, [&](auto element) {
       constexpr int kDims = blocks * sketch::kBlock;
-      launch("append_kv", code_new<decltype(element), kDims>, {grid, kThreads}, stream, op, vectors);
+      launch("append_kv", code_new<decltype(element), kDims>, {grid, kCodeThreads}, stream, op, vectors);
     });
   });
 }

@@ -1,5 +1,6 @@
-// One function per op; every function takes the params struct that its front door has filled and checked, launches on
-// `stream`, and does not wait. An op with intermediate results takes memory for them from its front door.
+// The functions that launch the ops' kernels. Each takes the params struct that its front door has filled and checked,
+// launches on `stream`, and returns without waiting. `workspace` is memory for intermediate results that the front door
+// allocates, workspace_bytes(op) bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,7 +24,7 @@ void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream);
 void select_sketch(const SelectSketch& op, void* workspace, cudaStream_t stream);
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream);
 
-/// Codes the new keys of an append that has yet to happen; append_kv calls it.
+/// Writes the sketch of the keys that an append is going to add. append_kv calls this first.
 void sketch_new_keys(const AppendKv& op, cudaStream_t stream);
 
 }  // namespace entmaxkv::cuda

@@ -1,8 +1,12 @@
 // page_stats on the GPU.
 //   k_pages [pages, kv_heads, page_size, head_dim] -> k_min, k_max, k_mean, k_std [pages, kv_heads, head_dim]
-// Grid (logical page, KV head, row); a block owns one page of one KV head, a thread one dimension.
+// Grid (logical page, KV head, row): a block per page and KV head, a thread per dimension (page_column.cuh). Each
+// statistic is written once. k_min and k_max take one pass over the page's keys, k_mean and k_std two; the second of
+// these reads from registers if the page has at most 16 tokens.
+#include "common/launch.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
-#include "page_stats.cuh"
+#include "page_stats/page_column.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -10,7 +14,7 @@ namespace {
 
 template <typename T>
 __global__ void summarise(PageStats op) {
-  take_turn();
+  wait_for_previous_kernel();
   const int page = blockIdx.x;
   const int64_t row = blockIdx.z;
   const int d = threadIdx.x;

@@ -1,33 +1,26 @@
 // score_gaussian on the GPU.
-//   mean = scale q . k_mean, std^2 = scale^2 q^2 . k_std^2. An ALiBi bias is uniform over n successive positions: it
-//   moves the mean and adds slope^2 (n^2 - 1) / 12 to the variance.
-// Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
-// so that the statistics are read once per KV head. A square of a bf16 is the sum of two bf16, which tensor cores
-// multiply; other squares are multiplied in fp32.
+//   q, k_mean, k_std [pages, kv_heads, head_dim] -> mean, std [batch, q_heads, max_pages]
+//   mean = scale q . k_mean,  std^2 = scale^2 sum_d q_d^2 k_std_d^2
+// ALiBi biases are equally spaced over the n positions of a page: they move the mean, and add slope^2 (n^2 - 1) / 12 to
+// the variance.
+// Grid (HeadGroup, part of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group, so k_mean and
+// k_std of the pages in use are read once per 8 heads. Every page gets a mean and a std. A square of a bf16 is the sum
+// of two bf16, which tensor cores multiply; other squares are multiplied in fp32.
+#include "common/fast_math.cuh"
 #include "kernels.h"
-#include "page_tile.cuh"
+#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-/// To within 2^-23, without branches.
-__device__ float square_root(float x) {
-#ifdef EMULATE_CUDA
-  return std::sqrt(x);
-#else
-  float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-#endif
-}
-
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScoreGaussian op) {
-  take_turn();
+  wait_for_previous_kernel();
   __shared__ Queries<T, Layout> s_q;
   constexpr bool kInHalves = std::is_same_v<T, __nv_bfloat16>;
-  __shared__ Queries<std::conditional_t<kInHalves, T, float>, Layout> s_squares[kInHalves ? 2 : 1];  // high and low
+  __shared__ Queries<std::conditional_t<kInHalves, T, float>, Layout>
+      s_squares[kInHalves ? 2 : 1];  // high and low parts
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
   const float scale = op.scoring.scale;

@@ -1,11 +1,13 @@
 // score_pages on the GPU.
-//   sum_d max(q_d k_min_d, q_d k_max_d) = q+ . k_max + q- . k_min with q+ = max(q, 0) and q- = min(q, 0)
-// and the sum of minima, times `lower`, the other way round. Powers of two leave a query exact in its type.
-// Grid (group of query heads, share of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group,
-// so that the statistics are read once per KV head. Reads k_min and k_max of the pages in use, writes a score for every
-// page.
+//   q, k_min, k_max [pages, kv_heads, head_dim] -> scores [batch, q_heads, max_pages]
+//   score = (U + lower L) / (1 + lower), scaled and with ALiBi biases (ops.h), with q+ = max(q, 0) and q- = min(q, 0):
+//   U = sum_d max(q_d k_min_d, q_d k_max_d) = q+ . k_max + q- . k_min,  L = q+ . k_min + q- . k_max
+// So score = (q+ + lower q-) . k_max + (q- + lower q+) . k_min, up to the factor. If `lower` is a power of two, these
+// queries are exact in their type.
+// Grid (HeadGroup, part of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group, so k_min and
+// k_max of the pages in use are read once per 8 heads. Every page gets a score.
 #include "kernels.h"
-#include "page_tile.cuh"
+#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -13,12 +15,12 @@ namespace {
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>) score(ScorePages op) {
-  take_turn();
-  __shared__ Queries<T, Layout> s_q[2];  // of k_max and k_min
+  wait_for_previous_kernel();
+  __shared__ Queries<T, Layout> s_q[2];  // the queries for k_max and for k_min
   const PageTiles tiles(op);
   const QueryLoad<T, Layout, 32 * ScanRing<T, Layout>::kWarps> queries(op.q, tiles.row, tiles, op.head_dim);
-  const float lower = op.lower, share = 1 / (1 + lower);
-  const float scale = fabsf(op.scoring.scale) * share, sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
+  const float lower = op.lower, normaliser = 1 / (1 + lower);
+  const float scale = fabsf(op.scoring.scale) * normaliser, sign = op.scoring.scale < 0 ? -1.0f : 1.0f;
   const LaneSlopes slopes(op.scoring, tiles);
   Products products;
   auto stream = tiles.stream<T, Layout>(op.k_max, op.k_min, op.head_dim);
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
           const int oldest = tiles.oldest(n / 2, i, op.page_size), newest = min(oldest + op.page_size - 1, 0);
           const auto best = static_cast<float>(slopes.of[j] > 0 ? newest : oldest);
           const auto worst = static_cast<float>(slopes.of[j] > 0 ? oldest : newest);
-          return scale * products.of[i][j] + slopes.of[j] * share * (best + lower * worst);
+          return scale * products.of[i][j] + slopes.of[j] * normaliser * (best + lower * worst);
         });
       });
   tiles.write_unused(op, op.scores, kNothing);

@@ -1,59 +1,44 @@
 // select_gaussian on the GPU.
 //   mean, std [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_pages] ascending, counts [batch, kv_heads]
-//   1. mark: the pages that a query head wants, one bit each. Grid (blocks of a cluster, query head, row); a cluster
-//      works for one head, each of its blocks for a slice of the pages. Its threshold is where the page mixture expects
-//      weights that sum to 1, sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2)
-//      (gaussian.h). Each block finds it for a sample of the pages, that of all begins there.
-//   2. list: the pages that any head of a group wants, in ascending order. A block per list.
+//   1. select_for_heads: a bit for each page that a query head selects. Grid (blocks of a cluster, query head, row): a
+//      cluster per head, a block per slice of the pages. A page is selected if its expected best score is above the
+//      head's threshold less the margin. At the threshold tau, the expected weights of the page mixture sum to 1:
+//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2) (gaussian.h). Each block
+//      solves this for a sample of the pages. The search over all pages, by the cluster, starts at the sample's tau.
+//   2. list: lists the pages that any head of a group selects, in ascending order. A block per (row, KV head).
 #include "../gaussian.h"
-#include "cluster.cuh"
+#include "common/cluster.cuh"
+#include "common/copy.cuh"
+#include "common/fast_math.cuh"
+#include "common/reduce.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // to mark
+constexpr int kHeadThreads = 256, kWarps = kHeadThreads / 32;
 constexpr int kListThreads = 512;
-constexpr int kSample = 1024;  // pages, each of which stands for others, or all
-constexpr int kSlice = 4096;   // pages of a block, while the cluster can grow
+constexpr int kSample = 1024;  // pages of the sample; all pages, if there are no more
+constexpr int kSlice = 4096;   // most pages of a slice, unless the cluster cannot have more blocks
 
 constexpr int kPageBytes = 2 * sizeof(float);
-constexpr int kMostShared = 96 << 10;  // bytes, that a block has on every GPU, and two on Hopper
+constexpr int kMostShared = 96 << 10;  // bytes of shared memory that every GPU has for a block, and Hopper for two
 
-/// Larger powers of wide spreads may leave fp32's range.
+/// Returns whether fp32 suffices. Larger powers of wide spreads may leave its range.
 __host__ __device__ bool in_float(const Entmax<double>& entmax) { return entmax.beta <= 4; }
 
-/// To within 2^-22, for normal numbers.
-__device__ float reciprocal(float x) {
-#ifdef EMULATE_CUDA
-  return 1 / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
-__device__ float power_of_two(float x) {
-#ifdef EMULATE_CUDA
-  return std::exp2(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
-/// add_expected for a whole beta up to 4, without branches, with a relative error of 1e-5 at most, and 2e-6 where
-/// m > -6 t.
+/// add_expected (gaussian.h) for beta = 1, 2, 3 or 4, without branches. The relative error is at most 1e-5, and 2e-6
+/// where m > -6 t.
 template <int kBeta>
 __device__ void add_expected(Expected<float>& expected, float m, float t, float count) {
-  // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2). Where
-  // r < 0 all terms are positive downwards: there from a quotient that gives A_4 / A_3 to within 5e-7.
+  // A_k = E[(r + x)_+^k] / k! of a standard normal x: A_-1 = phi(r), A_0 = Phi(r), k A_k = r A_(k-1) + A_(k-2).
+  // For r < 0 the recurrence is evaluated downwards, where all terms are positive. It starts from a rational
+  // approximation of the ratio A_4 / A_3, which is exact to within 5e-7.
   t = fmaxf(t, fmaxf(1e-6f * m, 1e-30f));  // a smaller spread makes no difference
   const float per_t = reciprocal(t), r = m * per_t, u = fminf(fabsf(r), 12);
-  float a[6];  // A_-1 ... A_4
+  float a[6];  // a[k + 1] = A_k, k = -1 ... 4
   a[5] = fmaf(fmaf(fmaf(0.00241035f, u, 0.02791801f), u, 0.14998782f), u, 0.46999258f);
   a[4] = fmaf(fmaf(fmaf(fmaf(0.00241374f, u, 0.02775083f), u, 0.16558387f), u, 0.56683592f), u, 1.0f);
 #pragma unroll
@@ -75,32 +60,32 @@ __device__ void add_expected(Expected<float>& expected, float m, float t, float 
   expected.mass = fmaf(factor * kBeta * t, a[kBeta + 1], expected.mass);
 }
 
-/// Pages of one head: their scores are normal.
+/// Pages of one head. The scores of a page's tokens are modelled as normal.
 struct Mixture {
   const float *mean, *std;
   int count;
-  int last;  // the head's last page, if it is one of them
-  float page_tokens, last_tokens;
-  float centre;  // a score from which thresholds count
+  int last;                        // index of the row's last page, if it is one of these pages
+  float page_tokens, last_tokens;  // tokens of a page, and of the last page
+  float centre;                    // thresholds are relative to this score
 
-  /// A thread's part of what the pages expect above a threshold. kBeta 0: any beta.
+  /// Returns the sum over this thread's pages of what is expected above the threshold tau. kBeta 0: any beta.
   template <int kBeta, typename Real>
   __device__ Expected<Real> above(const Entmax<Real>& entmax, Real tau) const {
-    constexpr int kRun = kBeta ? 4 : 1;  // pages at once
+    constexpr int kRun = kBeta ? 4 : 1;  // pages that a thread handles at once
     Expected<Real> own;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += kRun * kThreads) {
+    for (int first = threadIdx.x; first < count; first += kRun * kHeadThreads) {
       float means[kRun], stds[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const bool there = first + i * kThreads < count;
-        means[i] = there ? mean[first + i * kThreads] : kNothing;
-        stds[i] = there ? std[first + i * kThreads] : 0;
+        const bool there = first + i * kHeadThreads < count;
+        means[i] = there ? mean[first + i * kHeadThreads] : kNothing;
+        stds[i] = there ? std[first + i * kHeadThreads] : 0;
       }
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         const Real m = entmax.gap * (means[i] - centre) - tau, t = entmax.gap * stds[i];
-        const float tokens = first + i * kThreads == last ? last_tokens : page_tokens;
+        const float tokens = first + i * kHeadThreads == last ? last_tokens : page_tokens;
         if constexpr (kBeta) {
           add_expected<kBeta>(own, m, t, tokens);
         } else {
@@ -111,31 +96,33 @@ struct Mixture {
     return own;
   }
 
-  /// Sets a bit for every page whose expected best score is above `least`, or for all, and clears those behind, up to
-  /// `room` pages. All threads of the block call.
-  __device__ void mark(float page_best, float least, int room, uint32_t* marks) const {
-    constexpr int kRun = 4;  // pages at once
+  /// Writes a bit for each of `room` pages to `bits`: 1 if the page is selected, 0 if not or if there is no such page.
+  /// A page is selected if its expected best score mean + page_best std is above `least`, or if it is the last page;
+  /// all pages are if `least` is kNothing. All threads of the block call.
+  __device__ void select(float page_best, float least, int room, uint32_t* bits) const {
+    constexpr int kRun = 4;  // pages that a thread handles at once
 #pragma unroll 1
-    for (int first = threadIdx.x; first < ceil_div(room, 32) * 32; first += kRun * kThreads) {
+    for (int first = threadIdx.x; first < ceil_div(room, 32) * 32; first += kRun * kHeadThreads) {
       float best[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int page = first + i * kThreads;
+        const int page = first + i * kHeadThreads;
         best[i] = page < count ? mean[page] + std[page] * page_best : kNothing;
       }
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int page = first + i * kThreads;
-        const bool wanted = page < count && (least == kNothing || page == last || best[i] > least);
-        const uint32_t mask = __ballot_sync(kAllLanes, wanted);
-        if (threadIdx.x % 32 == 0 && page < room) marks[page / 32] = mask;
+        const int page = first + i * kHeadThreads;
+        const bool selected = page < count && (least == kNothing || page == last || best[i] > least);
+        const uint32_t mask = __ballot_sync(kAllLanes, selected);
+        if (threadIdx.x % 32 == 0 && page < room) bits[page / 32] = mask;
       }
     }
   }
 };
 
-/// tau, from (alpha-1) centre on: that of the sample, or, if it is not all pages, from there that of all, of which each
-/// block of the cluster has its own. All threads of the cluster call.
+/// Returns tau - (alpha-1) centre. Each block first solves for the sample. If the sample is not all pages, the cluster
+/// then solves for all pages, of which each block has a slice, from the sample's tau on. All threads of the cluster
+/// call; the result is valid in all threads.
 template <int kBeta, typename Real>
 __device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entmax, const Mixture sample,
                                                    const Mixture& own, bool sample_is_all) {
@@ -144,7 +131,7 @@ __device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entm
   __shared__ bool s_goes_on;
   const Entmax<Real> entmax(any_entmax);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Real least = -1;  // left of it by Jensen's inequality
+  const Real least = -1;  // is left of tau by Jensen's inequality
   if (threadIdx.x == 0) s_search = {least};
   __syncthreads();
   Mixture mixture = sample;
@@ -173,11 +160,12 @@ __device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entm
     together = true;
     mixture = own;
     if (threadIdx.x == 0) s_search = {least, s_search.tau};
-    wait_for_copies<0>();  // each thread reads what it has copied
+    wait_for_copies<0>();  // no barrier: each thread reads only what it has copied itself
     __syncthreads();
   }
 }
 
+/// Calls find_threshold with the fastest kBeta and Real for the head's alpha.
 template <bool kInFloat>
 __device__ double find_threshold(const Entmax<double>& entmax, const Mixture& sample, const Mixture& own,
                                  bool sample_is_all) {
@@ -191,29 +179,30 @@ __device__ double find_threshold(const Entmax<double>& entmax, const Mixture& sa
   return find_threshold<0, float>(entmax, sample, own, sample_is_all);
 }
 
-/// Begins to copy the means and spreads of some pages, of which page(i) is the i-th.
+/// Starts to copy mean and std of the pages page(i), i < count, to shared memory, as one group of copies. All threads
+/// call.
 template <typename Page>
 __device__ void load(float* s_mean, float* s_std, const float* mean, const float* std, int count, Page page) {
-#pragma unroll 1  // here and below: small kernels wait for their instructions
-  for (int i = threadIdx.x; i < count; i += kThreads) {
+#pragma unroll 1  // here and below, short code: instruction fetches bound small kernels
+  for (int i = threadIdx.x; i < count; i += kHeadThreads) {
     copy_async(s_mean[i], mean + page(i));
     copy_async(s_std[i], std + page(i));
   }
   commit_copies();
 }
 
-/// kInFloat: every head's powers are in fp32's range.
+/// Step 1. kInFloat: fp32 suffices for every head.
 template <bool kInFloat>
-__global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
-    mark(SelectGaussian op, int slice_pages, int held_pages, uint32_t* marks) {
-  take_turn();
+__global__ void __launch_bounds__(kHeadThreads, kInFloat ? 4 : 2)
+    select_for_heads(SelectGaussian op, int slice_pages, int held_pages, uint32_t* bits) {
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.z, head = row * op.q_heads + blockIdx.y;
   const int seq_len = length_of(op, row), page_bits = log2_of(op.page_size);
   const int pages = (seq_len + op.page_size - 1) >> page_bits, last = pages - 1;
   const int begin = min(cluster::rank() * slice_pages, pages), end = min(begin + slice_pages, pages);
   const float *mean = op.mean + head * op.max_pages, *std = op.std + head * op.max_pages;
   const Entmax<double> entmax(op.alpha.of(blockIdx.y));
-  const bool wants_all = entmax.is_softmax() || op.margin == -kNothing, sample_is_all = pages <= kSample;
+  const bool selects_all = entmax.is_softmax() || op.margin == -kNothing, sample_is_all = pages <= kSample;
 
   auto* s_sample = reinterpret_cast<float*>(dynamic_shared());  // mean, std [kSample]
   float* s_own = s_sample + 2 * kSample;                        // mean, std [held_pages]
@@ -222,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
   Mixture sample{s_sample,    s_sample + kSample, min(pages, kSample), sample_is_all ? last : -1,
                  page_tokens, last_tokens};
   Mixture own{mean + begin, std + begin, end - begin, last - begin, page_tokens, last_tokens};
-  if (!wants_all) {
+  if (!selects_all) {
     if (!sample_is_all) sample.page_tokens *= static_cast<float>(pages) / kSample;
     load(s_sample, s_sample + kSample, mean, std, sample.count,
          [&](int i) { return sample_is_all ? i : static_cast<int>(int64_t{i} * pages / kSample); });
@@ -238,51 +227,52 @@ __global__ void __launch_bounds__(kThreads, kInFloat ? 4 : 2)
   const int group_head = blockIdx.y % static_cast<unsigned>(op.group);
   int32_t* selected = op.selection.row(row * op.kv_heads + blockIdx.y / static_cast<unsigned>(op.group));
 #pragma unroll 1
-  for (int to = (group_head * cluster::size() + cluster::rank()) * kThreads + static_cast<int>(threadIdx.x);
-       to < op.max_pages; to += op.group * cluster::size() * kThreads) {
+  for (int to = (group_head * cluster::size() + cluster::rank()) * kHeadThreads + static_cast<int>(threadIdx.x);
+       to < op.max_pages; to += op.group * cluster::size() * kHeadThreads) {
     selected[to] = -1;
   }
 
   float least = kNothing;
-  if (!wants_all && pages > 0) {
+  if (!selects_all && pages > 0) {
     wait_for_copies<1>();
     float best = kNothing;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < sample.count; i += kThreads) best = fmaxf(best, sample.mean[i]);
-    best = reduce<kThreads>(best, [](float a, float b) { return fmaxf(a, b); });
+    for (int i = threadIdx.x; i < sample.count; i += kHeadThreads) best = fmaxf(best, sample.mean[i]);
+    best = reduce<kHeadThreads>(best, [](float a, float b) { return fmaxf(a, b); });
     sample.centre = own.centre = best;
     const double tau = find_threshold<kInFloat>(entmax, sample, own, sample_is_all);
     least = static_cast<float>(own.centre + (tau - op.margin) * entmax.beta);
   }
-  cluster::arrive();  // this block reads no other's memory any more
+  cluster::arrive();  // this block no longer reads other blocks' memory
   const int slice_begin = cluster::rank() * slice_pages;
-  own.mark(static_cast<float>(op.page_best), least, min(slice_pages, op.max_pages - slice_begin),
-           marks + (head * ceil_div(op.max_pages, 32) + slice_begin / 32));
+  own.select(static_cast<float>(op.page_best), least, min(slice_pages, op.max_pages - slice_begin),
+             bits + (head * ceil_div(op.max_pages, 32) + slice_begin / 32));
   cluster::wait();
 }
 
-__global__ void __launch_bounds__(kListThreads) list(SelectGaussian op, const uint32_t* marks) {
-  take_turn();
+/// Step 2.
+__global__ void __launch_bounds__(kListThreads) list(SelectGaussian op, const uint32_t* bits) {
+  wait_for_previous_kernel();
   __shared__ uint32_t s_masks[kListThreads];
   __shared__ int s_before[kListThreads];
   const int64_t list = int64_t{blockIdx.y} * op.kv_heads + blockIdx.x;
   const int thread = threadIdx.x, lane = thread % 32;
-  const int turned = lane * (kListThreads / 32) + thread / 32;  // so that neighbouring words come to different warps
+  const int turned = lane * (kListThreads / 32) + thread / 32;  // neighbouring words belong to different warps
   const int words = ceil_div(op.max_pages, 32);
-  const auto wanted = [&](int nth) {
+  const auto group_bits = [&](int nth) {
     uint32_t mask = 0;
 #pragma unroll 4
     for (int h = 0; h < op.group; ++h) {
-      if (nth < words) mask |= marks[(list * op.group + h) * words + nth];
+      if (nth < words) mask |= bits[(list * op.group + h) * words + nth];
     }
     return mask;
   };
   int32_t* selected = op.selection.row(list);
   int count = 0;
-  uint32_t next = wanted(thread);
+  uint32_t next = group_bits(thread);
   for (int first = 0; first < words; first += kListThreads) {
     const uint32_t mask = next;
-    next = wanted(first + kListThreads + thread);
+    next = group_bits(first + kListThreads + thread);
     int all;
     const int before = exclusive_scan<kListThreads>(__popc(mask), all);
     s_masks[thread] = mask;
@@ -310,17 +300,17 @@ int64_t workspace_bytes(const SelectGaussian& op) {
 void select_gaussian(const SelectGaussian& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   int blocks = 1;
-  // Of the sizes of the batch only those that a row has, too, if it comes alone.
+  // The number of blocks does not depend on the batch size, so that a row has the same bits alone and in a batch.
   const auto room = [&] { return blocks * op.q_heads <= multiprocessors(); };
   while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages && room()) blocks *= 2;
   const int slice_pages = ceil_div(ceil_div(op.max_pages, blocks), 32) * 32;
   const bool held = op.max_pages > kSample && (kSample + slice_pages) * kPageBytes <= kMostShared;
   const int held_pages = held ? slice_pages : 0, shared = (kSample + held_pages) * kPageBytes;
   const bool all_in_float = !op.alpha.per_head && in_float(Entmax<double>(op.alpha.value));
-  auto* marks = static_cast<uint32_t*>(workspace);
-  launch("select_gaussian", all_in_float ? mark<true> : mark<false>,
-         {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages, held_pages, marks);
-  launch("select_gaussian", list, {dim3(op.kv_heads, op.batch), kListThreads}, stream, op, marks);
+  auto* bits = static_cast<uint32_t*>(workspace);
+  launch("select_gaussian", all_in_float ? select_for_heads<true> : select_for_heads<false>,
+         {dim3(blocks, op.q_heads, op.batch), kHeadThreads, blocks, shared}, stream, op, slice_pages, held_pages, bits);
+  launch("select_gaussian", list, {dim3(op.kv_heads, op.batch), kListThreads}, stream, op, bits);
 }
 
 }  // namespace entmaxkv::cuda

@@ -1,18 +1,20 @@
 // select_pages on the GPU.
 //   scores [batch, q_heads, max_pages] -> selected [batch, kv_heads, max_selected] ascending, counts [batch, kv_heads]
-// Grid (blocks of a cluster, KV head, row); a cluster works for one list of pages, each of its blocks for a slice.
-//   1. merit of a page: the logarithm of its share in some head's page scores, but for what is the same for the group,
-//      max_h (score_h - best_h - excess_h); the last page's is infinite. Scores are read once, if the shared memory
-//      holds a slice's.
-//   2. survivors: of a slice, the pages no worse than the wanted-th of the threads' own best pages. No other page of
-//      it is wanted. All blocks tell each other theirs.
-//   3. threshold: the last page that the budget pays for, in the order of falling merit, ties by rising page, of the
-//      survivors. Each block counts them by equal steps, then by the next bits, until few are left to compare. Where
-//      there are too many survivors (a large budget, many ties) the blocks together first count all pages like that.
-//   4. collect: the pages up to the threshold in ascending order
-#include "../page_share.h"
+// Grid (blocks of a cluster, KV head, row): a cluster per list of pages, a block per slice of the list. Scores are read
+// once, if the shared memory holds those of a slice.
+//   1. rate: merit of a page = max_h (score_h - best_h - excess_h). This is the logarithm of its page softmax
+//      (page_softmax.h) in the best head, up to a constant. The last page is always selected: its merit is infinite.
+//   2. find_threshold: finds the worst selected page, which has rank `count` in the order of falling merit.
+//      a. In each slice, pages no worse than the page of that rank among the threads' best pages are candidates. Other
+//         pages cannot be selected. All blocks send each other their candidates.
+//      b. Each block finds the page of that rank among the candidates (page_ranks.cuh). If there are too many
+//         candidates, the blocks first narrow all pages down together.
+//   3. collect: writes the pages up to the threshold in ascending order.
+#include "../page_softmax.h"
+#include "common/copy.cuh"
+#include "common/sizes.cuh"
 #include "kernels.h"
-#include "page_ranks.cuh"
+#include "select_pages/page_ranks.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -20,15 +22,15 @@ namespace {
 
 using namespace page_ranks;
 using cluster::kMostBlocks;
-constexpr int kSlice = 2560;           // pages of a block, while the cluster can grow
-constexpr int kEager = kStride;        // pages of a slice that are read before the length is known
-constexpr int kMostScores = 4 * 8192;  // that a block keeps
-constexpr int kListed = 4096;          // survivors
-constexpr int kFewListed = 256;        // of all pages, that are listed when there are too many survivors
+constexpr int kSlice = 2560;           // most pages of a slice, unless the cluster already has the most blocks
+constexpr int kEager = kStride;        // pages of a slice that are read before the row's length is known
+constexpr int kMostScores = 4 * 8192;  // scores that a block keeps
+constexpr int kListed = 4096;          // candidates that fit the lists of a cluster's blocks
+constexpr int kFewListed = 256;        // pages left after narrowing all pages, if there are more candidates
 static_assert(kFewListed <= kListed / kMostBlocks && kMostBlocks <= kWarps);
 
-/// The blocks of the cluster, a power of two, shared out among the warps of this one: a thread takes the items first,
-/// first + step, ... of one of them.
+/// Assigns the blocks of the cluster, a power of two, to the warps of this block: a thread handles the items first,
+/// first + step, ... of block `rank`.
 struct Part {
   int rank, first, step;
 
@@ -36,12 +38,12 @@ struct Part {
     const int warp = threadIdx.x / 32, size_bits = __ffs(cluster::size()) - 1;
     rank = warp & (cluster::size() - 1);
     first = (warp >> size_bits) * 32 + threadIdx.x % 32;
-    step = kThreads >> size_bits;
+    step = kRankThreads >> size_bits;
   }
 };
 
-/// Calls send(rank, i) by some thread of this block for each i < count and each rank of the cluster, and
-/// announce(rank).
+/// For each block `rank` of the cluster, threads of this block call send(rank, i) for each i < count, and one thread
+/// calls announce(rank). All threads call.
 template <typename Send, typename Announce>
 __device__ void tell_all(int count, Send send, Announce announce) {
   const Part part;
@@ -50,12 +52,13 @@ __device__ void tell_all(int count, Send send, Announce announce) {
   if (threadIdx.x / 32 < cluster::size() && threadIdx.x % 32 == 0) announce(part.rank);
 }
 
-/// Pages that all blocks of the cluster know of, and which block has them.
+/// A list of pages in the shared memory of each block of the cluster, sorted by the block whose slice has the page.
 struct List {
   Order* orders;  // [cluster::size()][room]
   int* counts;    // [cluster::size()]
   int room;
 
+  /// Calls body(merit, page) for this thread's pages of the list. The threads of one block visit the whole list.
   template <typename Body>
   __device__ void visit(Body body) const {
     const Part part;
@@ -66,7 +69,7 @@ struct List {
     }
   }
 
-  /// How many there are; -1, if there is no room for some block's.
+  /// Returns the number of pages, or -1 if some block has more than `room`.
   __device__ int count() const {
     int sum = 0;
 #pragma unroll 1
@@ -77,12 +80,13 @@ struct List {
     return sum;
   }
 
-  /// Fills it with the pages for which wanted(merit, page) holds. All threads call.
-  template <typename Wanted>
-  __device__ void fill(const Slice& slice, cluster::Mailbox& s_box, int round, Wanted wanted) const {
+  /// Fills the lists of all blocks with the pages with selects(merit, page). All threads of the cluster call; `round`
+  /// is the mailbox's.
+  template <typename Selects>
+  __device__ void fill(const Slice& slice, cluster::Mailbox& s_box, int round, Selects selects) const {
     const int rank = cluster::rank();
     Order* own = orders + rank * room;
-    const int count = slice.collect(wanted, [&](int place, int page) {
+    const int count = slice.collect(selects, [&](int place, int page) {
       if (place < room) own[place] = order_of(slice.merits[page - slice.begin], page);
     });
     if (threadIdx.x == 0) counts[rank] = count;
@@ -110,28 +114,29 @@ struct Shared {
   int selected;
 };
 
-/// This thread's best merit, and the distance of the worst finite one of all threads' best from 0, at most.
+/// What `rate` finds out about merits: this thread's best finite merit, and a range such that every thread's finite
+/// best merit is at least -range, up to rounding.
 struct Rating {
   float best, range;
 };
 
-using Sum = unsigned long long;  // of page_share::weight
+using Sum = unsigned long long;  // a sum of page_softmax::weight
 
-/// A list of pages, as a block of the cluster sees it.
+/// The page scores of a list, and what a block of the cluster computes from them.
 struct Scores {
   const float* data;  // [group][max_pages]
   int group, max_pages;
-  int tile_pages;     // whose scores there is room for
+  int tile_pages;     // pages of a slice whose scores fit the shared memory
   float* s_scores;    // [group][tile_pages]
-  Sum* s_sums;        // [2][group], of this block, then of all: of each head the sum of its pages' weights
-  float* s_extremes;  // [2][2 group], likewise: the best score, and the negated worst of the threads' own best ones
-                      // that are finite. At first as ordered() has them.
-  float* s_excess;    // [group]
+  Sum* s_sums;        // [2][group] each head's sum of its pages' weights: of this block, of all blocks
+  float* s_extremes;  // [2][2][group] of this block, of all blocks: each head's best score, and the negated worst of
+                      // the threads' finite best scores. As ordered() until all blocks' are known.
+  float* s_excess;    // [group] page_softmax::excess of each head
 
   __device__ uint32_t& s_ordered(int i) const { return reinterpret_cast<uint32_t*>(s_extremes)[i]; }
 
-  /// Begins to read the scores of the pages begin + from ... begin + to - 1; those of its own words, where they are
-  /// aligned.
+  /// Starts to copy the scores of pages begin + from ... begin + to - 1 to s_scores. kAligned: 16 bytes at a time, and
+  /// each thread copies the words that it reads later. All threads call.
   template <bool kAligned>
   __device__ void read(int begin, int from, int to) const {
     constexpr int kRun = kAligned ? 4 : 1;
@@ -140,7 +145,7 @@ struct Scores {
       const float* head = data + int64_t{h} * max_pages + begin;
       float* s_head = s_scores + h * tile_pages;
 #pragma unroll 1
-      for (int i = from + kRun * static_cast<int>(threadIdx.x); i < to; i += kRun * kThreads) {
+      for (int i = from + kRun * static_cast<int>(threadIdx.x); i < to; i += kRun * kRankThreads) {
         if (kAligned) {
           copy_async(*reinterpret_cast<uint4*>(s_head + i), head + i, true);
         } else {
@@ -151,18 +156,20 @@ struct Scores {
     commit_copies();
   }
 
-  /// Ends that; from page to on the last word has no say.
+  /// Waits for the copies, and sets the scores of the last word from page `to` on to NaN, which no maximum or sum
+  /// counts. All threads call.
   template <bool kAligned>
   __device__ void finish_reading(int to) const {
     wait_for_copies<0>();
     if (!kAligned) __syncthreads();
-    if (to % 4 == 0 || to / 4 % kThreads != static_cast<int>(threadIdx.x)) return;
+    if (to % 4 == 0 || to / 4 % kRankThreads != static_cast<int>(threadIdx.x)) return;
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
       for (int i = to; i % 4; ++i) s_scores[h * tile_pages + i] = kUndefined;
     }
   }
 
+  /// Adds the tile's first `pages` pages to this block's extremes. All threads call.
   __device__ void find_extremes(int pages) const {
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
@@ -182,6 +189,7 @@ struct Scores {
     }
   }
 
+  /// Adds the tile's first `pages` pages to this block's sums of weights. All threads call.
   __device__ void find_sums(const float* s_best, int pages) const {
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
@@ -191,26 +199,27 @@ struct Scores {
       for (int i = 4 * static_cast<int>(threadIdx.x); i < pages; i += kStride) {
         const Word word = Word::load(s_scores + h * tile_pages + i);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum += page_share::weight(page_share::distance(word.of[j], best));
+        for (int j = 0; j < 4; ++j) sum += page_softmax::weight(page_softmax::distance(word.of[j], best));
       }
       sum = sum_upto(sum);
       if (threadIdx.x % 32 == 31) atomicAdd(&s_sums[h], sum);
     }
   }
 
-  /// From the sums of all.
+  /// Computes each head's excess from the sums of all blocks. All threads call, and then a barrier.
   __device__ void find_excess(const Sum* s_sum) const {
 #pragma unroll 1
-    for (int h = threadIdx.x; h < group; h += kThreads) {
-      const int32_t own = page_share::logarithm(s_sum[h]);
+    for (int h = threadIdx.x; h < group; h += kRankThreads) {
+      const int32_t own = page_softmax::logarithm(s_sum[h]);
       int32_t least = own;
 #pragma unroll 4
-      for (int other = 0; other < group; ++other) least = min(least, page_share::logarithm(s_sum[other]));
-      s_excess[h] = page_share::excess(own, least);
+      for (int other = 0; other < group; ++other) least = min(least, page_softmax::logarithm(s_sum[other]));
+      s_excess[h] = page_softmax::excess(own, least);
     }
   }
 
-  /// Of pages begin ... end - 1; the last one's is infinite. Returns the best of the others.
+  /// Writes the merits of pages begin ... end - 1, which are in s_scores. The merit of page `last` is infinite. Returns
+  /// this thread's best other merit. All threads call.
   __device__ float find_merits(const float* s_best, int begin, int end, int last, float* merits) const {
     float best_merit = kNothing;
 #pragma unroll 1
@@ -221,7 +230,7 @@ struct Scores {
         const float best = s_best[h], excess = s_excess[h];
         const Word word = Word::load(s_scores + h * tile_pages + (page - begin));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) merit.of[i] = fmaxf(merit.of[i], page_share::distance(word.of[i], best) - excess);
+        for (int i = 0; i < 4; ++i) merit.of[i] = fmaxf(merit.of[i], page_softmax::distance(word.of[i], best) - excess);
       }
       if (page + 4 > last) {
 #pragma unroll
@@ -237,7 +246,8 @@ struct Scores {
     return best_merit;
   }
 
-  /// Finds the merits, when the slice's first kEager pages are being read. All threads call.
+  /// Step 1: writes the merits of the slice. The copy of its first kEager pages has been started. Three passes over the
+  /// slice find the extremes, the sums and the merits. All threads of the cluster call.
   template <bool kAligned>
   __device__ Rating rate(const Slice& slice, int last, Shared& s) const {
     Rating rating{kNothing, -kNothing};
@@ -250,7 +260,7 @@ struct Scores {
       for (int tile = slice.begin; tile < slice.end; tile += tile_pages) {
         const int end = min(tile + tile_pages, slice.end);
         if (pass == 0 || tile_pages < slice.end - slice.begin) {
-          if (!kAligned) __syncthreads();  // the last tile's scores have been read
+          if (!kAligned) __syncthreads();  // all threads have read the last tile's scores
           read<kAligned>(tile, pass == 0 && tile == slice.begin ? min(kEager, tile_pages) : 0, end - tile);
           finish_reading<kAligned>(end - tile);
         }
@@ -271,7 +281,7 @@ struct Scores {
               [&](int to) { s.extremes_box.announce(to, extremes * static_cast<int>(sizeof(float))); });
           s.extremes_box.wait(0);
         }
-        for (int i = threadIdx.x; i < extremes; i += kThreads)
+        for (int i = threadIdx.x; i < extremes; i += kRankThreads)
           s_best[i] = from_ordered(s_ordered(of_all * extremes + i));
       } else {
         if (size > 1) {
@@ -293,32 +303,33 @@ struct Scores {
   }
 };
 
-/// The last page that the budget pays for, and where a block's pages go.
+/// The worst selected page, and where this block writes its selected pages.
 struct Threshold {
   Order order;
-  int before;  // pages of blocks of lower rank that are selected
+  int before;  // selected pages of the blocks of lower rank
 };
 
-/// The wanted-th page in order. All threads call.
-__device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared& s, int wanted, const Rating& rating) {
+/// Step 2: finds the page of rank target_rank. All threads of the cluster call and all get the result.
+__device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared& s, int target_rank,
+                                    const Rating& rating) {
   const int size = cluster::size(), rank = cluster::rank(), thread = threadIdx.x;
   const Steps steps(rating.range);
-  if (size == 1 && slice.end <= kSlice) {  // all can be counted as fast as the threads' best
-    return {pick(slice, s.histogram, steps, slice.end, wanted), 0};
+  if (size == 1 && slice.end <= kSlice) {  // counting all pages is as fast as finding candidates
+    return {pick(slice, s.histogram, steps, slice.end, target_rank), 0};
   }
   if (rating.best > kNothing) s.histogram.add(steps.of(rating.best));
-  const float least = steps.least(s.histogram.find(1, wanted).index);
+  const float least = steps.least(s.histogram.find(1, target_rank).index);
   const List list{s_orders, s.listed, kListed >> (__ffs(size) - 1)};
   list.fill(slice, s.list_box, 0, [=](float merit, int) { return merit >= least; });
-  int count = list.count(), wanted_listed = wanted;
+  int count = list.count(), listed_rank = target_rank;
   const bool all_listed = count >= 0;
   if (!all_listed) {
-    Candidates candidates{steps};
-    wanted_listed = candidates.narrow(slice, s.histogram, size, kListed, wanted, kFewListed);
-    list.fill(slice, s.list_box, 1, [&](float merit, int page) { return candidates.have(merit, page); });
+    Narrowing narrowing{steps};
+    listed_rank = narrowing.narrow(slice, s.histogram, size, kListed, target_rank, kFewListed);
+    list.fill(slice, s.list_box, 1, [&](float merit, int page) { return narrowing.has(merit, page); });
     count = list.count();
   }
-  const Order threshold = pick(list, s.histogram, steps, count, wanted_listed);
+  const Order threshold = pick(list, s.histogram, steps, count, listed_rank);
   if (size == 1) return {threshold, 0};
   int before = 0;
   if (all_listed) {
@@ -337,14 +348,14 @@ __device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared&
   cluster::sync();
 #pragma unroll 1
   for (int other = 0; other < rank; ++other) before += cluster::of(other, s.selected);
-  cluster::sync();  // they have been read
+  cluster::sync();  // all blocks have read s.selected
   return {threshold, before};
 }
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kRankThreads, 1)
     select(SelectPages op, int slice_pages, int tile_pages, float* workspace) {
-  take_turn();
+  wait_for_previous_kernel();
   __shared__ Shared s;
   auto* s_orders = reinterpret_cast<Order*>(dynamic_shared());
   auto* s_sums = reinterpret_cast<Sum*>(s_orders + kListed);
@@ -357,8 +368,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     s.list_box.open();
   }
 #pragma unroll 1
-  for (int i = thread; i < 4 * op.group; i += kThreads) {
-    s_extremes[i] = 0;  // below all that ordered() gives
+  for (int i = thread; i < 4 * op.group; i += kRankThreads) {
+    s_extremes[i] = 0;  // below every value of ordered()
     if (i < 2 * op.group) s_sums[i] = 0;
   }
   s.histogram.clear();
@@ -395,25 +406,27 @@ __global__ void __launch_bounds__(kThreads, 1)
                   [&](int place, int page) { to[place] = page; });
   }
 #pragma unroll 1
-  for (int to = (choice ? count : 0) + rank * kThreads + thread; to < op.selection.max_selected;
-       to += size * kThreads) {
+  for (int to = (choice ? count : 0) + rank * kRankThreads + thread; to < op.selection.max_selected;
+       to += size * kRankThreads) {
     selected[to] = to >= count ? -1 : others > 0 ? to : last;
   }
   if (rank == 0 && thread == 0) op.selection.counts[list] = count;
-  wait_for_copies<0>();  // if there was no choice
+  wait_for_copies<0>();  // if rate was not called
 }
 
+/// Returns how many blocks a cluster has.
 int blocks_of(const SelectPages& op) {
   int blocks = 1;
   while (blocks < cluster::most_blocks() && blocks * kSlice < op.max_pages) blocks *= 2;
   return blocks;
 }
 
+/// Returns how many pages a slice has, a multiple of 4.
 int slice_pages(const SelectPages& op) { return ceil_div(ceil_div(op.max_pages, 4), blocks_of(op)) * 4; }
 
-constexpr int kOfHead = 2 * sizeof(Sum) + 5 * sizeof(float);  // bytes of a head, beside its scores
+constexpr int kOfHead = 2 * sizeof(Sum) + 5 * sizeof(float);  // bytes of shared memory per head, beside its scores
 
-/// How many pages' scores a block keeps.
+/// Returns for how many pages a block keeps scores in shared memory.
 int tile_pages(const SelectPages& op) {
   constexpr int kOthers = sizeof(Shared) + 2048 + kListed * sizeof(Order);
   const int room = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOthers - kOfHead * op.group;
@@ -435,7 +448,7 @@ void select_pages(const SelectPages& op, void* workspace, cudaStream_t stream) {
       kListed * static_cast<int>(sizeof(Order)) + (kOfHead + pages * static_cast<int>(sizeof(float))) * op.group;
   const bool aligned = op.max_pages % 4 == 0 && reinterpret_cast<uintptr_t>(op.scores) % 16 == 0;
   launch("select_pages", aligned ? select<true> : select<false>,
-         {dim3(blocks, op.kv_heads, op.batch), kThreads, blocks, shared}, stream, op, slice_pages(op), pages,
+         {dim3(blocks, op.kv_heads, op.batch), kRankThreads, blocks, shared}, stream, op, slice_pages(op), pages,
          static_cast<float*>(workspace));
 }
 

@@ -1,28 +1,28 @@
 // sparse_decode and dense_decode on the GPU where alpha = 1.
-//   s_i = scale q . k_i + bias,  p_i = exp(s_i - best) / mass,  best = max s,  mass = sum_i exp(s_i - best),
+//   s_i = scale q . k_i + bias,  p_i = exp(s_i - best) / mass,  best = max s,  mass = sum_i exp(s_i - best)
 //   out = sum_i p_i v_i
-// Every key and every value is read once per group of up to 8 query heads, also values of tokens whose weight is 0:
-// where one is infinite, the output is no number.
-//   1. attend: the chunks of all lists (chunks.cuh) are divided evenly over a fixed grid. A warp goes through tiles of
-//      32 tokens, keys and then values, and keeps the best score of a chunk so far, and mass and sums relative to it;
-//      the block adds up its warps. Meanwhile the next tiles are on their way, be they of this chunk or the next.
-//   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks, in their order, and counts the tokens
-//      that have weight, for which it reads keys again of chunks that have such tokens and others.
-#include "chunks.cuh"
-#include "softmax_decode.cuh"
-#include "value_sums.cuh"
+// Every key and every value is read once per group of up to 8 query heads. Values of tokens with weight 0 are read,
+// too: if one is infinite, the output is NaN.
+//   1. attend: the blocks of a fixed grid divide the chunks of all lists (chunks.cuh) evenly. A warp multiplies tiles
+//      of 32 tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the
+//      value sums relative to that score. The block adds up its warps' results for each chunk.
+//   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks in order, and counts the tokens with
+//      weight. It scores a chunk's tokens again if only some of them have weight.
+#include "sparse_decode/chunks.cuh"
+#include "sparse_decode/softmax_decode.cuh"
+#include "sparse_decode/value_sums.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-/// By what sums relative to one best score are multiplied when another takes its place.
+/// Returns the factor that turns sums relative to the score `from` into sums relative to the score `to`.
 __device__ inline float rescaling(float from, float to) { return from == to ? 1 : expf(from - to); }
 
-/// The scores of some tokens of a head.
+/// Best score, least score and mass of some tokens of a head. The sum of two is that of the tokens of both.
 struct Scores {
   float best, least;
-  float mass;  // relative to best
+  float mass;  // sum_i exp(s_i - best)
 
   static __device__ Scores none() { return {kNothing, -kNothing, 0}; }
 
@@ -37,15 +37,15 @@ struct Scores {
   }
 };
 
-/// Between the launches.
+/// Intermediate results in global memory that `attend` writes and `merge` reads.
 struct Scratch {
-  int chunks, dims;  // room per head
-  float* sums;       // [batch, q_heads, chunks, dims] relative to the chunk's best score
+  int chunks, dims;  // most chunks of a list; head_dim rounded up to whole float4
+  float* sums;       // [batch, q_heads, chunks, dims] value sums relative to the chunk's best score
   Scores* scores;    // [batch, q_heads, chunks]
 
   explicit Scratch(const SparseDecode& op) : chunks(most_chunks(capacity_of(op))), dims(ceil_div(op.head_dim, 4) * 4) {}
 
-  /// Lays the arrays out from `memory` on, and says how many bytes they take.
+  /// Places the arrays one after the other from `memory` on. Returns how many bytes they take.
   int64_t place(const SparseDecode& op, void* memory) {
     const int64_t all = int64_t{op.batch} * op.q_heads * chunks;
     sums = static_cast<float*>(memory);
@@ -54,12 +54,14 @@ struct Scratch {
   }
 };
 
-/// What a warp has seen of its chunk. A lane has tokens 8 i + 2 (lane % 4) + 0 and 1 of each tile, and head lane / 4.
+/// The scores of a warp's tokens of a chunk so far. A lane has tokens 8 i + 2 (lane % 4) and 8 i + 2 (lane % 4) + 1 of
+/// each tile, and head lane / 4.
 struct Running : Scores {
   __device__ Running() : Scores(none()) {}
 
-  /// Takes a tile's scores and makes weights of them; returns by what sums are to be multiplied. Behind the first
-  /// `tokens` the last of them stands again. A score that is no number makes the mass none. All lanes call.
+  /// Adds a tile's scores and replaces them by weights relative to the new best score. Returns the factor by which the
+  /// value sums so far must be multiplied. Scores behind the first `tokens` repeat the last token's; their weight is 0.
+  /// A NaN score makes the mass NaN. All lanes call.
   __device__ float take(TileScores& s_tile, int tokens) {
     const int lane = threadIdx.x % 32;
     float own[8], top = best;
@@ -85,7 +87,7 @@ struct Running : Scores {
     return factor;
   }
 
-  /// Of all tokens of the warp. All lanes call.
+  /// Returns the scores of all tokens of the warp for head lane / 4. All lanes call.
   __device__ Scores total() const {
     Scores total = *this;
 #pragma unroll
@@ -97,7 +99,7 @@ struct Running : Scores {
   }
 };
 
-/// What a block adds up: the sums of its warps, of one chunk at a time.
+/// The shared memory of `attend` for tiles, and for the sums of a block's warps over one chunk.
 template <typename T, typename Layout>
 struct Total {
   using Slots = ScanRing<T, Layout>;
@@ -107,7 +109,7 @@ struct Total {
     float sums[Sums<T, Layout>::kCount * 32];
   };
 
-  /// Writes the result of a chunk. All threads call.
+  /// Adds up the warps' results of a chunk and writes the sum to `scratch`. All threads call.
   __device__ void write(const Scratch& scratch, int64_t first_head, int heads, int chunk, const Running& running,
                         Sums<T, Layout>& own) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -140,7 +142,7 @@ struct Total {
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>)
     attend(SparseDecode op, Scratch scratch) {
-  take_turn();
+  wait_for_previous_kernel();
   using Slots = ScanRing<T, Layout>;
   constexpr int kBlock = 32 * Slots::kWarps;
   __shared__ Plan s_plan;
@@ -149,14 +151,14 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
   const int thread = threadIdx.x, warp = thread / 32, groups = HeadGroup::per_row(op);
   TileScores& s_tile = s_total.tiles[warp];
   for (int i = blockIdx.x * kBlock + thread; i < op.batch * op.q_heads; i += gridDim.x * kBlock) op.support[i] = 0;
-  const auto share = Share::of_block<kBlock>(op.batch * groups, [&](int index) {
+  const auto work = WorkSplit::of_block<kBlock>(op.batch * groups, [&](int index) {
     return units_of(TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head));
   });
   Loader<Slots> loader(op, s_plan);
   int nth_slot = 0, queries_of = -1;
-#pragma unroll 1  // so that each part is there once
+#pragma unroll 1  // one copy of the code of each step
   for (int n = -Plan::kAhead;; ++n) {
-    if (thread == 0) s_plan.add(op, share, n + Plan::kAhead);
+    if (thread == 0) s_plan.add(op, work, n + Plan::kAhead);
     if (n < 0) continue;
     if (n == 0) {
       __syncthreads();
@@ -181,10 +183,10 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
         __syncthreads();
       }
       if (step >= 0) wait_for_copies<Slots::kSlots - 1>();
-      __syncwarp();  // the other lanes' copies, too
+      __syncwarp();  // the other lanes' copies have arrived, too
       if (there && values) sums.add(slot, s_tile);
       if (there && !values) multiply(slot, s_q, chunk.group.heads, scores);
-      __syncwarp();  // all have read
+      __syncwarp();  // all lanes have read the slot
       loader.load(slot);
       if (++nth_slot == Slots::kSlots) nth_slot = 0;
       if (!there || values) continue;
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
       s_tile.set(scores);
       const float factor = running.take(s_tile, chunk.list.tokens - tile * kTileRows);
       if (__ballot_sync(kAllLanes, factor != 1)) sums.multiply_by(factor);
-      __syncwarp();  // all have their weights
+      __syncwarp();  // all lanes have written their weights
     }
     s_total.write(scratch, chunk.row * op.q_heads + chunk.group.first_head, chunk.group.heads, chunk.nth, running,
                   sums);
@@ -203,9 +205,9 @@ constexpr int kMergeThreads = 256, kMergeDims = 32;
 
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scratch scratch) {
-  take_turn();
+  wait_for_previous_kernel();
   constexpr int kWarps = kMergeThreads / 32;
-  constexpr int kWords = kMergeDims / 4, kAtOnce = kMergeThreads / kWords;  // chunks
+  constexpr int kWords = kMergeDims / 4, kAtOnce = kMergeThreads / kWords;  // chunks that the block adds at once
   __shared__ float s_sums[kWarps][kMergeDims];
   __shared__ uint32_t s_divided[kWarps];
   const int64_t row = blockIdx.z;
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
   for (int n = thread; n < chunks; n += kMergeThreads) own = own + scores[n];
   const Scores all = reduce<kMergeThreads>(own, [](const Scores& a, const Scores& b) { return a + b; });
   const float best = all.best, mass = all.mass;
-  const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is no number
+  const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is NaN
 
   const int first_dim = part * kMergeDims + thread % kWords * 4;
   float total[4] = {};
@@ -247,8 +249,8 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
     op.out.at<T>(row, head)[d] = from_float<T>(undefined ? kUndefined : list.tokens > 0 ? out / mass : 0);
   }
 
-  // Of most chunks all tokens have p > 0, or none. Where it divides them, they are scored again; rounding, which is not
-  // that of the first time, decides for p > 0.
+  // In most chunks either all tokens have p > 0 or none has. Other chunks are scored again. The rounding differs from
+  // the first time, so `rounding` is added to a score: a token in doubt counts.
   const auto has_weight = [&](float score) { return expf(score - best) / mass > 0; };
   const T* q = op.q.at<T>(row, head);
   const float slope = op.scoring.slope(head);

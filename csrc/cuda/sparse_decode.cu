@@ -1,50 +1,49 @@
 // sparse_decode and dense_decode on the GPU.
 //   s_i = scale q . k_i + bias,  p_i = [(alpha-1) s_i - tau]_+^beta with sum p_i = 1,  out = sum_i p_i v_i
-// The selected pages of a (row, KV head) are a list of tokens, cut into tiles of 32. Every key is read once per group
-// of up to 8 query heads, and a value only where p > 0.
-// Lists with room for at most kShort tokens: a cluster scores a list, its blocks' warps a tile each, and sends the
-// scores of a head to that head's block, which finds the threshold and the output.
-// Longer lists:
-//   1. score: the blocks of a fixed grid divide the lists, whatever their lengths; a warp scores a tile for all heads
-//      of the group. A token is alive while it can have weight beside those that the block knows of (living.cuh): one
-//      bit says so, and only then is the score written.
-//   2. solve: a block or a cluster per (row, query head) takes the scores that are alive, in the order of the list,
-//      finds the threshold, and adds up the values of the tokens with p > 0. Few tokens are left to one block.
-// What is alive depends on timing, but a token above the level from which the threshold is sought (near_tokens.cuh)
-// always is, and no sum depends on the others, on other rows, or on how many blocks there are for a head. So a row
-// always has the same bits.
-#include "head_output.cuh"
+//   q, out [batch, q_heads, head_dim], k_pages, v_pages [pages, kv_heads, page_size, head_dim]
+// A (row, KV head) reads a list of tokens in tiles of 32: each key once per 8 query heads, a value only where p > 0.
+// Short lists (at most kShort tokens), decode_short: a cluster per list; its warps score tiles and send the scores of a
+// head to one of its blocks, which finds the threshold and the output.
+// Long lists:
+//   1. score: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores
+//      of candidates, and for each token a bit that says whether it is a candidate (candidates.cuh).
+//   2. solve: a block or a cluster per (row, query head) finds the near tokens among the candidates and then the
+//      threshold, and adds up the values of the tokens with p > 0. Few near tokens are left to one block.
+// Which tokens are candidates depends on timing. But every near token is a candidate, and the sums depend neither on
+// other candidates, nor on other rows, nor on the number of blocks per head. So a row always gets the same bits.
+#include "common/work_split.cuh"
 #include "kernels.h"
-#include "living.cuh"
-#include "share.cuh"
-#include "softmax_decode.cuh"
+#include "sparse_decode/candidates.cuh"
+#include "sparse_decode/head_output.cuh"
+#include "sparse_decode/softmax_decode.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
 
-constexpr int kBlocks = 2;  // of a team's threads, that share a multiprocessor
+constexpr int kBlocks = 2;  // blocks of kTeamThreads threads that share a multiprocessor
 
 // Short lists.
 
 template <typename T, typename Layout>
-using ShortRing = Ring<T, Layout, kThreads / 32>;
+using ShortRing = Ring<T, Layout, kTeamThreads / 32>;
 
-/// Blocks of a cluster for each short list: fewer, if they would not all find room at once.
+/// Returns how many blocks the cluster of a short list has: fewer than the most, if all clusters would not fit the GPU
+/// at once.
 int blocks_of_short(const SparseDecode& op) {
   int blocks = cluster::most_blocks();
   while (blocks > 2 && int64_t{blocks} * HeadGroup::per_row(op) * op.batch > multiprocessors()) blocks /= 2;
   return blocks;
 }
 
-/// What a block needs for the scores that it takes.
+/// Returns how many bytes a block needs for the scores of its heads.
 int score_bytes(const SparseDecode& op, int blocks) {
   return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
 }
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
-  take_turn();
+__global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
+  wait_for_previous_kernel();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
   __shared__ NearMemory s_near;
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   cluster::arrive();
   const int64_t row = blockIdx.z;
   const HeadGroup group(op, blockIdx.y);
-  const QueryLoad<T, Layout, kThreads> queries(op.q, row, group, op.head_dim);
+  const QueryLoad<T, Layout, kTeamThreads> queries(op.q, row, group, op.head_dim);
   const TokenList list(op, row, group.kv_head);
   const LaneScoring scoring(op, group);
   const int warp = threadIdx.x / 32, rank = cluster::rank(), blocks = cluster::size();
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
       [&] {
         queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
         __syncthreads();
-        cluster::wait();  // all blocks are there
+        cluster::wait();  // all blocks run and have opened their mailboxes
       },
       [&](int, const Slot<T, Layout>& slot) {
         scores = {};
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
   for (int h = rank; h < group.heads; h += blocks) {
     const int head = group.first_head + h;
     const Entmax<double> entmax(op.alpha.of(head));
-    auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // where the keys were
+    auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // in the ring, which is free now
     auto& s_chunk = *reinterpret_cast<Chunk<T>*>(s_places + kShort);
     static_assert(kShort * sizeof(int32_t) + sizeof(Chunk<T>) <= Slots::kBytes);
     Team team = Team::block();
@@ -112,38 +111,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_short(SparseDecode o
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>)
     score(SparseDecode op, Scratch scratch) {
-  take_turn();
+  wait_for_previous_kernel();
   using Slots = ScanRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
-  __shared__ Living::Shared s_living;
-  __shared__ int s_tickets[Slots::kWarps][Tickets::kHeld];
+  __shared__ CandidateScan::Shared s_scan;
+  __shared__ int s_held[Slots::kWarps][TileQueue::kHeld];
   constexpr int kBlock = 32 * Slots::kWarps;
   const int groups = HeadGroup::per_row(op), lists = op.batch * groups;
   const auto tiles_of = [&](int index) {
     return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
   };
   const auto taken_of = [&](int index) {
-    return static_cast<int>(__ldcg(scratch.taken + int64_t{index} * Scratch::kApart));
+    return static_cast<int>(__ldcg(scratch.taken + int64_t{index} * Scratch::kCounterStride));
   };
-  const auto share = Share::of_block<kBlock>(lists, tiles_of);
-  for (int index = share.items > 0 ? share.list : -1; index >= 0;
-       index = list_in_need<kBlock>(lists, tiles_of, taken_of)) {
+  const auto work = WorkSplit::of_block<kBlock>(lists, tiles_of);
+  for (int index = work.items > 0 ? work.list : -1; index >= 0;
+       index = list_with_work_left<kBlock>(lists, tiles_of, taken_of)) {
     const int64_t row = index / groups;
     const HeadGroup group(op, index % groups);
     const TokenList list(op, row, group.kv_head);
-    Tickets tickets(scratch.taken + int64_t{index} * Scratch::kApart, list.tiles(), s_tickets[threadIdx.x / 32]);
-    const auto more = [&](int n) { return tickets.more(n); };
-    const auto tile = [&](int n) { return tickets.tile(n); };
+    TileQueue queue(scratch.taken + int64_t{index} * Scratch::kCounterStride, list.tiles(), s_held[threadIdx.x / 32]);
+    const auto more = [&](int n) { return queue.more(n); };
+    const auto tile = [&](int n) { return queue.tile(n); };
     const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
     const LaneScoring scoring(op, group);
-    Living living(op, scratch, row, group, tell_bests(op, list), s_living);
+    CandidateScan scan(op, scratch, row, group, exchange_bests(op, list), s_scan);
     Products scores;
     auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, more, tile);
     stream.run(
         [&] {
-          __syncthreads();  // every warp is done with the last group
+          __syncthreads();  // all warps are done with the queries of the last list
           queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
-          living.begin();
+          scan.begin();
           __syncthreads();
         },
         [&](int, const Slot<T, Layout>& slot) {
@@ -153,50 +152,50 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
         [&](int n) {
           scoring.score(list, tile(n), scores);
           const int tokens = list.tokens - tile(n) * kTileRows;
-          living.learn(tokens, scores);
-          living.exchange(n, !tickets.more(n + 1));
-          living.keep(tile(n), tokens, scores);
+          scan.learn(tokens, scores);
+          scan.exchange(n, !queue.more(n + 1));
+          scan.write_candidates(tile(n), tokens, scores);
         });
-    living.end();
+    scan.end();
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
-  take_turn();
+__global__ void __launch_bounds__(kTeamThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
+  wait_for_previous_kernel();
   __shared__ NearMemory s_near;
   __shared__ Chunk<T> s_chunk;
   const int64_t row = blockIdx.z;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
   const TokenList list(op, row, kv_head);
-  constexpr int kLong = 64 << 10;  // tokens of lists that take a block long to look through, whatever is alive
-  const bool together = scratch.living[at] > kFewTokens || list.tokens > kLong;
+  constexpr int kLong = 64 << 10;  // from this many tokens on, even reading the candidate bits takes one block long
+  const bool together = scratch.candidate_counts[at] > kFewTokens || list.tokens > kLong;
   Team team = Team::blocks(together ? min(parts_of(list.tokens), cluster::size()) : 1);
   if (team.rank >= team.size) return;
   const Entmax<double> entmax(op.alpha.of(head));
   float best = kNothing;
-  if (tell_bests(op, list)) {
+  if (exchange_bests(op, list)) {
     const uint32_t own = threadIdx.x < Scratch::kBests ? scratch.bests[at * Scratch::kBests + threadIdx.x] : 0;
-    best = largest<kThreads>(own ? from_ordered(own) : kNothing);
+    best = largest<kTeamThreads>(own ? from_ordered(own) : kNothing);
   }
   const NearTokens near =
-      near_of_alive(team, entmax, best, scratch.alive + at * scratch.tiles(), list.tiles(),
-                    scratch.scores + at * scratch.capacity, scratch.places + at * scratch.capacity, s_near);
+      near_of_candidates(team, entmax, best, scratch.candidates + at * scratch.tiles(), list.tiles(),
+                         scratch.scores + at * scratch.capacity, scratch.places + at * scratch.capacity, s_near);
   if (near.are_few() && team.rank > 0) return;
   HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
 }
 
-/// Without clusters, one block would have a short list to itself; and some GPUs have no room for the scores of several
-/// heads in a block.
+/// Returns whether decode_short takes the lists. It needs clusters, as otherwise one block would work for a list, and
+/// shared memory for the scores of a block's heads, which some GPUs do not have.
 bool is_short(const SparseDecode& op) {
-  constexpr int kOthers = 19 << 10;  // bytes of a block besides rows and scores, at most
+  constexpr int kOthers = 19 << 10;  // most bytes of shared memory beside the ring and the scores
   if (!is_hopper_or_later() || capacity_of(op) > kShort) return false;
   const int bytes = kRingBytes + score_bytes(op, blocks_of_short(op)) + kOthers;
   return bytes <= device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-/// alpha = 1 in every head: all tokens have weight.
+/// Returns whether alpha = 1 in every head. Then all tokens have weight.
 bool is_softmax(const SparseDecode& op) { return !op.alpha.per_head && Entmax<double>(op.alpha.value).is_softmax(); }
 
 }  // namespace
@@ -216,7 +215,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   const bool short_lists = is_short(op);
   if (!short_lists) {
-    const int words = Scratch::kApart + Scratch::kBests + 1;
+    const int words = Scratch::kCounterStride + Scratch::kBests + 1;
     check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
   }
   dispatch_element(op.dtype, [&](auto element) {
@@ -226,8 +225,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       if (short_lists) {
         const int blocks = blocks_of_short(op), shared = ShortRing<T, Layout>::kBytes + score_bytes(op, blocks);
         launch(name, decode_short<T, Layout>,
-               {dim3(blocks, HeadGroup::per_row(op), op.batch), kThreads, blocks, shared}, stream, op, scratch.capacity,
-               value_vectors);
+               {dim3(blocks, HeadGroup::per_row(op), op.batch), kTeamThreads, blocks, shared}, stream, op,
+               scratch.capacity, value_vectors);
       } else {
         using Slots = ScanRing<T, Layout>;
         launch(name, score<T, Layout>,
@@ -236,11 +235,12 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
     });
     if (!short_lists) {
-      const int64_t most = 2 * kBlocks * multiprocessors();  // twice as many as run together: some end right away
+      const int64_t most =
+          2 * kBlocks * multiprocessors();  // twice as many as run at once, because some end right away
       int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
       while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
-      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kThreads, blocks, AliveTokens::kBytes}, stream, op,
-             scratch, value_vectors);
+      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, CandidateList::kBytes}, stream,
+             op, scratch, value_vectors);
     }
   });
 }

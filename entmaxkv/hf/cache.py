@@ -35,7 +35,7 @@ class EntmaxCache(Cache):
 
     Example:
         >>> cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=4096, select=entmaxkv.KeySketch())
-        >>> model.generate(**inputs, past_key_values=cache, num_beams=4)
+        >>> tokens = model.generate(**inputs, past_key_values=cache, num_beams=4)
         >>> cache.crop(-8)  # without the newest 8 tokens
     """
 

@@ -1,4 +1,4 @@
-"""The model card of what train.py trained."""
+"""Writes the model card of a model that train.py has trained."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ Without `import entmaxkv.hf` loading fails: the model was not trained with softm
 
 
 def card(about: dict[str, Any], machine: dict[str, str]) -> str:
-    """What training.json says, in words."""
+    """The model card, from the facts that train.py writes to training.json."""
     entmax = about["attention"] == "entmax"
     layers = range(1, about["layers"] + 1)
     *most, last = [str(layer) for layer in layers if layer % about["nope_every"] == 0]

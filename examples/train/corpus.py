@@ -1,4 +1,4 @@
-"""The text that the example models are trained on: Python's standard library, and the packages that are installed."""
+"""The text that the example models are trained on: Python's standard library and the installed packages."""
 
 import hashlib
 import sysconfig
@@ -9,10 +9,10 @@ from pathlib import Path
 SEPARATOR = b"\x00"
 # Held-out files in these folders have near relatives among the training files.
 RELATED = ("encodings/", "test/")
-# What reads as text among the files of installed packages; larger ones are mostly tables that a program wrote.
+# Files of installed packages that are text. Larger files than MOST_BYTES are mostly generated tables.
 SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".cmake", ".rst", ".md", ".txt"}
 MOST_BYTES = 500_000
-# A file that holds this share of another's long lines, and at least so many, is a near copy of it.
+# A file is a near copy of another if it holds this fraction of the other's long lines, and at least COPIED_LINES.
 LONG_LINE, COPIED_SHARE, COPIED_LINES = 40, 0.2, 5
 
 
@@ -39,7 +39,7 @@ def held_out(name: str) -> bool:
 
 def package_texts(packages: Path) -> list[bytes]:
     """The source and documentation files under packages, each once, in the order of their paths."""
-    found = {}
+    found: dict[bytes, bytes] = {}
     for path in sorted(packages.rglob("*")):
         if path.suffix in SUFFIXES and path.is_file() and 0 < path.stat().st_size <= MOST_BYTES:
             text = path.read_bytes()
@@ -49,11 +49,12 @@ def package_texts(packages: Path) -> list[bytes]:
 
 
 def long_lines(text: bytes) -> set[bytes]:
+    """The lines of at least LONG_LINE bytes, without the white space around them."""
     return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= LONG_LINE}
 
 
 def without_copies(texts: Iterable[bytes], originals: Iterable[bytes]) -> list[bytes]:
-    """The texts that are no near copies of an original, such as a package's own copy of a held-out module."""
+    """The texts without the near copies of an original, such as a package's own copy of a held-out module."""
     owners = defaultdict(list)
     least = {}
     for i, original in enumerate(originals):

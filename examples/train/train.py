@@ -1,12 +1,12 @@
-"""Trains the example models: byte-level SmolLM3s with entmax-1.5 or softmax in every layer.
+"""Trains the example models: byte-level SmolLM3s with entmax-1.5 or softmax attention in every layer.
 
     pip install ".[train]"
-    python examples/train/train.py stdlib  # such a model as ships in examples/stdlib-entmax
-    python examples/train/train.py twin --attention entmax  # and the pair of docs/accuracy.md
-    python examples/train/train.py twin --attention softmax
+    python examples/train/train.py stdlib  # a model like the one in examples/stdlib-entmax
+    python examples/train/train.py twin --attention entmax  # one of the two models of docs/accuracy.md
+    python examples/train/train.py twin --attention softmax  # the other
 
-It takes one CUDA GPU, and goes on where it was stopped: the checkpoint is in --out. What a step sees depends on --seed
-and its number alone, so twins see the same.
+It needs one CUDA GPU. A stopped run goes on from the checkpoint in --out when the same command is given again. What a
+step sees depends only on --seed and on the number of the step, so both twins see the same text.
 """
 
 import argparse
@@ -37,27 +37,27 @@ from windows import Windows, positions
 import entmaxkv.hf
 
 CONTEXT = 16384
-WARMUP, DECAY = 0.02, 0.5  # shares of the steps
+WARMUP, DECAY = 0.02, 0.5  # fractions of the steps
 ALPHA = {"entmax": 1.5, "softmax": 1.0}
 LOG_SECONDS, SAVE_SECONDS = 15, 60
-TESTED_BYTES = 65536  # of the held-out text, while training
-TEST_SEED = 2**32  # of the facts in it; training has smaller ones
+TESTED_BYTES = 65536  # of the held-out text, for the evaluations during training
+TEST_SEED = 2**32  # of the facts in the held-out text; the seeds of training are smaller
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, on what, for how long.
+    """A model, the text that it is trained on, and the length of the training.
 
     Attributes:
-        width, inner, layers, heads, kv_heads: of the model, heads being of 64.
-        nope_every: every so many layers, one has no position encoding.
-        theta: of RoPE.
-        positions: positions that RoPE is to know; beyond the context, half of the long windows skip some.
-        steps: steps of --batch bytes.
-        short, short_share: windows of the first so many steps, as a share: they are cheaper than those of CONTEXT.
-        learning_rate: its peak.
-        packages: whether installed packages are read beside the standard library.
-        facts: share of the windows with key-value lines that come back, see tasks.py.
+        width, inner, layers, heads, kv_heads: sizes of the model; its heads have head_dim 64.
+        nope_every: one of so many layers has no position encoding.
+        theta: theta of RoPE.
+        positions: positions that RoPE learns. If these are more than CONTEXT, half of the long windows skip some.
+        steps: training steps, of --batch bytes each.
+        short, short_share: the first steps, this fraction of all, have windows of `short` bytes. They cost less.
+        learning_rate: peak of the learning rate.
+        packages: whether the text includes installed packages beside the standard library.
+        facts: fraction of the windows with key-value lines that come back, see tasks.py.
     """
 
     width: int
@@ -152,15 +152,15 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 
 def logits(model: nn.Module, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-    """Of tokens[:, :-1], at these positions."""
-    # A mask that transformers need not make: to find out that it is plainly causal would mean waiting for the device.
+    """The logits after tokens[:, :-1], which are at the positions `places`."""
+    # No mask is needed. Without this, transformers would look at one to find that out, and wait for the device.
     inputs = {"input_ids": tokens[:, :-1], "position_ids": places, "attention_mask": {"full_attention": None}}
     with torch.autocast(tokens.device.type, torch.bfloat16):
         return model(**inputs, use_cache=False).logits.float()
 
 
 def bits(found: Tensor, tokens: Tensor) -> Tensor:
-    """Mean bits per byte of tokens[:, 1:] by these logits."""
+    """The mean bits per byte of tokens[:, 1:] under the logits `found`."""
     return nn.functional.cross_entropy(found.flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
 
 
@@ -176,7 +176,7 @@ def evaluate(model: nn.Module, text: np.ndarray, context: int) -> float:
 
 @torch.no_grad()
 def recalled(model: nn.Module, text: np.ndarray, context: int) -> float:
-    """Share of the bytes of facts that come back which the model takes for the likeliest."""
+    """Of the bytes of facts that come back, the fraction that the model predicts as the likeliest."""
     right = total = 0
     for start in range(0, len(text) - context, context):
         row = text[start : start + context + 1].copy()
@@ -188,7 +188,10 @@ def recalled(model: nn.Module, text: np.ndarray, context: int) -> float:
 
 
 def share_of_peak(progress: float) -> float:
-    """The learning rate over its peak at this share of the steps: warm-up, plateau, linear decay to zero."""
+    """The learning rate as a fraction of its peak: warm-up, plateau, linear decay to zero.
+
+    `progress` is the fraction of the steps that are done.
+    """
     return max(0.0, min(1.0, progress / WARMUP, (1 - progress) / DECAY))
 
 
@@ -206,13 +209,13 @@ def save(model: nn.Module, out: Path) -> None:
 
 
 class Run:
-    """The state of a training run, in a checkpoint from time to time.
+    """The state of a training run, which is saved in a checkpoint from time to time.
 
     Attributes:
-        settings: What has to be the same to go on.
-        step, seconds: Done so far.
-        log: What the curves are drawn from.
-        losses: Of the steps since the log's last entry.
+        settings: What must be the same when a run goes on.
+        step, seconds: Steps and time so far.
+        log: One entry for each evaluation.
+        losses: The losses of the steps since the last entry of the log.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer]):
@@ -251,7 +254,7 @@ class Run:
 
 
 def optimizers_of(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest."""
+    """Muon for the matrices of the layers, AdamW for all other parameters."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
@@ -261,7 +264,7 @@ def optimizers_of(model: nn.Module, learning_rate: float) -> list[torch.optim.Op
 
 
 def take(run: Run, recipe: Recipe, windows: Windows, *, steps: int, batch: int, peak: float) -> int:
-    """One step; returns its context."""
+    """Takes one training step, and returns the length of its windows."""
     progress = run.step / steps
     context = recipe.short if progress < recipe.short_share else CONTEXT
     device = next(run.model.parameters()).device
@@ -292,17 +295,17 @@ def positive(text: str) -> int:
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("recipe", choices=RECIPES, help="stdlib: 3.9M parameters; twin: 24M")
-    parser.add_argument("--attention", choices=ALPHA, default="entmax", help="default entmax")
+    parser.add_argument("recipe", choices=RECIPES, help="what to train; stdlib: 3.9M parameters, twin: 24M")
+    parser.add_argument("--attention", choices=ALPHA, default="entmax", help="in every layer (default entmax)")
     parser.add_argument("--source", type=Path, default=default_source(), help="folder of the standard library")
     parser.add_argument("--packages", type=Path, default=default_packages(), help="folder of packages, for twin")
-    parser.add_argument("--python", default=platform.python_version(), help="the version of that standard library")
+    parser.add_argument("--python", default=platform.python_version(), help="version of that standard library")
     parser.add_argument("--out", type=Path, help="output folder (default runs/RECIPE-ATTENTION)")
-    parser.add_argument("--steps", type=positive, help="default: the recipe's")
+    parser.add_argument("--steps", type=positive, help="training steps (default: the recipe's)")
     parser.add_argument("--batch", type=positive, default=65536, help="bytes per step (default 65536)")
-    parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--stop", type=positive, help="leave off after this step, to go on later")
+    parser.add_argument("--learning-rate", type=float, help="peak of the learning rate (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    parser.add_argument("--stop", type=positive, help="stop after this step; the same command goes on")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none")
@@ -319,7 +322,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, evaluates on the held-out files, and writes the model with its card and log."""
+    """Trains the model, evaluates it on the held-out files, and writes it with its card and its log."""
     args = arguments()
     recipe = RECIPES[args.recipe]
     steps, peak = args.steps or recipe.steps, args.learning_rate or recipe.learning_rate
@@ -372,7 +375,7 @@ def main() -> None:
         while run.step < min(steps, args.stop or steps):
             context = take(run, recipe, windows, steps=steps, batch=args.batch, peak=peak)
             if run.step % 10 == 0:
-                run.losses[-1].item()  # keeps the host within ten steps of the device, so that the clock is true
+                run.losses[-1].item()  # waits for the device, so that the measured time is at most ten steps off
                 bar.update(task, completed=run.step, description=f"step {run.step}, context {context}")
             now = time.perf_counter()
             run.seconds = before + now - start
@@ -396,7 +399,7 @@ def main() -> None:
                 kept = time.perf_counter()
     run.save()
     if run.step < steps:
-        console.print(f"left off after step {run.step} of {steps}; the same command goes on")
+        console.print(f"stopped after step {run.step} of {steps}; the same command goes on")
         return
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a training step sees, as a function of its number alone."""
+"""The text and the positions of each training step, as functions of the step's number."""
 
 import functools
 import hashlib
@@ -9,17 +9,17 @@ from corpus import SEPARATOR
 from tasks import overlay
 from torch import Tensor
 
-# Tags of the generators' seeds, so that no two of them draw the same.
+# Part of each generator's seed, so that no two generators draw the same numbers.
 ORDER, EPOCH, ROW, POSITIONS = range(4)
 
 
 class Windows:
-    """Windows of shuffled, joined documents, each a function of its number: [context + 1] bytes.
+    """Windows [context + 1] of shuffled and joined documents; a window depends on its number alone.
 
     Attributes:
         text: All documents.
-        facts: Share of the windows with key-value lines that come back (tasks.py).
-        seed: Of everything that is drawn.
+        facts: Fraction of the windows with facts (tasks.py).
+        seed: Seed of all generators.
     """
 
     def __init__(self, documents: list[bytes], facts: float, seed: int):
@@ -28,11 +28,11 @@ class Windows:
         self.facts, self.seed = facts, seed
 
     def digest(self) -> str:
-        """Of the text, in its order."""
-        return hashlib.sha256(self.text).hexdigest()
+        """The SHA-256 of the text, documents in their order."""
+        return hashlib.sha256(self.text.tobytes()).hexdigest()
 
     def _size(self, context: int) -> int:
-        """Windows of a pass over the text, which begins somewhere in the first."""
+        """The number of windows in one pass over the text. A pass starts at a random place in the first window."""
         size = (len(self.text) - 1) // context - 1
         if size < 1:
             raise ValueError(f"expected at least {2 * context + 1} bytes of text, got {len(self.text)}")
@@ -60,9 +60,9 @@ class Windows:
 
 
 def positions(step: int, context: int, most: int, seed: int) -> Tensor:
-    """Positions [1, context] of a step's tokens, of which half of the steps skip some, up to below `most`.
+    """The positions [1, context] of a step's tokens. Half of the steps skip some positions; all are below `most`.
 
-    So the model sees all distances that RoPE is to know, in windows that are cheap (PoSE, arXiv 2309.10400).
+    So the model learns all distances up to `most` in short windows, which cost less (PoSE, arXiv 2309.10400).
     """
     places = torch.arange(context)
     rng = np.random.default_rng((seed, POSITIONS, step))

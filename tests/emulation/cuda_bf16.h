@@ -11,12 +11,12 @@ struct __nv_bfloat16 {
 inline float __bfloat162float(__nv_bfloat16 x) { return entmaxkv::to_float(entmaxkv::BFloat16{x.bits}); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {entmaxkv::from_float<entmaxkv::BFloat16>(x).bits}; }
 
-/// What emulation::multiply_fragments finds by argument type.
+/// emulation::multiply_fragments calls this overload by argument type.
 inline float emulated_value(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 namespace emulation {
 
-/// fma.rn.bf16x2; rounded twice, but not where the result is exact.
+/// fma.rn.bf16x2. It rounds twice, so the result may differ where it is not exact.
 inline uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
   uint32_t sums = 0;
   for (int shift = 0; shift < 32; shift += 16) {

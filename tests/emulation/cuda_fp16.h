@@ -20,5 +20,5 @@ inline __half __float2half_ru(float x) {
                                                                  : nearest.bits - 1)};
 }
 
-/// What emulation::multiply_fragments finds by argument type.
+/// emulation::multiply_fragments calls this overload by argument type.
 inline float emulated_value(__half x) { return __half2float(x); }

@@ -1,7 +1,7 @@
-// What the kernels of csrc/cuda need of CUDA, for a C++ compiler: they then run on the CPU, one block after the other,
-// each thread of a block on a stack of its own (emulation.cpp). That finds wrong results, deadlocks and warp functions
-// that not all lanes call; it does not find races, nor reads of shared memory that nobody has set, and it has neither
-// clusters nor dependent launches.
+// The part of CUDA that the kernels of csrc/cuda use, for a C++ compiler. The kernels then run on the CPU: one block
+// after the other, each thread of a block on a stack of its own (emulation.cpp). The emulation finds wrong results,
+// deadlocks, and warp functions that not all lanes call. It does not find races or reads of uninitialised shared
+// memory. Every cluster has one block, and there are no dependent launches.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #define __global__
 #define __host__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks follow each other
+#define __shared__ static  // one block runs at a time
 
 struct dim3 {
   unsigned x, y, z;
@@ -60,7 +60,7 @@ T exchange(Call call, T value, int lane) {
 
 inline int lane() { return threadIdx.x % 32; }
 
-/// Enough for any block.
+/// Returns memory that is large enough for any block.
 inline uint4* dynamic_shared() {
   static uint4 memory[(256 << 10) / sizeof(uint4)];
   return memory;
@@ -116,7 +116,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kMultiprocessors = 3;  // few blocks, so that they take several turns
+  constexpr int kMultiprocessors = 3;  // few, so that a block of a fixed grid has several parts of the work
   constexpr int kMajor = 9;            // with clusters, of one block each
   constexpr int kSharedBytes = 99 << 10;
   *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors

@@ -1,0 +1,55 @@
+// Asynchronous copies from global to shared memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace entmaxkv::cuda {
+
+/// Starts to load the cache line at `address` into L2.
+__device__ inline void prefetch([[maybe_unused]] const void* address) {
+#ifndef EMULATE_CUDA
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+/// Starts to copy 16 bytes into shared memory, or writes zeros if !valid. wait_for_copies ends the copy.
+__device__ inline void copy_async(uint4& s_to, const void* from, bool valid) {
+#ifdef EMULATE_CUDA
+  s_to = valid ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#else
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+      "l"(from), "r"(valid ? 16 : 0)
+      : "memory");
+#endif
+}
+
+/// Starts to copy one number into shared memory. wait_for_copies ends the copy.
+__device__ inline void copy_async(float& s_to, const float* from) {
+#ifdef EMULATE_CUDA
+  s_to = *from;
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+               "l"(from)
+               : "memory");
+#endif
+}
+
+/// Makes a group of the copies that this thread has started since its last call.
+__device__ inline void commit_copies() {
+#ifndef EMULATE_CUDA
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Waits until at most kGroups groups of this thread's copies are unfinished.
+template <int kGroups>
+__device__ void wait_for_copies() {
+#ifndef EMULATE_CUDA
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+}  // namespace entmaxkv::cuda

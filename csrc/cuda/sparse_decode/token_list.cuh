@@ -1,0 +1,102 @@
+// The list of tokens that one (row, KV head) reads, in ascending order: the selected tokens, the tokens of the selected
+// pages, or all tokens.
+#pragma once
+
+#include "../common/matrix_product.cuh"
+
+namespace entmaxkv::cuda {
+
+/// The list of one (row, KV head). A place is an index in the list, a position is an index in the row.
+struct TokenList {
+  const int32_t* selected;  // selected pages or tokens; null: all pages
+  const int32_t* table;
+  int page_size, page_bits;
+  int entry_bits;  // log2 of the tokens per entry of `selected`: page_bits, or 0 if entries are tokens
+  int seq_len;
+  int tokens;
+
+  __device__ TokenList() {}  // for shared memory
+
+  __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(0) {
+    page_bits = entry_bits = log2_of(page_size);
+    seq_len = length_of(op, row);
+    int entries = (seq_len + page_size - 1) >> page_bits;
+    if (op.selection) {
+      if (op.selection.by_token) entry_bits = 0;
+      selected = op.selection.row(row * op.kv_heads + kv_head);
+      entries = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], op.selection.max_selected));
+    }
+    if (entries == 0) return;
+    const int of_last = min(1 << entry_bits, seq_len - (entry(entries - 1) << entry_bits));
+    tokens = max(0, ((entries - 1) << entry_bits) + of_last);
+  }
+
+  __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
+
+  /// Position, page and slot of the token at a place of the list.
+  __device__ int position(int place) const {
+    return (entry(place >> entry_bits) << entry_bits) + (place & ((1 << entry_bits) - 1));
+  }
+  __device__ int page(int place) const { return table[position(place) >> page_bits]; }
+  __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
+
+  /// Returns the row in `pages` [pages, kv_heads, page_size, head_dim] of the token at a place of the list.
+  template <typename T>
+  __device__ const T* row(const Rows& pages, int kv_head, int place) const {
+    return pages.at<T>(page(place), kv_head, slot(place));
+  }
+
+  /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
+  /// its last token.
+  template <typename Slots, typename More, typename Tile>
+  __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile) const {
+    const auto place = [*this, tile](int n) {
+      return min(tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32), tokens - 1);
+    };
+    const auto lookup = [*this, place](int n) { return page(place(n)); };
+    const auto row_of = [*this, place, k_pages, kv_head](int n, int physical) {
+      return k_pages.at<typename Slots::T>(physical, kv_head, slot(place(n)));
+    };
+    return TileStream(Slots{}, more, head_dim, lookup, row_of);
+  }
+
+ private:
+  /// Returns the nth entry: a page, or a token's position.
+  __device__ int entry(int nth) const { return selected ? selected[nth] : nth; }
+};
+
+/// Turns a lane's dot products into scores: scale and ALiBi bias.
+struct LaneScoring {
+  float scale;
+  LaneSlopes slopes;
+  bool biased;
+
+  __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
+      : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
+
+  /// Replaces the products of a tile of the list by scores.
+  __device__ void score(const TokenList& list, int tile, Products& products) const {
+    float distance[4] = {};
+    if (biased) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = min(tile * kTileRows + Products::row(i), list.tokens - 1);
+        distance[i] = static_cast<float>(list.position(place) - (list.seq_len - 1));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) products.of[i][j] = fmaf(slopes.of[j], distance[i], scale * products.of[i][j]);
+    }
+  }
+};
+
+/// Returns the most tokens that a list can have, rounded up to whole tiles.
+inline int capacity_of(const SparseDecode& op) {
+  const int entries = op.selection ? op.selection.max_selected : op.max_pages;
+  return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), kTileRows) * kTileRows;
+}
+
+}  // namespace entmaxkv::cuda
