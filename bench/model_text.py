@@ -10,6 +10,7 @@ positions before it. All of them see the whole context, also the few tokens behi
 """
 
 import math
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -52,9 +53,8 @@ class ModelText:
 
         disable_progress_bar()
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(
-            device
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=entmaxkv.hf.NAME, dtype=dtype)
+        model.to(device)
         config = model.config
         self.head_dim: int = config.head_dim
         self.heads: int = config.num_hidden_layers * config.num_key_value_heads
@@ -78,7 +78,7 @@ class ModelText:
         self.q, self.k, self.v = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     @torch.no_grad()
-    def _read(self, model: torch.nn.Module, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, model: Any, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the windows ids [batch, window]; the last `steps` positions are decoded one by one."""
         batch, window = ids.shape
         cache = entmaxkv.hf.EntmaxCache(model.config, window, batch=batch)
@@ -87,10 +87,10 @@ class ModelText:
         for chunk in ids[:, :-steps].split([1, window - steps - 1], dim=1):
             model(input_ids=chunk, **with_cache(model, cache), logits_to_keep=1)
         seen: list[Tensor] = []
-        cache.select = Watch(lambda q, cache, options: seen.append(q))
+        cache.select = Watch(lambda q, cache, scoring: seen.append(q))
         for position in range(window - steps, window):
             model(input_ids=ids[:, position : position + 1], **with_cache(model, cache))
-        layers = [layer.paged for layer in cache.layers]
+        layers = [layer.paged for layer in cache.paged_layers]
         # [steps, layers, batch, KV heads, group, head_dim], the last step first
         q = torch.stack(seen).view(steps, len(layers), batch, layers[0].kv_heads, -1, self.head_dim).flip(0)
         q = q.permute(2, 1, 3, 0, 4, 5).reshape(batch, self.heads, -1, self.head_dim)

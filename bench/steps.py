@@ -61,7 +61,7 @@ def stage_bytes(q: Tensor, cache: PagedKVCache, select: Select, found: Metrics) 
         return [q.nbytes + found.index_bytes + chosen, chosen + found.bytes_read - found.index_bytes + 2 * q.nbytes]
     pages = sum(-(-tokens // cache.page_size) for tokens in cache.seq_lens.tolist())
     scores = pages * q.shape[1] * 4 * (1 if isinstance(select, TopPages) else 2)
-    selected = sum(x.nbytes for x in select.pages(q, cache))
+    selected = sum(x.nbytes for x in select.select(q, cache, entmaxkv.Scoring())[:2])
     statistics = found.index_bytes
     return [statistics + scores, scores + selected, selected + found.bytes_read - statistics + 2 * q.nbytes]
 

@@ -1,4 +1,4 @@
-"""`python -m entmaxkv`: what is installed, and what keeps CUDA from being used."""
+"""`python -m entmaxkv` prints what is installed, and why CUDA cannot be used where it cannot."""
 
 import platform
 import re
@@ -22,7 +22,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 def cuda_state(
     torch_cuda: str | None, library: bool, built: Sequence[str], capabilities: Sequence[tuple[int, int]]
 ) -> str:
-    """Whether CUDA can be used, and if not, why and what to do.
+    """Says whether CUDA can be used, and if not, why not and what to do.
 
     Args:
         torch_cuda: the version of CUDA that torch was built with, if any.
@@ -77,8 +77,9 @@ def main() -> None:
     for name, value in facts.items():
         print(f"{name:10} {value}")
     for schema in schemas:
-        backends = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)]
-        print(f"{'+'.join(backends):10} {schema}")
+        keys = {"CPU": "CPU", "CUDA": "CUDA", "CompositeExplicitAutograd": "any"}
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        print(f"{'+'.join(name for key, name in keys.items() if has_kernel(schema.name, key)):10} {schema}")
 
 
 if __name__ == "__main__":

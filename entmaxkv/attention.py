@@ -1,4 +1,4 @@
-"""Decoding one step of attention over a cache."""
+"""Decodes one step of attention over a cache."""
 
 from typing import Literal, NamedTuple, overload
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 from entmaxkv import certify, ops
 from entmaxkv.cache import PagedKVCache
-from entmaxkv.select import Selector, check_select, check_step, selection, split_alpha
+from entmaxkv.scoring import Scoring
+from entmaxkv.select import Selection, Selector, check_select, check_step, selection
 
 
 class DecodeInfo(NamedTuple):
-    """What a decode step found, and what it proved (`entmaxkv.certify`).
+    """What a decode step found, and what `entmaxkv.certify` proved of it.
 
     Attributes:
         tau: [batch, q_heads] float32, threshold in units of z = (alpha - 1) s; logsumexp(s) where alpha = 1.
@@ -19,8 +20,9 @@ class DecodeInfo(NamedTuple):
         tokens: [batch, kv_heads] int32, tokens whose keys were read.
         certified: [batch, q_heads] bool, whether every token with weight was read, so that this is the dense result.
         delta_bound: [batch, q_heads] float32, proved upper bound of the dense weight of the tokens that were not read:
-            0 where certified, at most 1. With a `certainty` below 1 nothing is proved of a head that left tokens out,
-            however likely: certified is False and delta_bound 1.
+            0 where certified, at most 1. A `certainty` below 1 proves nothing of a head that left tokens out: there
+            certified is False and delta_bound is 1.
+        selection: what the selector chose to be read; None where the whole cache was read.
     """
 
     tau: Tensor
@@ -28,6 +30,7 @@ class DecodeInfo(NamedTuple):
     tokens: Tensor
     certified: Tensor
     delta_bound: Tensor
+    selection: Selection | None
 
 
 @overload
@@ -78,8 +81,7 @@ def decode(
             In a compiled function a number that changes between calls is rounded to float32.
         scale: default 1 / sqrt(head_dim).
         alibi_slopes: [q_heads] float32, added as slope * (i - position); None for none.
-        select: `KeySketch`, `TopPages`, `Gaussian` or another selector, of pages or of tokens; None reads the whole
-            cache and is exact.
+        select: `KeySketch`, `TopPages`, `Gaussian` or another `Selector`; None reads the whole cache and is exact.
         return_info: also return a `DecodeInfo`.
 
     Returns:
@@ -94,22 +96,30 @@ def decode(
         >>> decode(torch.randn(1, 4, 64), cache).shape
         torch.Size([1, 4, 64])
     """
-    check_step("decode", q, cache, scale=scale, alibi_slopes=alibi_slopes)
+    check_step("decode", q, cache)
     check_select("decode", select)
-    number, head_alpha = split_alpha("decode", alpha, q)
-    alpha = number if head_alpha is None else head_alpha
+    scoring = Scoring(alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, caller="decode").for_ops(q)
     if select is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
         cache = cache.snapshot()  # other threads may append between the ops
     pool = (cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens)
-    chosen = selection(select, q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
+    chosen = selection(select, q, cache, scoring)
     if chosen is None:
-        out, tau, support, tokens = ops.dense_decode(q, *pool, number, scale, alibi_slopes, head_alpha)
+        out, tau, support, tokens = ops.dense_decode(
+            q, *pool, scoring.number, scoring.scale, scoring.alibi_slopes, scoring.per_head
+        )
     else:
-        read = chosen.selected, chosen.counts
         out, tau, support, tokens = ops.sparse_decode(
-            q, *pool, *read, number, scale, alibi_slopes, head_alpha, chosen.by_token
+            q,
+            *pool,
+            chosen.selected,
+            chosen.counts,
+            scoring.number,
+            scoring.scale,
+            scoring.alibi_slopes,
+            scoring.per_head,
+            chosen.by_token,
         )
     if not return_info:
         return out
-    bound = certify.delta_bound(chosen, q, cache, tau, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
-    return out, DecodeInfo(tau, support, tokens, bound == 0, bound)
+    bound = certify.delta_bound(chosen, q, cache, tau, scoring)
+    return out, DecodeInfo(tau, support, tokens, bound == 0, bound, chosen)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,16 +12,28 @@ from entmaxkv import check, ops
 
 MOST_INT32 = 2**31 - 1
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-POOL = "k_pages", "v_pages", "k_min", "k_max", "k_mean", "k_std", "codes", "norms"  # tensors with one entry per page
+DTYPES = torch.float32, torch.float16, torch.bfloat16  # of keys and values
+MAX_HEAD_DIM = ops.CONSTANTS.max_head_dim
+PAGE_SIZES = tuple(2**n for n in range(16) if ops.CONSTANTS.min_page_size <= 2**n <= ops.CONSTANTS.max_page_size)
+
+# What selectors look at beside keys and values: the keyword of `PagedKVCache` that keeps it, and its two tensors.
+Need = Literal["minmax", "moments", "sketch"]
+NEEDS: dict[Need, tuple[str, str]] = {
+    "minmax": ("k_min", "k_max"),
+    "moments": ("k_mean", "k_std"),
+    "sketch": ("codes", "norms"),
+}
+IN_WORDS: dict[Need, str] = {"minmax": "page bounds", "moments": "page moments", "sketch": "a key sketch"}
+POOL = "k_pages", "v_pages", *NEEDS["minmax"], *NEEDS["moments"], *NEEDS["sketch"]  # tensors with one entry per page
 
 
 class PagedKVCache:
     """Keys and values of a batch of sequences in pages, with the page statistics and the sketch that selectors read.
 
-    The pool is allocated once; rows grow in place, each at its own pace, and shrink by `truncate`. Row b owns the
-    physical pages b * max_pages ... (b + 1) * max_pages - 1. `reorder` copies rows, for beams and repeated prompts.
+    The pool of pages is allocated once. Rows grow in place, each at its own pace, and shrink by `truncate`. Row b owns
+    the physical pages b * max_pages ... (b + 1) * max_pages - 1. `reorder` copies rows, for beams and repeated prompts.
 
-    A cache works in and out of `torch.no_grad()` and `torch.inference_mode()`, wherever it was made.
+    A cache may be made inside or outside of `torch.no_grad()` and `torch.inference_mode()`, and used in either.
 
     Args:
         batch: rows.
@@ -30,10 +42,11 @@ class PagedKVCache:
         head_dim: elements per key and value, at most 256.
         page_size: tokens per page, a power of two in 8 ... 128.
         dtype: float32, float16 or bfloat16.
-        device: where it lives; default torch's default device.
+        device: where its tensors are; None for torch's default device.
         minmax: keep k_min and k_max, for `TopPages`.
         moments: keep k_mean and k_std, for `Gaussian`.
-        sketch: keep codes and norms, for `KeySketch`: 35 bytes for a key of 64 dimensions, 67 for one of 128.
+        sketch: keep codes and norms, for `KeySketch`. They take 35 bytes for a key of 64 dimensions, and 67 bytes for
+            one of 128.
 
     Attributes:
         k_pages, v_pages: [pages, kv_heads, page_size, head_dim].
@@ -70,11 +83,11 @@ class PagedKVCache:
         for name, value in (("batch", batch), ("max_tokens", max_tokens), ("kv_heads", kv_heads)):
             if not (check.is_count(value) and value > 0):
                 raise ValueError(f"PagedKVCache: {name}: expected a whole number of at least 1, got {value!r}")
-        if not (check.is_count(head_dim) and 1 <= head_dim <= 256):
-            raise ValueError(f"PagedKVCache: head_dim: expected a whole number in 1 ... 256, got {head_dim!r}")
-        if not (check.is_count(page_size) and page_size in (8, 16, 32, 64, 128)):
-            raise ValueError(f"PagedKVCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not (check.is_count(head_dim) and 1 <= head_dim <= MAX_HEAD_DIM):
+            expected = f"expected a whole number in 1 ... {MAX_HEAD_DIM}"
+            raise ValueError(f"PagedKVCache: head_dim: {expected}, got {head_dim!r}")
+        check_page_size("PagedKVCache", page_size)
+        if dtype not in DTYPES:
             raise ValueError(f"PagedKVCache: dtype: expected float32, float16 or bfloat16, got {dtype!r}")
         _check_kinds("PagedKVCache", minmax=minmax, moments=moments, sketch=sketch)
         self.batch = batch
@@ -100,7 +113,7 @@ class PagedKVCache:
         self._allocate(minmax=minmax, moments=moments, sketch=sketch)
 
     def _allocate(self, *, minmax: bool, moments: bool, sketch: bool) -> None:
-        """Adds what is asked for and not there yet."""
+        """Makes the tensors that are asked for and not there yet."""
         pages, kv_heads, page_size, head_dim = self.k_pages.shape
 
         def statistic() -> Tensor:
@@ -112,18 +125,18 @@ class PagedKVCache:
             if moments and self.k_mean is None:
                 self.k_mean, self.k_std = statistic(), statistic()
             if sketch and self.codes is None:
-                row_bytes = -(-head_dim // 64) * 16
+                row_bytes = -(-head_dim // ops.CONSTANTS.sketch_block) * ops.CONSTANTS.sketch_block_bytes
                 self.codes = self.k_pages.new_empty((pages, kv_heads, 2, page_size, row_bytes), dtype=torch.uint8)
                 self.norms = self.k_pages.new_empty((pages, kv_heads, 3, page_size), dtype=torch.uint8)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes tensors that were copied or loaded under inference mode into ones that can be written anywhere."""
+        """Clones tensors that were copied or loaded under inference mode, so that they can be written in any mode."""
         with torch.inference_mode(False):
             for name, value in state.items():
                 setattr(self, name, value.clone() if isinstance(value, Tensor) and value.is_inference() else value)
 
     def keep(self, *, minmax: bool = False, moments: bool = False, sketch: bool = False) -> None:
-        """Keeps more than before from now on, and makes it of the keys that are there; what is kept stays.
+        """Starts to keep more, and computes it from the keys that are there. What is kept already stays.
 
         Args:
             minmax, moments, sketch: as at construction.
@@ -138,6 +151,23 @@ class PagedKVCache:
         if new_sketch and self.codes is not None and self.norms is not None:
             ops.build_sketch(self.k_pages, *table, self.codes, self.norms)
 
+    def kept(self, need: Need, *, by: str) -> tuple[Tensor, Tensor]:
+        """The two tensors of what a selector needs: k_min and k_max, k_mean and k_std, or codes and norms.
+
+        Args:
+            need: "minmax", "moments" or "sketch".
+            by: who asks, to be named where the cache does not keep them.
+
+        Raises:
+            ValueError: the cache does not keep them.
+        """
+        first, second = (getattr(self, name) for name in NEEDS[need])
+        if first is None or second is None:
+            raise ValueError(
+                f"{by}: cache: expected {IN_WORDS[need]}, got a cache made with {need}=False; use {need}=True"
+            )
+        return first, second
+
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends new tokens, a whole prompt or a single one, to every row in place.
 
@@ -147,12 +177,13 @@ class PagedKVCache:
                 appends all.
 
         Raises:
-            ValueError, RuntimeError: the tokens do not fit, among others; the cache stays as it was. On a CUDA device
-                a full row cannot be seen without waiting: there the tokens that do not fit are dropped.
+            ValueError, RuntimeError: an argument does not fit, or a row has no room for its tokens. The cache stays as
+                it was. On a CUDA device a full row cannot be seen without waiting: there the tokens that do not fit
+                are dropped.
         """
         for name, value in (("k", k), ("v", v)):
             check.tensor(f"PagedKVCache.append: {name}", value, "[batch, tokens, kv_heads, head_dim]")
-        # The op itself looks at lengths of its own form, which costs nothing and holds for compiled steps, too.
+        # The op checks int32 lengths on the cache's device itself, also in compiled steps.
         own = torch.int32, self.seq_lens.device
         if lengths is not None and not (isinstance(lengths, Tensor) and (lengths.dtype, lengths.device) == own):
             lengths = self._row_numbers("append: lengths", lengths, most=k.shape[1], count=self.batch)
@@ -173,17 +204,18 @@ class PagedKVCache:
         )
 
     def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
-        """Drops the newest tokens of every row in place; the cache is as if they had never been appended.
+        """Drops the newest tokens of every row in place, as if they had never been appended.
 
-        No more is looked at than the last page of every row and the page table, and nothing waits for the device.
+        This reads only the page table and the last page of every row, and does not wait for the device.
 
         Args:
             lengths: one number for all rows, or [batch] integers of any width on any device. Row b keeps its first
                 min(lengths[b], seq_lens[b]) tokens.
 
         Raises:
-            ValueError: a number is negative, among others; the cache stays as it was. Negative numbers in a tensor on
-                a CUDA device or in a compiled function cannot be seen: there they count as 0.
+            ValueError: an argument does not fit, for example because a number is negative. The cache stays as it was.
+                Negative numbers in a tensor on a CUDA device or in a compiled function cannot be seen: there they count
+                as 0.
         """
         if isinstance(lengths, Integral) and not isinstance(lengths, bool):
             if lengths < 0:
@@ -196,24 +228,24 @@ class PagedKVCache:
             self.seq_lens.copy_(kept)
             return
         uses = self._uses()
-        # seq_lens moves first. Statistics of more keys than a page then holds are still bounds; of fewer they are not.
+        # seq_lens moves first: statistics that count too many keys are still bounds, but with too few they are not.
         self.seq_lens.copy_(kept)
         last = ((self.seq_lens - 1) // self.page_size).clamp(0, self.page_table.shape[1] - 1)
         last_pages = self.page_table.gather(1, last[:, None].long())  # [batch, 1]
-        # A page that another row uses keeps its statistics, which are bounds for both.
+        # A page that another row uses, too, keeps its statistics: they are bounds for both rows.
         alone = uses[last_pages[:, 0].long().clamp(0, len(uses) - 1)] <= 1
         tokens = torch.where(alone, self.seq_lens - last * self.page_size, 0)
         ops.page_stats(self.k_pages, last_pages, tokens, self.k_min, self.k_max, self.k_mean, self.k_std)
 
     def _uses(self) -> Tensor:
-        """How often each physical page is in use: [pages] int32."""
+        """Counts how often each physical page is in use: [pages] int32."""
         first = torch.arange(0, self.max_tokens, self.page_size, device=self.seq_lens.device)
         used = (first < self.seq_lens[:, None]).flatten().int()
         pages = self.page_table.flatten().long().clamp(0, len(self.k_pages) - 1)
         return used.new_zeros(len(self.k_pages)).scatter_add_(0, pages, used)
 
     def snapshot(self) -> "PagedKVCache":
-        """The same memory, with a copy of the lengths: a step of several ops sees one state while others append."""
+        """A view of the cache with a copy of the lengths: a step of several ops sees one state while others append."""
         view = copy.copy(self)
         view.seq_lens = self.seq_lens.clone()
         return view
@@ -221,18 +253,18 @@ class PagedKVCache:
     def reorder(self, rows: Tensor | Sequence[int], *, tokens: int | None = None) -> None:
         """Row i becomes a copy of what row rows[i] was, with all that is kept of it.
 
-        Rows may repeat, and there may be fewer or more of them than before. With as many as before everything is
-        copied in place; otherwise `batch` and all tensors are new. Nothing waits for a CUDA device. A call that is
-        interrupted either changes nothing or leaves the rows that it was to change empty.
+        Rows may repeat, and there may be fewer or more of them than before. With as many as before, everything is
+        copied in place. Otherwise `batch` and all tensors are new. Nothing waits for a CUDA device. An interrupted call
+        either changes nothing or empties the rows that it was to change.
 
         Args:
             rows: [new batch] integers of any width on any device, ids of rows.
-            tokens: no row holds more tokens than that, so that no page behind them is copied. None: unknown. On the
-                CPU the cache looks for itself.
+            tokens: the most tokens that any row holds, if known: no page behind them is copied. On the CPU the cache
+                looks for itself.
 
         Raises:
-            ValueError: an id is not in 0 ... batch - 1, among others; the cache stays as it was. Ids in a tensor on
-                a CUDA device or in a compiled function are trusted.
+            ValueError: an argument does not fit, for example because an id is not in 0 ... batch - 1. The cache stays
+                as it was. Ids in a tensor on a CUDA device or in a compiled function are trusted.
 
         Example:
             >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=1, head_dim=64)
@@ -253,7 +285,7 @@ class PagedKVCache:
         into = self if in_place else self._empty(batch)
         own = torch.arange(batch * max_pages, dtype=torch.int32, device=self.page_table.device).view(batch, max_pages)
 
-        changed: slice | Tensor = slice(None)  # of the new rows
+        changed: slice | Tensor = slice(None)  # which of the new rows are written
         if in_place and visible:
             stays = (rows == torch.arange(batch, device=rows.device)) & (self.page_table == own).all(dim=1)
             changed = stays.logical_not().nonzero().flatten()
@@ -270,7 +302,7 @@ class PagedKVCache:
         vars(self).update(vars(into))
 
     def _empty(self, batch: int) -> "PagedKVCache":
-        """A cache without tokens that has another number of rows and is like this one otherwise."""
+        """An empty cache like this one, with another number of rows."""
         return PagedKVCache(
             batch,
             self.max_tokens,
@@ -285,7 +317,10 @@ class PagedKVCache:
         )
 
     def _row_numbers(self, name: str, value: Any, *, most: int | None, count: int | None) -> Tensor:
-        """Whole numbers as a tensor [count] int32 on the cache's device, 0 ... most where they can be looked at."""
+        """Turns whole numbers into a tensor [count] int32 on the cache's device.
+
+        Numbers that can be looked at without waiting are checked to be in 0 ... most.
+        """
         wanted = f"PagedKVCache.{name}: expected whole numbers [{'batch' if count is None else f'batch = {count}'}]"
         visible = True
         if isinstance(value, Tensor):
@@ -311,17 +346,16 @@ class PagedKVCache:
         return numbers.to(self.seq_lens.device, non_blocking=True)
 
     def clear(self) -> None:
-        """Empties every row; the pool stays."""
+        """Empties every row and keeps the memory."""
         self.seq_lens.zero_()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool, of the page statistics and of the sketch."""
+        """The bytes of keys, values, page statistics and sketch."""
         return sum(tensor.nbytes for name in POOL if (tensor := getattr(self, name)) is not None)
 
     def __repr__(self) -> str:
-        kept = {"minmax": self.k_min, "moments": self.k_mean, "sketch": self.codes}
-        lacks = "".join(f"{name}=False, " for name, tensor in kept.items() if tensor is None)
+        lacks = "".join(f"{need}=False, " for need, (name, _) in NEEDS.items() if getattr(self, name) is None)
 
         def mib(*names: str) -> str:
             tensors = (getattr(self, name) for name in names)
@@ -335,12 +369,18 @@ class PagedKVCache:
         )
 
     def _fill(self) -> str:
-        """How many tokens are held. A look at the lengths waits for the device: who prints a cache wants to know."""
+        """Says how many tokens the cache holds. This waits for the device, if it may."""
         room = f"{self.batch * self.max_tokens} tokens"
         capturing = self.seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()
         if type(self.seq_lens) is not Tensor or self.seq_lens.is_meta or capturing or torch.compiler.is_compiling():
             return f"room for {room}"
         return f"{int(self.seq_lens.sum())} of {room}"
+
+
+def check_page_size(name: str, page_size: int) -> None:
+    if not (check.is_count(page_size) and page_size in PAGE_SIZES):
+        expected = f"{', '.join(map(str, PAGE_SIZES[:-1]))} or {PAGE_SIZES[-1]}"
+        raise ValueError(f"{name}: page_size: expected {expected}, got {page_size!r}")
 
 
 def _check_kinds(name: str, **kinds: bool) -> None:

@@ -1,7 +1,8 @@
-"""What the arguments of the Python API have to be; the ops check theirs in csrc/check.h."""
+"""Checks of the arguments of the Python API. The ops check their own arguments in csrc/check.h."""
 
 import operator
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -11,25 +12,25 @@ def is_number(value: object) -> bool:
 
 
 def is_count(value: object) -> bool:
-    """Whether the ops take it for a number of things."""
+    """Whether it is a whole number that an op can take for a count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def whole(value: object) -> int:
-    """A whole number of any type, such as NumPy's, as an int; TypeError for anything else."""
+def whole(value: Any) -> int:
+    """Turns a whole number of any type, such as NumPy's, into an int; raises TypeError for anything else."""
     if isinstance(value, bool):
         raise TypeError("expected a whole number, got a bool")
-    return operator.index(value)  # type: ignore[arg-type]
+    return operator.index(value)
 
 
 def tensor(name: str, value: object, dims: str) -> None:
-    """Refuses what is no tensor of as many dimensions as `dims`, such as "[batch, q_heads, head_dim]", names."""
+    """Refuses what is no tensor with as many dimensions as `dims` names, such as "[batch, q_heads, head_dim]"."""
     if not isinstance(value, Tensor) or value.dim() != dims.count(",") + 1:
         raise ValueError(f"{name}: expected a tensor {dims}, got {described(value)}")
 
 
 def described(value: object) -> str:
-    """What came, in a few words."""
+    """Describes an argument in a few words, for the end of a message."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     text = repr(value)

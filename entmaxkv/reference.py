@@ -1,8 +1,8 @@
 """The formulas of entmaxkv in plain PyTorch: a slow float64 oracle that imports nothing from the package.
 
-Every function handles one row of a batch. `q_heads` is a multiple of `kv_heads`, `group` = q_heads / kv_heads,
-query head h reads KV head h // group, and the query sits at position tokens - 1. `dtype` is the type that a
-formula is evaluated in: float64 for the truth, a kernel's own type for the error that is to be expected of it.
+Every function handles one row of a batch. `q_heads` is a multiple of `kv_heads`. Query head h reads KV head h // group,
+where group = q_heads / kv_heads. The query is at position tokens - 1. A formula is evaluated in `dtype`: in float64 for
+the truth, in a kernel's own type for the error that the kernel may have.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 def entmax(s: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Entmax weights over the last dimension.
 
-    p = [z - tau]_+^(1/(alpha-1)) with z = (alpha-1) s and tau such that sum p = 1. sum p falls with tau, which
-    lies in [max z - 1, max z], so tau is bisected until no number lies between the ends.
+    p = [z - tau]_+^(1/(alpha-1)) with z = (alpha-1) s and tau such that sum p = 1. tau lies in [max z - 1, max z], and
+    sum p falls as tau rises. So tau is found by bisection, until no number lies between the ends.
 
     Args:
         s: [..., tokens], scores.
@@ -114,7 +114,7 @@ def attention(
 
 
 def gather(pages: Tensor, page_table_row: Tensor, seq_len: int) -> Tensor:
-    """The tokens of one row in order: token i is in logical page i // page_size, slot i % page_size.
+    """The tokens of one row in order: token i is in slot i % page_size of logical page i // page_size.
 
     Args:
         pages: [pages, kv_heads, page_size, head_dim], k_pages or v_pages.
@@ -130,7 +130,7 @@ def gather(pages: Tensor, page_table_row: Tensor, seq_len: int) -> Tensor:
 
 
 def page_lengths(seq_len: int, page_size: int) -> list[int]:
-    """Tokens in each page of a row: page_size, and what is left in the last one."""
+    """Tokens in each page of a row: page_size, and the rest in the last one."""
     return [min(page_size, seq_len - first) for first in range(0, seq_len, page_size)]
 
 
@@ -165,7 +165,9 @@ def page_moments(k: Tensor, page_size: int, *, dtype: torch.dtype = torch.float6
 
 
 def rotate(k: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random signs, zeros up to whole blocks of 64, and an orthonormal Hadamard matrix, in blocks if there are three.
+    """The rotation of the key sketch: random signs, zeros up to whole blocks of 64, then a Hadamard matrix.
+
+    The matrix is orthonormal. It covers all dimensions, or each block of 64 where there are three blocks.
 
     Args:
         k: [..., head_dim].
@@ -187,7 +189,8 @@ def rotate(k: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
     matrix = torch.ones(1, 1, dtype=dtype, device=k.device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.unflatten(-1, (-1, size)) @ matrix / size**0.5).flatten(-2)
+    rotated: Tensor = (x.unflatten(-1, (-1, size)) @ matrix / size**0.5).flatten(-2)
+    return rotated
 
 
 def sketch_codes(codes: Tensor) -> Tensor:
@@ -201,19 +204,20 @@ def sketch_codes(codes: Tensor) -> Tensor:
         [..., 4 row_bytes], in 0 ... 15.
     """
     shift = torch.arange(0, 8, 2, device=codes.device)[:, None]
-    plane = (codes.long().unflatten(-1, (-1, 1, 16)) >> shift & 3).flatten(-3)
+    plane: Tensor = (codes.long().unflatten(-1, (-1, 1, 16)) >> shift & 3).flatten(-3)
     return 4 * plane[..., 0, :] + plane[..., 1, :]
 
 
 def sketch_values(codes: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a key sketch says of rotated keys.
+    """The values that a key sketch has for rotated keys, and how far off they may be.
 
     Args:
         codes: [..., 2, row_bytes] uint8.
         norms: [..., 3] uint8: scale, norms of the coarse and of the fine distance.
 
     Returns:
-        Coarse and fine values [..., dims], and how far from them the key is at most, [...] each, in float64.
+        Coarse and fine values, [..., dims] each, and the most that the key is away from either, [...] each, in
+        float64.
     """
     code = sketch_codes(codes).double()
     scale, coarse, fine = norms.double().unbind(-1)
@@ -237,7 +241,7 @@ def score_pages(
 ) -> Tensor:
     """Upper bound U of each page's scores: sum_d max(c q_d k_min,d, c q_d k_max,d) + the best bias in the page.
 
-    Or, with the lower bound L beside it, (U + lower L) / (1 + lower).
+    With `lower` above 0 it is (U + lower L) / (1 + lower), where L is the lower bound.
 
     Args:
         q: [q_heads, head_dim].
@@ -247,7 +251,7 @@ def score_pages(
         page_size: tokens per page.
         scale: c, default 1/sqrt(head_dim).
         alibi_slopes: [q_heads].
-        lower: what the lower bound counts.
+        lower: the weight of the lower bound.
         dtype: type of the arithmetic.
 
     Returns:
@@ -278,7 +282,7 @@ def score_gaussian(
     alibi_slopes: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scores in each page, key coordinates taken as independent.
+    """Mean and standard deviation of the scores in each page, as if the coordinates of its keys were independent.
 
     mean = c q·k_mean + slope (mean offset), std² = c² sum_d q_d² k_std,d² + slope² (n² - 1) / 12, n tokens.
 
@@ -310,10 +314,10 @@ def score_gaussian(
 
 
 def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, budget: int) -> Tensor:
-    """The last page, then the best pages while a whole page still fits the budget.
+    """The last page, then the pages of highest merit while a whole page still fits the budget.
 
-    A page counts as much as for the head of the group that wants it most, by the logarithm of its share in the softmax
-    of that head's scores; see `page_log_share`. Ties go to the lower page.
+    The merit of a page is its largest `page_log_softmax` over the heads of the group. Of equal pages the lower one
+    comes first.
 
     Args:
         scores: [q_heads, pages] float32, finite, of the pages in use.
@@ -326,23 +330,24 @@ def select_pages(scores: Tensor, seq_len: int, kv_heads: int, page_size: int, bu
         keep [kv_heads, pages], bool.
     """
     pages = scores.shape[1]
-    want = page_log_share(scores.view(kv_heads, -1, pages)).amax(1)
-    want[:, -1] = math.inf
+    merit = page_log_softmax(scores.view(kv_heads, -1, pages)).amax(1)
+    merit[:, -1] = math.inf
     room = max(0, budget - page_lengths(seq_len, page_size)[-1]) // page_size
-    best = want.sort(dim=-1, descending=True, stable=True).indices[:, : 1 + room]
-    return torch.zeros_like(want, dtype=torch.bool).scatter_(1, best, True)
+    best = merit.sort(dim=-1, descending=True, stable=True).indices[:, : 1 + room]
+    return torch.zeros_like(merit, dtype=torch.bool).scatter_(1, best, True)
 
 
-def page_log_share(scores: Tensor) -> Tensor:
-    """The logarithm of every page's share in the softmax of a head's scores, but for what is the same for a group.
+def page_log_softmax(scores: Tensor) -> Tensor:
+    """The logarithm of every page's weight in the softmax of a head's page scores, up to a constant of the group.
 
-    exp and log are linear between powers of two, as the ops have them: whole numbers, which any device sums alike.
+    exp and log are linear between powers of two, as in the ops. The weights are whole numbers then, which any device
+    sums to the same bits.
 
     Args:
         scores: [kv_heads, group, pages], float32, finite.
 
     Returns:
-        [kv_heads, group, pages], float32; 0 for the best page of the head whose best page has the largest share.
+        [kv_heads, group, pages], float32; 0 for the best page of the head whose best page has the largest weight.
     """
     distance = scores - scores.amax(-1, keepdim=True)
     halvings = (distance * -(2**16 / math.log(2))).clamp(max=2**21 - 1).long()
@@ -365,14 +370,15 @@ def mean_power(m: Tensor, t: Tensor, beta: float) -> Tensor:
     """
     t = t.clamp(min=1e-150)
     r = m / t
-    cdf, pdf = torch.special.ndtr(r), (-r.square() / 2).exp() / math.sqrt(2 * math.pi)
+    cdf: Tensor = torch.special.ndtr(r)
+    pdf: Tensor = (-r.square() / 2).exp() / math.sqrt(2 * math.pi)
     if abs(beta - 1) < 1e-6:
         return (m * cdf + t * pdf).clamp(min=0)
     if abs(beta - 2) < 1e-6:
         return ((m**2 + t**2) * cdf + m * t * pdf).clamp(min=0)
     if abs(beta - 3) < 1e-6:
         return ((m**3 + 3 * m * t**2) * cdf + (m**2 * t + 2 * t**3) * pdf).clamp(min=0)
-    # Squared steps: the integrand starts as a fractional power, which an even grid would integrate badly.
+    # Steps grow from the start on: the integrand starts as a fractional power, which an even grid integrates badly.
     end = 10 + 2 * math.sqrt(beta)
     start = (-r).clamp(-end, end)[..., None]
     u = torch.linspace(0, 1, 129, dtype=m.dtype, device=m.device)
@@ -422,10 +428,10 @@ def select_gaussian(
     quantile: float = 0.99,
     margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The last page, and every page whose best token is likely to clear the threshold of the page mixture.
+    """The last page, and every page whose best token is likely to exceed the threshold of the page mixture.
 
-    A head wants a page of n tokens where (alpha-1) (mean + std Phi^-1(quantile^(1/n))) - tau + margin > 0. A page
-    is kept when any head of the group wants it. alpha = 1 has no zeros, so it wants every page.
+    A head selects a page of n tokens where (alpha-1) (mean + std Phi^-1(quantile^(1/n))) - tau + margin > 0. A page
+    is selected when any head of the group selects it. alpha = 1 has no zeros, so there every page is selected.
 
     Args:
         mean: [q_heads, pages], of the pages in use.
@@ -438,7 +444,7 @@ def select_gaussian(
         margin: in units of z; the larger, the more pages.
 
     Returns:
-        keep [kv_heads, pages], bool, and the left side of the rule, [q_heads, pages].
+        keep [kv_heads, pages], bool, and the left side of the inequality, [q_heads, pages].
     """
     n = torch.tensor(page_lengths(seq_len, page_size), device=mean.device, dtype=torch.float64)
     excess = torch.full_like(mean, math.inf, dtype=torch.float64)

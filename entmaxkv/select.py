@@ -1,6 +1,7 @@
-"""Selectors: what of the cache a query reads, by page or by token."""
+"""Selectors choose what a decode step reads of the cache: pages, or single tokens."""
 
 import math
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -8,81 +9,28 @@ import torch
 from torch import Tensor
 
 from entmaxkv import check, ops
-from entmaxkv.cache import PagedKVCache
+from entmaxkv.cache import NEEDS, Need, PagedKVCache
 from entmaxkv.check import is_count, is_number
-
-
-class PageSelector(Protocol):
-    """Anything that can choose pages for a query."""
-
-    def pages(
-        self,
-        q: Tensor,
-        cache: PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Chooses pages for every KV head.
-
-        Args:
-            q: [batch, q_heads, head_dim].
-            cache: what to choose from.
-            alpha: in [1, 2], or [q_heads] float32.
-            scale: default 1 / sqrt(head_dim).
-            alibi_slopes: [q_heads] float32 or None.
-
-        Returns:
-            selected: [batch, kv_heads, max_selected] int32, logical pages in ascending order, padded with -1.
-            counts: [batch, kv_heads] int32, pages selected.
-        """
-        ...
-
-
-class TokenSelector(Protocol):
-    """Anything that can choose single tokens for a query, and say what it left out."""
-
-    def tokens(
-        self,
-        q: Tensor,
-        cache: PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Chooses tokens for every KV head.
-
-        Args:
-            As those of `PageSelector.pages`.
-
-        Returns:
-            selected: [batch, kv_heads, max_selected] int32, positions in ascending order; behind counts anything.
-            counts: [batch, kv_heads] int32, tokens selected.
-            delta_bound: [batch, q_heads] float32, a proved upper bound of the dense weight of all other tokens: 0 where
-                none of them has any, 1 where nothing is known.
-        """
-        ...
-
-
-Selector = PageSelector | TokenSelector
+from entmaxkv.scoring import Scoring
 
 
 class Selection(NamedTuple):
-    """What a selector chose for a query.
+    """What a selector chose for a query. The other tokens are not read.
 
     Attributes:
-        selected: [batch, kv_heads, max_selected] int32, pages or token positions in ascending order.
-        counts: [batch, kv_heads] int32, how many of them count.
-        by_token: whether they are tokens.
-        delta_bound: [batch, q_heads] float32, see `TokenSelector.tokens`; None from a selector of pages.
+        selected: [batch, kv_heads, max_selected] int32, logical pages or token positions in ascending order. What
+            stands behind the first `counts` of them does not matter.
+        counts: [batch, kv_heads] int32, how many of them are chosen.
+        by_token: whether `selected` holds token positions.
+        delta_bound: [batch, q_heads] float32, a proved upper bound of the dense weight of all other tokens: 0 where
+            none of them has weight, 1 where nothing is known. None where the selector proves nothing itself. Then
+            `entmaxkv.certify` bounds the weight of pages by their statistics; of tokens it knows nothing.
     """
 
     selected: Tensor
     counts: Tensor
-    by_token: bool
-    delta_bound: Tensor | None
+    by_token: bool = False
+    delta_bound: Tensor | None = None
 
     def chosen(self, count: int) -> Tensor:
         """Which of the first `count` pages, or tokens, of a row were chosen: [batch, kv_heads, count] bool."""
@@ -99,95 +47,142 @@ class Selection(NamedTuple):
         return self.chosen(-(-tokens // page_size)).repeat_interleave(page_size, dim=2)[..., :tokens]
 
 
-def check_step(name: str, q: Tensor, cache: PagedKVCache, *, scale: float | None, alibi_slopes: Tensor | None) -> None:
-    """Refuses arguments of a decode step, or of a selector, that are not of the kind that the ops take."""
+class Selector(Protocol):
+    """What chooses the pages or tokens that a decode step reads.
+
+    `KeySketch`, `TopPages` and `Gaussian` are selectors. So is any object with these three members.
+
+    Example:
+        >>> class Newest:
+        ...     '''Reads the newest tokens of each row, and knows nothing of the others.'''
+        ...
+        ...     needs = frozenset()
+        ...
+        ...     def __init__(self, tokens):
+        ...         self.tokens = tokens
+        ...
+        ...     def dense_up_to(self, device_type):
+        ...         return 0
+        ...
+        ...     def select(self, q, cache, scoring):
+        ...         counts = cache.seq_lens.clamp(max=self.tokens)
+        ...         places = torch.arange(self.tokens, dtype=torch.int32, device=q.device)
+        ...         newest = (cache.seq_lens - counts)[:, None] + places
+        ...         selected = newest[:, None].repeat(1, cache.kv_heads, 1)
+        ...         return Selection(selected, counts[:, None].repeat(1, cache.kv_heads), by_token=True)
+        >>> from entmaxkv import decode
+        >>> cache = PagedKVCache(batch=1, max_tokens=64, kv_heads=2, head_dim=64)
+        >>> cache.append(torch.randn(1, 64, 2, 64), torch.randn(1, 64, 2, 64))
+        >>> out, info = decode(torch.randn(1, 4, 64), cache, select=Newest(10), return_info=True)
+        >>> info.tokens.tolist(), info.delta_bound.tolist()
+        ([[10, 10]], [[1.0, 1.0, 1.0, 1.0]])
+    """
+
+    @property
+    def needs(self) -> Set[str]:
+        """What a cache has to keep for this selector: any of "minmax", "moments" and "sketch"."""
+        ...
+
+    def dense_up_to(self, device_type: str) -> int:
+        """The room, in tokens, up to which a cache is read whole, because selecting from it takes longer.
+
+        Args:
+            device_type: where the cache is, such as "cpu" or "cuda".
+        """
+        ...
+
+    def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
+        """Chooses for every KV head.
+
+        Args:
+            q: [batch, q_heads, head_dim].
+            cache: what to choose from.
+            scoring: how the step scores tokens.
+        """
+        ...
+
+
+def check_step(name: str, q: Tensor, cache: PagedKVCache) -> None:
+    """Refuses a query or a cache that is none."""
     if not isinstance(cache, PagedKVCache):
         raise ValueError(f"{name}: cache: expected a PagedKVCache, got {check.described(cache)}")
     check.tensor(f"{name}: q", q, "[batch, q_heads, head_dim]")
-    if scale is not None and not is_number(scale):
-        raise ValueError(f"{name}: scale: expected a number or None, got {check.described(scale)}")
-    if alibi_slopes is not None:
-        check.tensor(f"{name}: alibi_slopes", alibi_slopes, "[q_heads]")
-
-
-def _chooses(select: object, what: str) -> bool:
-    return callable(getattr(select, what, None))
 
 
 def check_select(name: str, select: Selector | None) -> None:
-    """Refuses what can choose neither pages nor tokens, such as the class of a selector."""
-    able = _chooses(select, "tokens") or _chooses(select, "pages")
-    if select is not None and (isinstance(select, type) or not able):
-        expected = "a selector such as KeySketch(), or None"
-        raise ValueError(f"{name}: select: expected {expected}, got {check.described(select)}")
+    """Refuses what is no selector, such as the class of one."""
+    if select is None:
+        return
+    lacks = [method for method in ("dense_up_to", "select") if not callable(getattr(select, method, None))]
+    if isinstance(select, type) or lacks or not hasattr(select, "needs"):
+        why = "a class" if isinstance(select, type) else f"without {lacks[0]}()" if lacks else "without needs"
+        expected = "expected a selector such as KeySketch(), or None"
+        raise ValueError(f"{name}: select: {expected}, got {check.described(select)}, {why}")
 
 
-def split_alpha(name: str, alpha: float | Tensor, q: Tensor) -> tuple[float, Tensor | None]:
-    """alpha and head_alpha of the ops, from the one argument of the Python API."""
-    if isinstance(alpha, Tensor) and alpha.dim() == 1:
-        return 1.5, alpha
-    if isinstance(alpha, Tensor) or not is_number(alpha):
-        raise ValueError(f"{name}: alpha: expected a number or a tensor [q_heads], got {check.described(alpha)}")
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import
-
-        # An op is compiled anew for every value of a number. A number that has changed between calls therefore goes
-        # in as a tensor; of arithmetic on tensors the compiler keeps such numbers as variables.
-        if not has_static_value(alpha):
-            return 1.5, (torch.ones(q.shape[1], dtype=torch.float64, device=q.device) * alpha).float()
-    return float(alpha), None
+def kept_for(name: str, select: Selector | None) -> dict[str, bool]:
+    """What a cache has to keep for a selector, as keywords of `PagedKVCache`."""
+    needs: Set[str] = frozenset() if select is None else select.needs
+    if not (isinstance(needs, Set) and needs <= NEEDS.keys()):
+        expected = f"expected a set of any of {', '.join(NEEDS)}"
+        raise ValueError(f"{name}: select: {type(select).__name__}.needs: {expected}, got {check.described(needs)}")
+    return {need: need in needs for need in NEEDS}
 
 
-def selection(
-    select: Selector | None,
-    q: Tensor,
-    cache: PagedKVCache,
-    *,
-    alpha: float | Tensor,
-    scale: float | None,
-    alibi_slopes: Tensor | None,
-) -> Selection | None:
-    """What a selector chooses; None where the whole cache is to be read, as selecting does not pay."""
-    if select is None or cache.max_tokens <= dense_below(select, cache.k_pages.device.type):
+def selection(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection | None:
+    """What a selector chooses; None where the whole cache is to be read."""
+    if select is None:
         return None
-    by_token = _chooses(select, "tokens")
-    choose = select.tokens if by_token else select.pages  # type: ignore[union-attr]
-    chosen = choose(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
-    expected = ("selected", "counts", "delta_bound") if by_token else ("selected", "counts")
-    if not isinstance(chosen, tuple) or list(map(type, chosen)) != [Tensor] * len(expected):
-        raise ValueError(
-            f"{type(select).__name__}.{choose.__name__}: expected tensors {', '.join(expected)}, got "
-            f"{check.described(chosen)}"
-        )
-    return Selection(chosen[0], chosen[1], by_token, chosen[2] if by_token else None)
+    dense_up_to = select.dense_up_to(cache.k_pages.device.type)
+    if not is_count(dense_up_to):
+        expected = "expected a number of tokens, at least 0"
+        raise ValueError(f"{type(select).__name__}.dense_up_to: {expected}, got {check.described(dense_up_to)}")
+    if cache.max_tokens <= dense_up_to:
+        return None
+    found = select.select(q, cache, scoring)
+    if not isinstance(found, Selection):
+        raise ValueError(f"{type(select).__name__}.select: expected a Selection, got {check.described(found)}")
+    for name, value in (("selected", found.selected), ("counts", found.counts), ("delta_bound", found.delta_bound)):
+        if not (isinstance(value, Tensor) or (value is None and name == "delta_bound")):
+            expected = f"expected a tensor {name}"
+            raise ValueError(f"{type(select).__name__}.select: {expected}, got {check.described(value)}")
+    return found
 
 
-def dense_below(select: Selector, device: str) -> int:
-    """The `dense_below` of a selector, by its class and the device where it says None."""
-    own: int | None = getattr(select, "dense_below", 0)
-    return getattr(select, "DENSE_BELOW", {}).get(device, 0) if own is None else own
+class DenseBelow:
+    """The part of a selector that its field `dense_below` controls."""
 
+    dense_below: int | None
+    DENSE_BELOW: ClassVar[Mapping[str, int]]  # by device, where the field is None; bench/NOTES.md
 
-def check_dense_below(name: str, value: int | None) -> None:
-    if value is not None and not is_count(value):
-        raise ValueError(f"{name}: dense_below: expected a number of tokens, at least 0, or None, got {value!r}")
+    def _check_dense_below(self) -> None:
+        value = self.dense_below
+        if value is not None and not is_count(value):
+            expected = "expected a number of tokens, at least 0, or None"
+            raise ValueError(f"{type(self).__name__}: dense_below: {expected}, got {value!r}")
+
+    def dense_up_to(self, device_type: str) -> int:
+        """See `Selector.dense_up_to`."""
+        return self.DENSE_BELOW.get(device_type, 0) if self.dense_below is None else self.dense_below
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeySketch:
-    """The tokens whose weight the sketch of their keys cannot rule out: the result is that of dense decoding.
+class KeySketch(DenseBelow):
+    """Selects the tokens whose weight the sketch of their keys cannot rule out: the result is that of dense decoding.
 
-    Without `max_tokens` every token of the dense support is among them, which `DecodeInfo.certified` states for each
-    head. How many there are depends on the query: a head with a wide support reads more.
+    Without `max_tokens` every token of the dense support is selected, which `DecodeInfo.certified` states for each
+    head. How many tokens that takes depends on the query: a head with a wide support reads more.
 
     Attributes:
-        certainty: 1 proves. Less, such as 1 - 1e-9, takes the error of a score for the sum of random signs that the
-            rotation makes it: fewer tokens, each bound holds with that probability, and nothing is proved.
-        bits: 4 reads the second plane of the codes where the first leaves doubt; 2 reads the first alone.
-        max_tokens: most tokens per KV head whose keys are read, those to which their bounds leave most weight; the rest
-            goes into `DecodeInfo.delta_bound`. None: as many as it takes, which are all where alpha is 1.
-        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 65536 on a GPU, 0, so never, on the CPU.
+        certainty: 1 proves. A value below 1, such as 1 - 1e-9, assumes that the errors of a score add up like random
+            signs, which is what the rotation of the keys makes of them. Fewer tokens are selected then, each bound
+            holds with that probability, and nothing is proved.
+        bits: 4 reads plane 1 of the codes where plane 0 does not decide; 2 reads plane 0 alone.
+        max_tokens: most tokens per KV head whose keys are read. Of more candidates those are selected to which their
+            bounds leave most weight; `DecodeInfo.delta_bound` bounds the weight of the rest. None selects every
+            candidate: where alpha is 1 these are all tokens.
+        dense_below: a cache with room for at most so many tokens is decoded densely, to the bit as with `select=None`.
+            None stands for 65536 on a GPU and for 0, so never, on the CPU.
     """
 
     certainty: float = 1.0
@@ -195,7 +190,8 @@ class KeySketch:
     max_tokens: int | None = None
     dense_below: int | None = None
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 65536}  # by device; bench/NOTES.md
+    needs: ClassVar[Set[Need]] = frozenset({"sketch"})
+    DENSE_BELOW: ClassVar[Mapping[str, int]] = {"cuda": 65536}
 
     def __post_init__(self) -> None:
         if not (is_number(self.certainty) and 0 < self.certainty <= 1):
@@ -205,161 +201,129 @@ class KeySketch:
         most = self.max_tokens
         if most is not None and not (is_count(most) and most > 0):
             raise ValueError(f"KeySketch: max_tokens: expected a whole number of at least 1, or None, got {most!r}")
-        check_dense_below("KeySketch", self.dense_below)
+        self._check_dense_below()
 
-    def tokens(
-        self,
-        q: Tensor,
-        cache: PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TokenSelector.tokens`."""
-        check_step("KeySketch", q, cache, scale=scale, alibi_slopes=alibi_slopes)
-        if cache.codes is None or cache.norms is None:
-            raise ValueError(
-                "KeySketch: cache: expected a key sketch, got a cache made with sketch=False; use sketch=True"
-            )
-        alpha, head_alpha = split_alpha("KeySketch", alpha, q)
+    def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
+        """See `Selector.select`."""
+        check_step("KeySketch", q, cache)
+        codes, norms = cache.kept("sketch", by="KeySketch")
+        scoring = scoring.for_ops(q)
         selected, counts, delta_bound = ops.select_sketch(
             q,
             cache.k_pages,
-            cache.codes,
-            cache.norms,
+            codes,
+            norms,
             cache.page_table,
             cache.seq_lens,
-            alpha,
-            scale,
-            alibi_slopes,
-            head_alpha,
+            scoring.number,
+            scoring.scale,
+            scoring.alibi_slopes,
+            scoring.per_head,
             bits=self.bits,
             certainty=self.certainty,
             max_tokens=self.max_tokens,
         )
-        if self.certainty < 1:  # what the op bounds holds almost certainly, which is no proof
-            all_read = counts >= cache.seq_lens.clamp(max=cache.max_tokens)[:, None]
-            group = q.shape[1] // cache.kv_heads
-            delta_bound = all_read.logical_not().to(torch.float32).repeat_interleave(group, dim=1)
-        return selected, counts, delta_bound
+        # With less certainty the op's bounds are likely to hold, which proves nothing.
+        return Selection(selected, counts, by_token=True, delta_bound=delta_bound if self.certainty == 1 else None)
 
 
 @dataclass(frozen=True)
-class TopPages:
-    """The pages whose boxes promise most, under a budget: after arXiv 2605.21649, top-budget, with another rank.
+class TopPages(DenseBelow):
+    """Selects the pages of highest merit under a budget, after arXiv 2605.21649 (top-budget) with another merit.
 
-    A page's score is its upper bound with a fifth of the way to its lower bound taken off; its rank is its largest
-    share, over the heads of the group, in the softmax of a head's page scores. docs/accuracy.md compares others.
+    A page's score lies a fifth of the way from its upper to its lower bound. Its merit is its largest weight, over the
+    heads of the group, in the softmax of a head's page scores. docs/accuracy.md compares other merits.
 
     Attributes:
         budget: tokens per KV head whose keys are read, unless the cache is so small that it is decoded densely.
-        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 4096 on a GPU, 0, so never, on the CPU.
+        dense_below: a cache with room for at most so many tokens is decoded densely, to the bit as with `select=None`.
+            None stands for 4096 on a GPU and for 0, so never, on the CPU.
     """
 
     budget: int = 2048
     dense_below: int | None = field(default=None, kw_only=True)
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 4096}  # by device; bench/NOTES.md
-    LOWER: ClassVar[float] = 0.25  # of `score_pages`
+    needs: ClassVar[Set[Need]] = frozenset({"minmax"})
+    DENSE_BELOW: ClassVar[Mapping[str, int]] = {"cuda": 4096}
+    LOWER: ClassVar[float] = ops.CONSTANTS.rank_lower  # of `score_pages`
 
     def __post_init__(self) -> None:
         if not (is_count(self.budget) and self.budget > 0):
             raise ValueError(f"TopPages: budget: expected a whole number of at least 1 token, got {self.budget!r}")
-        check_dense_below("TopPages", self.dense_below)
+        self._check_dense_below()
 
-    def pages(
-        self,
-        q: Tensor,
-        cache: PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `PageSelector.pages`."""
-        check_step("TopPages", q, cache, scale=scale, alibi_slopes=alibi_slopes)
-        if cache.k_min is None or cache.k_max is None:
-            raise ValueError(
-                "TopPages: cache: expected page bounds, got a cache made with minmax=False; use minmax=True"
-            )
+    def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
+        """See `Selector.select`."""
+        check_step("TopPages", q, cache)
+        k_min, k_max = cache.kept("minmax", by="TopPages")
         scores = ops.score_pages(
             q,
-            cache.k_min,
-            cache.k_max,
+            k_min,
+            k_max,
             cache.page_table,
             cache.seq_lens,
             cache.page_size,
-            scale,
-            alibi_slopes,
+            scoring.scale,
+            scoring.alibi_slopes,
             self.LOWER,
         )
-        return ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget)
+        return Selection(*ops.select_pages(scores, cache.seq_lens, cache.kv_heads, cache.page_size, self.budget))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian:
-    """The pages that a Gaussian model of their scores expects to reach the threshold; the budget follows the query.
+class Gaussian(DenseBelow):
+    """Selects the pages that a Gaussian model of their scores expects to reach the threshold.
 
-    arXiv 2605.21649, Gaussian-aware selection, with the threshold of the page mixture.
+    How many these are depends on the query. This is the Gaussian-aware selection of arXiv 2605.21649, with the
+    threshold of the page mixture.
 
     Attributes:
-        quantile: between 0 and 1; a page counts as reaching the threshold when its best token does so at this
-            quantile of its distribution. Higher keeps more. The paper's is 0.95, which loses more of what stands in
-            single lines (docs/accuracy.md).
-        margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still kept. inf keeps all.
-        dense_below: a cache with room for no more tokens than that is decoded densely, to the bit as with
-            `select=None`. None: 16384 on a GPU, 0, so never, on the CPU.
+        quantile: between 0 and 1. A page counts as reaching the threshold when its best token does so at this quantile
+            of the token's distribution. Higher selects more. The paper's 0.95 loses more of the answers that stand in
+            a single line (docs/accuracy.md).
+        margin: how far below the threshold, in units of z = (alpha - 1) s, a page is still selected. inf selects all.
+        dense_below: a cache with room for at most so many tokens is decoded densely, to the bit as with `select=None`.
+            None stands for 16384 on a GPU and for 0, so never, on the CPU.
     """
 
     quantile: float = 0.99
     margin: float = 0.0
     dense_below: int | None = None
 
-    DENSE_BELOW: ClassVar[dict[str, int]] = {"cuda": 16384}  # by device; bench/NOTES.md
+    needs: ClassVar[Set[Need]] = frozenset({"moments"})
+    DENSE_BELOW: ClassVar[Mapping[str, int]] = {"cuda": 16384}
 
     def __post_init__(self) -> None:
         if not (is_number(self.quantile) and 0 < self.quantile < 1):
             raise ValueError(f"Gaussian: quantile: expected a number between 0 and 1, got {self.quantile!r}")
         if not is_number(self.margin) or math.isnan(self.margin):
             raise ValueError(f"Gaussian: margin: expected a number, got {self.margin!r}")
-        check_dense_below("Gaussian", self.dense_below)
+        self._check_dense_below()
 
-    def pages(
-        self,
-        q: Tensor,
-        cache: PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `PageSelector.pages`."""
-        check_step("Gaussian", q, cache, scale=scale, alibi_slopes=alibi_slopes)
-        if cache.k_mean is None or cache.k_std is None:
-            raise ValueError(
-                "Gaussian: cache: expected page moments, got a cache made with moments=False; use moments=True"
-            )
+    def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
+        """See `Selector.select`."""
+        check_step("Gaussian", q, cache)
+        k_mean, k_std = cache.kept("moments", by="Gaussian")
+        scoring = scoring.for_ops(q)
         mean, std = ops.score_gaussian(
             q,
-            cache.k_mean,
-            cache.k_std,
+            k_mean,
+            k_std,
             cache.page_table,
             cache.seq_lens,
             cache.page_size,
-            scale,
-            alibi_slopes,
+            scoring.scale,
+            scoring.alibi_slopes,
         )
-        alpha, head_alpha = split_alpha("Gaussian", alpha, q)
-        return ops.select_gaussian(
+        selected, counts = ops.select_gaussian(
             mean,
             std,
             cache.seq_lens,
             cache.kv_heads,
             cache.page_size,
-            alpha,
+            scoring.number,
             self.quantile,
             self.margin,
-            head_alpha,
+            scoring.per_head,
         )
+        return Selection(selected, counts)

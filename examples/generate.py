@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -118,10 +117,10 @@ def measured(
     """Every method's metrics in all layers, while the model decodes this text with dense attention."""
     found: dict[str, list[Metrics]] = {name: [] for name in methods}
 
-    def see(q: Tensor, paged: entmaxkv.PagedKVCache, options: dict[str, Any]) -> None:
+    def see(q: Tensor, paged: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> None:
         if measuring:
             for name, select in methods.items():
-                found[name].append(measure(q, paged, select=select, **options))
+                found[name].append(measure(q, paged, select=select, **vars(scoring)))
 
     cache.select = Watch(see)
     with Progress(console=console) as bar:

@@ -400,6 +400,11 @@ def token_mask(pages: Tensor, page_size: int, seq_len: int) -> Tensor:
     return pages.repeat_interleave(page_size, 1)[:, :seq_len]
 
 
+def tensors_in(tree: object) -> list[Tensor]:
+    """The tensors in a tuple of tuples, such as a `DecodeInfo` with its selection."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, draw, make_query
+from conftest import assert_same_bits, draw, make_query, tensors_in
 
 import entmaxkv
 from entmaxkv import PagedKVCache, reference
@@ -210,7 +210,7 @@ def assert_same_cache(got, want):
         results = []
         for cache in (got, want):
             out, info = entmaxkv.decode(q, cache, select=select, return_info=True)
-            results.append((out, *info))
+            results.append(tensors_in((out, info)))
         assert_same_bits(*results)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import entmaxkv
 from entmaxkv import certify, reference
-from entmaxkv.select import selection
+from entmaxkv.select import Selection
 
 PAGE = 16
 LENGTHS = [0, 1, 16, 17, 700]
@@ -20,17 +20,30 @@ LENGTHS = [0, 1, 16, 17, 700]
 class Everything:
     """A user's own selector of pages: it takes all."""
 
-    def pages(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
-        return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, alibi_slopes=alibi_slopes, scale=scale)
+    needs = frozenset({"minmax"})
+
+    def dense_up_to(self, device_type):
+        return 0
+
+    def select(self, q, cache, scoring):
+        return entmaxkv.TopPages(cache.max_tokens).select(q, cache, scoring)
 
 
 class Newest:
     """A user's own selector of tokens, the newest of each row, that knows nothing of the others."""
 
-    def tokens(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
+    needs = frozenset()
+
+    def __init__(self, *, says_so=True):
+        self.says_so = says_so
+
+    def dense_up_to(self, device_type):
+        return 0
+
+    def select(self, q, cache, scoring):
         newest = (cache.seq_lens - 1)[:, None, None].repeat(1, cache.kv_heads, 1)
         bound = (cache.seq_lens > 1).float()[:, None].repeat(1, q.shape[1])
-        return newest, (newest[..., 0] >= 0).int(), bound
+        return Selection(newest, (newest[..., 0] >= 0).int(), True, bound if self.says_so else None)
 
 
 SELECTORS = {
@@ -41,6 +54,7 @@ SELECTORS = {
     "gaussian": entmaxkv.Gaussian(dense_below=0),
     "everything": Everything(),
     "newest": Newest(),
+    "newest, without a bound": Newest(says_so=False),
     "sketch": entmaxkv.KeySketch(dense_below=0),
     "2 bits": entmaxkv.KeySketch(bits=2, dense_below=0),
     "20 tokens": entmaxkv.KeySketch(max_tokens=20, dense_below=0),
@@ -99,7 +113,7 @@ def check(q: Tensor, cache: entmaxkv.PagedKVCache, select: object, **options) ->
     assert info.certified.shape == info.delta_bound.shape == q.shape[:2]
     assert torch.equal(info.certified, info.delta_bound == 0)
     assert ((info.delta_bound >= 0) & (info.delta_bound <= 1)).all()
-    chosen = selection(select, q, cache, **{"alpha": 1.5, "scale": None, "alibi_slopes": None, **options})
+    chosen = info.selection
     for row, seq_len in enumerate(cache.seq_lens.tolist()):
         if seq_len == 0:
             assert info.certified[row].all()
@@ -171,8 +185,7 @@ def test_bounds_are_no_looser_than_they_are(device):
     select = entmaxkv.TopPages(352, dense_below=0)
     _, info = entmaxkv.decode(q, cache, select=select, return_info=True)
     k = reference.gather(cache.k_pages, cache.page_table[4], 700)
-    chosen = selection(select, q, cache, alpha=1.5, scale=None, alibi_slopes=None)
-    read = chosen.reads(700, PAGE)[4].repeat_interleave(2, 0)
+    read = info.selection.reads(700, PAGE)[4].repeat_interleave(2, 0)
     z = reference.scores(q[4], k) / 2
     want = (z - info.tau[4].double()[:, None]).clamp(min=0).square().masked_fill(read, 0).sum(-1).clamp(max=1)
     torch.testing.assert_close(info.delta_bound[4].double(), want, rtol=0.01, atol=1e-4)
@@ -254,19 +267,24 @@ def test_a_cap_counts_what_each_head_loses(device, most, alpha, depth, below):
     for order in ([0, 1], [1, 0]):
         its_q, its_heads = q[:, order].to(device), heads[order].to(device)
         select = entmaxkv.KeySketch(max_tokens=most, dense_below=0)
-        selected, counts, bound = select.tokens(its_q, cache, alpha=its_heads)
+        chosen = select.select(its_q, cache, entmaxkv.Scoring(alpha=its_heads))
         keys = k[0].to(device)
         _, p, _ = reference.attention(its_q[0], keys, keys, alpha=its_heads)
-        read = certify.Selection(selected, counts, True, bound).reads(400, PAGE)[0]
-        assert (p.masked_fill(read, 0).sum(-1) <= bound[0].double()).all()
+        read = chosen.reads(400, PAGE)[0]
+        assert (p.masked_fill(read, 0).sum(-1) <= chosen.delta_bound[0].double()).all()
 
 
 class Nothing:
     """A user's own selector that reads nothing."""
 
-    def pages(self, q, cache, *, alpha=1.5, scale=None, alibi_slopes=None):
+    needs = frozenset()
+
+    def dense_up_to(self, device_type):
+        return 0
+
+    def select(self, q, cache, scoring):
         counts = torch.zeros(len(q), cache.kv_heads, dtype=torch.int32, device=q.device)
-        return torch.full((*counts.shape, 1), -1, dtype=torch.int32, device=q.device), counts
+        return Selection(torch.full((*counts.shape, 1), -1, dtype=torch.int32, device=q.device), counts)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
@@ -292,7 +310,7 @@ def test_left_out_tokens_are_counted_by_page(device):
     cache = filled(normal(0), torch.float32, device)
     selected = torch.tensor([0, 43, -1], dtype=torch.int32, device=device).expand(len(LENGTHS), 2, 3)
     counts = torch.tensor([[0, 0], [1, 1], [1, 0], [1, 1], [2, 1]], dtype=torch.int32, device=device)
-    chosen = certify.Selection(selected, counts, False, None)
+    chosen = Selection(selected, counts)
     left_out = certify.tokens_left_out(chosen, cache)
     assert left_out.sum(-1).tolist() == [[0, 0], [0, 0], [0, 16], [1, 1], [700 - 16 - 12, 700 - 16]]
     assert left_out[4, 0, [0, 1, 42, 43]].tolist() == [0, 16, 16, 0]

@@ -334,18 +334,23 @@ QUERY = make_query(2, 4, 64)
 TOP, GAUSSIAN = entmaxkv.TopPages(budget=32), entmaxkv.Gaussian()
 
 SIZES = {"batch": 1, "max_tokens": 16, "kv_heads": 1, "head_dim": 64}
-PAGES = types.SimpleNamespace(pages=3)
+HALF = types.SimpleNamespace(select=3)
 
 
 def step(function: Callable, own: entmaxkv.PagedKVCache, **wrong: object) -> object:
     return function(wrong.pop("q", QUERY), wrong.pop("cache", own), **wrong)
 
 
+def select(selector: entmaxkv.Selector, own: entmaxkv.PagedKVCache, **wrong: object) -> object:
+    tensors = wrong.pop("q", QUERY), wrong.pop("cache", own)
+    return selector.select(*tensors, entmaxkv.Scoring(**wrong))
+
+
 STEPS = {
     "decode": functools.partial(step, entmaxkv.decode),
-    "KeySketch": functools.partial(step, entmaxkv.KeySketch().tokens),
-    "TopPages": functools.partial(step, TOP.pages),
-    "Gaussian": functools.partial(step, GAUSSIAN.pages),
+    "KeySketch": functools.partial(select, entmaxkv.KeySketch()),
+    "TopPages": functools.partial(select, TOP),
+    "Gaussian": functools.partial(select, GAUSSIAN),
 }
 # Arguments of every step of decoding, and what is no value of theirs.
 WRONG = {
@@ -389,15 +394,19 @@ PYTHON = [
         for value in (True, 16.0, "16", None)
     ),
     *(
-        (f"{who}: {name} {value!r}"[:40], f"{who}: {name}", {}, lambda c, f=call, n=name, v=value: f(c, **{n: v}))
+        (
+            f"{who}: {name} {value!r}"[:40],
+            f"{who if who == 'decode' or name in ('q', 'cache') else 'Scoring'}: {name}",
+            {},
+            lambda c, f=call, n=name, v=value: f(c, **{n: v}),
+        )
         for who, call in STEPS.items()
         for name, values in WRONG.items()
         for value in values
-        if not (who == "TopPages" and name == "alpha")  # which it does not look at
     ),
     *(
         (f"select {value!r}"[:40], "decode: select", {}, lambda c, v=value: entmaxkv.decode(QUERY, c, select=v))
-        for value in (entmaxkv.KeySketch, "KeySketch", 2048, 0, True, object(), [entmaxkv.KeySketch()], PAGES)
+        for value in (entmaxkv.KeySketch, "KeySketch", 2048, 0, True, object(), [entmaxkv.KeySketch()], HALF)
     ),
     ("query of another rank", "q", {}, lambda c: entmaxkv.decode(QUERY[0], c)),
     ("query heads not a multiple", "q_heads", {}, lambda c: entmaxkv.decode(QUERY[:, :3], c)),

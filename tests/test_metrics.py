@@ -31,11 +31,11 @@ def kept(select, q, cache, b, seq_len, **options):
     """keep [kv_heads, seq_len] of one row, token by token."""
     keep = torch.zeros(cache.kv_heads, seq_len, dtype=torch.bool)
     if isinstance(select, entmaxkv.KeySketch):
-        selected, counts, _ = select.tokens(q, cache, **options)
+        selected, counts, *_ = select.select(q, cache, entmaxkv.Scoring(**options))
         for head in range(cache.kv_heads):
             keep[head, selected[b, head, : counts[b, head]].long()] = True
         return keep
-    selected, counts = select.pages(q, cache, **options)
+    selected, counts, *_ = select.select(q, cache, entmaxkv.Scoring(**options))
     for head in range(cache.kv_heads):
         for page in selected[b, head, : counts[b, head]].tolist():
             keep[head, page * cache.page_size : (page + 1) * cache.page_size] = True
@@ -80,7 +80,7 @@ def test_against_the_oracle(select, alpha, slopes):
     if isinstance(select, entmaxkv.KeySketch):
         refined = torch.zeros_like(found.tokens)
         if select.bits == 4:
-            refined = entmaxkv.KeySketch(bits=2).tokens(q, cache, **options)[1]
+            refined = entmaxkv.KeySketch(bits=2).select(q, cache, entmaxkv.Scoring(**options)).counts
         assert torch.equal(found.refined, refined)
         sampled = 1 + 100 + 2 * 64  # two heads
         index_bytes = 2 * (sum(lengths) * (16 + 2) + sampled * 64 * 4) + int(refined.sum()) * (16 + 1)

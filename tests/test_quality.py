@@ -255,12 +255,13 @@ def cache():
 
 def test_merits_rank_as_the_library_does(cache):
     q = draw(1, 2, 64, seed=2)  # groups of one head
-    got, want = (select.pages(q, cache) for select in (tune.Merit("box at 0.6", 128), entmaxkv.TopPages(128)))
+    ways = tune.Merit("box at 0.6", 128), entmaxkv.TopPages(128)
+    got, want = (select.select(q, cache, entmaxkv.Scoring())[:2] for select in ways)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     q = draw(1, 8, 64, seed=2) * torch.logspace(0, 1, 4).repeat(2)[:, None]
-    taken = entmaxkv.TopPages(128).pages(q, cache)[0].long()
+    taken = entmaxkv.TopPages(128).select(q, cache, entmaxkv.Scoring()).selected.long()
     for name, same in (("all", True), ("best", False)):
-        merits = tune.Merit(f"box at 0.6 - {name}", 128).merits(q, cache)
+        merits = tune.Merit(f"box at 0.6 - {name}", 128).merits(q, cache, entmaxkv.Scoring())
         worst, rest = merits.gather(2, taken).amin(2), merits.scatter(2, taken, -torch.inf).amax(2)
         assert (worst > rest - 0.06).all() == same  # in z, as far as the op's exp and log are not the exact ones
 
@@ -268,7 +269,7 @@ def test_merits_rank_as_the_library_does(cache):
 def test_merits_select_pages(cache):
     q = draw(1, 8, 64, seed=2)
     for name in tune.MERITS:
-        pages, counts = tune.Merit(name, 128).pages(q, cache)
+        pages, counts, *_ = tune.Merit(name, 128).select(q, cache, entmaxkv.Scoring())
         assert (
             pages.shape == (1, 2, 8)
             and (counts == 8).all()

@@ -192,12 +192,12 @@ def test_select_pages_goes_by_shares():
         assert keep[0].nonzero().flatten().tolist() == want, budget
 
 
-def test_page_log_share_is_about_the_logarithm_of_a_share():
+def test_page_log_softmax_is_about_the_logarithm_of_the_softmax():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 4, 700, generator=generator) * torch.logspace(-1, 1.5, 12).view(3, 4, 1)
-    off = reference.page_log_share(scores) - scores.double().log_softmax(-1)
+    off = reference.page_log_softmax(scores) - scores.double().log_softmax(-1)
     assert ((off.amax((1, 2)) - off.amin((1, 2))) < 0.12).all()
-    assert (reference.page_log_share(scores).amax((1, 2)) == 0).all()
+    assert (reference.page_log_softmax(scores).amax((1, 2)) == 0).all()
 
 
 def test_select_pages_gives_ties_to_the_lower_page():

@@ -227,13 +227,14 @@ def test_batches_that_overlap():
 class AppendsMeanwhile:
     """A selector beside which another thread appends."""
 
-    def __init__(self, cache: entmaxkv.PagedKVCache, select: entmaxkv.KeySketch | entmaxkv.TopPages):
-        self.cache, self.select = cache, select
-        method = "tokens" if isinstance(select, entmaxkv.KeySketch) else "pages"
-        setattr(self, method, self.choose)
+    def __init__(self, cache: entmaxkv.PagedKVCache, selector: entmaxkv.Selector):
+        self.cache, self.selector, self.needs = cache, selector, selector.needs
 
-    def choose(self, q: Tensor, cache: entmaxkv.PagedKVCache, **options: object) -> tuple[Tensor, ...]:
-        chosen = getattr(self.select, "tokens" if hasattr(self.select, "tokens") else "pages")(q, cache, **options)
+    def dense_up_to(self, device_type: str) -> int:
+        return self.selector.dense_up_to(device_type)
+
+    def select(self, q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> entmaxkv.Selection:
+        chosen = self.selector.select(q, cache, scoring)
         self.cache.append(draw(1, 40, KV_HEADS, HEAD_DIM, seed=5), draw(1, 40, KV_HEADS, HEAD_DIM, seed=6))
         return chosen
 

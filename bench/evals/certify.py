@@ -23,8 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from entmaxkv import Gaussian, KeySketch, PagedKVCache, TopPages, decode, metrics, reference
-from entmaxkv.select import Selector, selection
+from entmaxkv import Gaussian, KeySketch, PagedKVCache, Scoring, Selector, TopPages, decode, metrics, reference
 
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.files import load
@@ -39,7 +38,7 @@ EXACT: dict[str, Selector | None] = {
     "2 bits": KeySketch(bits=2, dense_below=0),
     "1 - 1e-9": KeySketch(certainty=1 - 1e-9, dense_below=0),
 }
-OPTIONS = {"alpha": 1.5, "scale": None, "alibi_slopes": None}
+ALPHA = 1.5
 SEARCH = 4  # steps that the search for settings of equal bytes looks at
 HALVINGS = 14
 
@@ -161,20 +160,19 @@ def evaluate(
         s = reference.scores(queries, steps.k).view(kv_heads, rows, group, tokens).transpose(0, 1)
         seen = torch.arange(tokens, device=q.device) < seq_lens[:, None]
         s = s.masked_fill(~seen[:, None, None], -torch.inf)
-        p, _ = reference.entmax(s, OPTIONS["alpha"])
+        p, _ = reference.entmax(s, ALPHA)
         dense, of_dense = decode(q, cache, return_info=True)
         for name, select in selectors.items():
             out, info = decode(q, cache, select=select, return_info=True)
-            chosen = selection(select, q, cache, **OPTIONS)
-            keep = seen[:, None] if chosen is None else chosen.reads(tokens, PAGE_SIZE)
+            keep = seen[:, None] if info.selection is None else info.selection.reads(tokens, PAGE_SIZE)
             left = ~keep[:, :, None]
             misses = ((p > 0) & left).sum(-1)
             delta = p.masked_fill(~left, 0).sum(-1)
             weight = p
             if misses.any():
-                weight, _ = reference.entmax(s.masked_fill(left, -torch.inf), OPTIONS["alpha"])
+                weight, _ = reference.entmax(s.masked_fill(left, -torch.inf), ALPHA)
             values = int((weight > 0).any(dim=2).sum())
-            refined, index_bytes = metrics.index(select, q, cache)
+            refined, index_bytes = metrics.index(select, q, cache, Scoring(alpha=ALPHA))
             bound = info.delta_bound.view_as(delta).double()
             wrong = (delta > bound + 1e-12) | (info.certified.view_as(misses) & (misses > 0))
             off = (out.double() - dense.double()).norm(dim=-1) / dense.double().norm(dim=-1)
@@ -325,7 +323,7 @@ def main() -> None:
         with Progress(console=console) as bar:
             rows += [row | {"keys": keys, "tokens": tokens} for row in at_equal_bytes(steps, args.max_tokens, bar)]
     show(rows, console)
-    shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": OPTIONS["alpha"]}
+    shape = {"dtype": args.dtype, "head_dim": steps.k.shape[2], "alpha": ALPHA}
     if args.activations:
         shape["file"] = args.activations.name
     report({"machine": machine(args.device), "shape": shape, "rows": rows}, args, console)

@@ -3,7 +3,7 @@
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ def load(path: Path, device: str) -> PreTrainedModel:
     """Loads the model, in bf16 on a GPU and in fp32 on the CPU."""
     disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation=entmaxkv.hf.NAME, dtype=dtype)
+    model.to(device)
     if device == "cuda" and model.config.entmax_alpha != 1 and find_spec("adasplash"):
         fix_launches()
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 class Decoded(NamedTuple):
@@ -50,7 +52,7 @@ class Context:
         self.model = model
         self.rows, self.tokens = read.shape
         self.cache = entmaxkv.hf.EntmaxCache(model.config, self.tokens + room, batch=self.rows)
-        self.layers: list[entmaxkv.hf.EntmaxLayer] = list(self.cache.layers)
+        self.layers = self.cache.paged_layers
         if self.tokens % self.layers[0].page_size:
             raise ValueError(f"expected a context of whole pages of {self.layers[0].page_size}, got {self.tokens}")
         with torch.no_grad():

@@ -120,7 +120,7 @@ def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str,
     layers = itertools.cycle(range(len(context.layers)))
     at = {(2 * i + 1) * STEPS // (2 * PROBED_STEPS) for i in range(PROBED_STEPS)}
 
-    def see(q: Tensor, cache: entmaxkv.PagedKVCache, options: dict[str, Any]) -> None:
+    def see(q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> None:
         layer = next(layers)
         if step not in at:
             return
@@ -128,7 +128,7 @@ def probed(context: Context, suite: Suite, methods: dict[str, Any]) -> dict[str,
         rows.batch = min(PROBED_ROWS, cache.batch)
         rows.page_table, rows.seq_lens = cache.page_table[: rows.batch], cache.seq_lens[: rows.batch]
         for name, select in methods.items():
-            found[name][layer].append(measure(q[: rows.batch], rows, select=select, **options))
+            found[name][layer].append(measure(q[: rows.batch], rows, select=select, **vars(scoring)))
 
     stepper = Stepper(context, Watch(see), eager=True)
     follows = tensor(suite.follows, context.model.device)

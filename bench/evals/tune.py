@@ -69,30 +69,29 @@ class Merit:
     name: str
     budget: int
 
-    def pages(self, q: Tensor, cache: entmaxkv.PagedKVCache, **options: Any) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.PageSelector.pages`."""
-        merits = self.merits(q, cache, **options)
+    needs = frozenset({"minmax", "moments"})
+
+    def dense_up_to(self, device_type: str) -> int:
+        """See `entmaxkv.Selector.dense_up_to`."""
+        return 0
+
+    def select(self, q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> entmaxkv.Selection:
+        """See `entmaxkv.Selector.select`."""
+        merits = self.merits(q, cache, scoring)
         kept = min(merits.shape[2], max(1, self.budget // cache.page_size))
         selected = merits.topk(kept).indices.sort().values.int()
-        return selected, torch.full(selected.shape[:2], kept, dtype=torch.int32, device=q.device)
+        counts = torch.full(selected.shape[:2], kept, dtype=torch.int32, device=q.device)
+        return entmaxkv.Selection(selected, counts)
 
-    def merits(
-        self,
-        q: Tensor,
-        cache: entmaxkv.PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> Tensor:
+    def merits(self, q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> Tensor:
         """The merits [batch, kv_heads, max_pages] float64: inf for the last page, -inf for pages after it."""
-        table = cache.page_table, cache.seq_lens, cache.page_size, scale, alibi_slopes
+        table = cache.page_table, cache.seq_lens, cache.page_size, scoring.scale, scoring.alibi_slopes
         bound = ops.score_pages(q, cache.k_min, cache.k_max, *table).double()
         least = -ops.score_pages(-q, cache.k_min, cache.k_max, *table).double()
         mean, std = (x.double() for x in ops.score_gaussian(q, cache.k_mean, cache.k_std, *table))
         first = cache.page_size * torch.arange(cache.page_table.shape[1], device=q.device)
         left = cache.seq_lens[:, None, None] - first
-        gap = float(alpha) - 1
+        gap = float(scoring.alpha) - 1
         bound, least, mean = (torch.where(left > 0, gap * x, UNUSED) for x in (bound, least, mean))
         std = torch.where(left > 0, gap * std, 0.0)
         counts = left.clamp(0, cache.page_size).double()

@@ -7,13 +7,13 @@ Importing this module registers the attention implementation `entmaxkv` and its 
     cache = entmaxkv.hf.EntmaxCache(model.config, max_tokens=16384, select=entmaxkv.KeySketch())
     model.generate(**inputs, past_key_values=cache)
 
-alpha is `config.entmax_alpha` or `EntmaxCache(alpha=...)`; where neither states it, the call raises. A config.json that
-says `"attn_implementation": "entmaxkv"` makes plain `from_pretrained(path)` load the model right, or fail where this
-module was not imported.
+alpha is `config.entmax_alpha` or `EntmaxCache(alpha=...)`. Where neither states it, the call raises. A config.json may
+say `"attn_implementation": "entmaxkv"`. Then plain `from_pretrained(path)` loads the model with this implementation,
+and fails where this module was not imported.
 
-Decode steps (one query) use `select`; prefill is exact. To train, or to read a whole prompt at once, AdaSplash takes
-alpha = 1.5 on a GPU, and PyTorch alpha = 1. Where alpha is 1, layers with windows, chunks or masks of their own run in
-PyTorch's attention and keep transformers' own cache. What neither can do raises, with its name.
+Decode steps (one query) use `select`; prefill is exact. Training, and reading a whole prompt at once, use AdaSplash
+where alpha is 1.5 on a GPU, and PyTorch where alpha is 1. Where alpha is 1, layers with windows, chunks or masks of
+their own run in PyTorch's attention and keep transformers' own cache. Anything else raises, and the message names it.
 """
 
 from torch.nn.modules.module import register_module_module_registration_hook

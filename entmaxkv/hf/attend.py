@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import entmaxkv
-from entmaxkv.hf.layer import DTYPES, announced, needs
+from entmaxkv.cache import DTYPES, MAX_HEAD_DIM
+from entmaxkv.hf.layer import announced
 from entmaxkv.hf.masking import PADDING
 from entmaxkv.hf.models import alpha_of, refuse_keywords
 from entmaxkv.hf.whole import lacks, whole
@@ -15,8 +16,8 @@ from entmaxkv.hf.whole import lacks, whole
 # Query rows per call of the dense kernel in prefill: enough to keep every thread busy, few enough that the
 # page table, repeated for each row, stays small.
 PREFILL_ROWS = 1024
-# And few enough that the kernel's workspace stays below a gigabyte: on a GPU about 9 bytes for each query head and slot
-# of a row's page table.
+# Query heads times tokens of a row's page table, for all rows of a call. A GPU kernel's workspace takes about 9 bytes
+# for each, so this keeps it below a gigabyte.
 PREFILL_SLOTS = 100_000_000
 
 
@@ -45,15 +46,15 @@ def attention(
         scaling: Factor of the scores; 1/sqrt(head_dim) where None.
         dropout: Must be 0.
         is_causal: Must not be False, nor `module.is_causal`.
-        sliding_window: Tokens that a query sees. It may not see older ones, unless attention_mask is a pattern.
-        keywords: Those that may change scores must be None or False.
+        sliding_window: Tokens that a query sees. There may be no older tokens, unless attention_mask is a pattern.
+        keywords: Must be None or False, unless it is known that they change no score.
 
     Returns:
         The output [batch, tokens, q_heads, head_dim of value], and None in place of the weights.
 
     Raises:
-        ValueError: something is asked for that entmaxkv does not do; the message names it.
-        RuntimeError: gradients are recorded where nothing computes them, or keys of `EntmaxCache` were changed.
+        ValueError: an argument asks for something that entmaxkv does not do; the message names it.
+        RuntimeError: gradients are recorded where nothing computes them, or the model changed keys of `EntmaxCache`.
     """
     step = announced(key, value)
     layer = None if step is None else step.layer
@@ -118,7 +119,11 @@ def attention(
 
 
 def _told_apart(mask: Tensor | None, batch: int, tokens: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """The padding mask [batch, keys] bool or the pattern [batch, 1, 1 or tokens, keys] that an attention_mask is."""
+    """Tells a padding mask from a pattern.
+
+    Returns:
+        The padding mask [batch, keys] bool, or None; and the pattern [batch, 1, 1 or tokens, keys] bool, or None.
+    """
     if mask is None:
         return None, None
     if mask.dtype == PADDING and mask.shape == (batch, 1, 1, keys):
@@ -133,7 +138,7 @@ def _told_apart(mask: Tensor | None, batch: int, tokens: int, keys: int) -> tupl
 
 
 def _described(module: nn.Module, sliding_window: int | None) -> str:
-    """Why a layer has a mask of its own."""
+    """Says why a layer has a mask of its own."""
     chunk = getattr(module.config, "attention_chunk_size", None)
     if sliding_window is not None:
         return f"a sliding window of {sliding_window} tokens and older keys"
@@ -143,7 +148,11 @@ def _described(module: nn.Module, sliding_window: int | None) -> str:
 
 
 def _real_first(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of a mask [batch, tokens], those of real tokens first, and the count of these [batch]."""
+    """Orders the positions of a mask [batch, tokens]: real tokens first.
+
+    Returns:
+        The positions [batch, tokens], and how many tokens of each row are real [batch] int32.
+    """
     return mask.logical_not().byte().argsort(dim=1, stable=True), mask.sum(dim=1, dtype=torch.int32)
 
 
@@ -162,12 +171,22 @@ def _scatter(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
 def _paged(key: Tensor, value: Tensor, lengths: Tensor | None) -> entmaxkv.PagedKVCache:
     """A cache that holds just these keys and values [batch, kv_heads, tokens, head_dim]."""
     batch, kv_heads, tokens, head_dim = key.shape
-    if key.dtype not in DTYPES or head_dim > 256:
+    if key.dtype not in DTYPES or head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            "entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most 256 dimensions, got "
-            f"{key.dtype} and {head_dim}"
+            f"entmaxkv attention: expected keys of float32, float16 or bfloat16 and at most {MAX_HEAD_DIM} dimensions, "
+            f"got {key.dtype} and {head_dim}"
         )
-    cache = entmaxkv.PagedKVCache(batch, tokens, kv_heads, head_dim, dtype=key.dtype, device=key.device, **needs(None))
+    cache = entmaxkv.PagedKVCache(
+        batch,
+        tokens,
+        kv_heads,
+        head_dim,
+        dtype=key.dtype,
+        device=key.device,
+        minmax=False,
+        moments=False,
+        sketch=False,
+    )
     cache.append(key.transpose(1, 2), value.transpose(1, 2), lengths)
     return cache
 
@@ -180,7 +199,7 @@ def _dense(
     Args:
         query: [batch, q_heads, tokens, head_dim], real tokens first.
         cache: Holds the keys and values of these tokens already.
-        lengths: Real tokens of each row [batch] int32; all where None.
+        lengths: [batch] int32, the real tokens of each row; None where all are real.
         alpha: The entmax parameter.
         scale: Factor of the scores.
 

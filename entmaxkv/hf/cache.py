@@ -7,17 +7,19 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from entmaxkv.cache import DTYPES, check_page_size
 from entmaxkv.check import is_count
-from entmaxkv.hf.layer import DTYPES, EntmaxLayer, tokens_to_keep
+from entmaxkv.hf.layer import EntmaxLayer, tokens_to_keep
 from entmaxkv.hf.models import alpha_of
-from entmaxkv.select import Selector, check_select
+from entmaxkv.select import Selector, check_select, kept_for
 
 
 class EntmaxCache(Cache):
     """A transformers cache that keeps the keys and values of full-attention layers in pages.
 
-    Rows of a padded batch hold their real tokens only. Memory is allocated at the first forward pass. Layers with
-    windows, in chunks or of linear attention keep transformers' own cache; a window that is never left counts as full.
+    Rows of a padded batch hold only their real tokens. Memory is allocated at the first forward pass. Layers with
+    windows, in chunks or with linear attention keep transformers' own cache. A layer whose window is at least
+    max_tokens counts as full attention.
 
     Args:
         config: The model's configuration.
@@ -25,8 +27,8 @@ class EntmaxCache(Cache):
         alpha: alpha of the attention in [1, 2]; `config.entmax_alpha` where None.
         batch: Rows; those of the first forward pass where None.
         page_size: Tokens of a page.
-        select: Selector of the decode steps; None reads the whole cache. May be changed at any time: the cache keeps
-            what its selectors so far look at, and makes it anew for another one.
+        select: Selector of the decode steps; None reads the whole cache. It may be changed at any time. The cache keeps
+            what its selectors so far need, and computes what a new one needs from the tokens that are there.
         dtype: dtype of the cache; that of the keys where None.
         device: Device of the cache; that of the keys where None.
 
@@ -56,18 +58,18 @@ class EntmaxCache(Cache):
         for name, value, least in (("max_tokens", max_tokens, 1), ("batch", 1 if batch is None else batch, 1)):
             if not is_count(value) or value < least:
                 raise ValueError(f"EntmaxCache: {name}: expected a whole number of at least {least}, got {value!r}")
-        if page_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"EntmaxCache: page_size: expected 8, 16, 32, 64 or 128, got {page_size!r}")
+        check_page_size("EntmaxCache", page_size)
         if dtype not in (None, *DTYPES):
             raise ValueError(f"EntmaxCache: dtype: expected float32, float16, bfloat16 or None, got {dtype!r}")
         check_select("EntmaxCache", select)
+        kept_for("EntmaxCache", select)  # raises where it cannot be kept
         self._config = config = config.get_text_config(decoder=True)
         self.max_tokens, self.alpha = max_tokens, alpha_of(config, alpha)
         layers = _transformers_layers(config)
         across = getattr(config, "cross_attention_layers", None) or ()
 
         def fits(index: int) -> bool:
-            """Whether a layer looks at all of at most max_tokens tokens, and at no others."""
+            """Whether a layer reads all tokens, up to max_tokens of them, and reads nothing else."""
             kind = type(layers[index])
             window = layers[index].sliding_window if kind is DynamicSlidingWindowLayer else max_tokens
             return kind in (DynamicLayer, DynamicSlidingWindowLayer) and window >= max_tokens and index not in across
@@ -97,16 +99,15 @@ class EntmaxCache(Cache):
             )
             self.paged_layers.append(layers[index])
         self.paged_layers[0].checks_masks = True
-        # The states of linear layers that took part in the last step, and all linear layers that ever did; the layer
-        # that was called last; the appends before the last step.
-        self._touched: set[tuple] = set()
-        self._linear: set[int] = set()
-        self._at, self._appends = -1, 0
+        self._touched: set[tuple[Any, ...]] = set()  # states of linear layers that took part in the last step
+        self._linear: set[int] = set()  # linear layers that took part in any step
+        self._at = -1  # the layer that was called last
+        self._appends = 0  # of the first paged layer, before the last step
         super().__init__(layers=layers)
         self._attention_layers = self._layers_of_attention()
 
     def _layers_of_attention(self) -> list[Any]:
-        """The layers whose tokens every step extends, in order."""
+        """The layers that get new tokens in every step, in order."""
         across = getattr(self._config, "cross_attention_layers", None) or ()
         layers = enumerate(self.layers)
         return [layer for index, layer in layers if isinstance(layer, CacheLayerMixin) and index not in across]
@@ -128,6 +129,7 @@ class EntmaxCache(Cache):
     @select.setter
     def select(self, select: Selector | None) -> None:
         check_select("EntmaxCache", select)
+        kept_for("EntmaxCache", select)  # raises where it cannot be kept
         for layer in self.paged_layers:
             layer.read_by(select)
 
@@ -137,7 +139,7 @@ class EntmaxCache(Cache):
         """Announces a layer's new tokens; see `EntmaxLayer.update`.
 
         Raises:
-            RuntimeError: the last step was interrupted, so that some layers have done it and others have not.
+            RuntimeError: the last step was interrupted: some layers have done it and others have not.
             ValueError: the model has more layers than the cache.
         """
         if layer_idx >= len(self.layers):
@@ -158,9 +160,9 @@ class EntmaxCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def _touch(self, layer_idx: int, *state: Any) -> None:
-        """Notes that a state of linear attention, which has no length, takes part in a step.
+        """Notes that a state of linear attention takes part in a step. Such a state has no length to look at.
 
-        An earlier layer than the last one that was called, or the same state again, starts a new step.
+        A new step starts where an earlier layer is called than the one before, or the same state a second time.
         """
         if layer_idx < self._at or (layer_idx, *state) in self._touched:
             self._check_last_step(linear=True)
@@ -201,12 +203,12 @@ class EntmaxCache(Cache):
         """Removes the newest tokens of every row.
 
         Args:
-            tokens_to_remove: minus their number. A positive number is the number of tokens to keep, padding included;
-                it also makes layers equal that an interrupted step has left at different lengths.
+            tokens_to_remove: a negative number removes so many tokens. A positive number is the number of tokens to
+                keep, padding included. After an interrupted step it gives all layers the same length.
 
         Raises:
-            RuntimeError: a window has let go of what would have to come back. Calling `activate_past_recording()`
-                before the tokens come that are to be removed prevents that.
+            RuntimeError: a full window has dropped tokens that would have to come back. Call
+                `activate_past_recording()` before the tokens are read that are to be removed.
         """
         keep = tokens_to_keep(self.get_seq_length(), int(tokens_to_remove))  # some versions pass a tensor
         others: list[tuple[Any, int]] = [
@@ -225,14 +227,14 @@ class EntmaxCache(Cache):
             if held > keep:
                 layer.crop(keep - held)
             elif hasattr(layer, "record_past"):
-                layer.crop(0)  # lets go of the past that it has recorded to be cropped
+                layer.crop(0)  # drops the past that it has recorded
         for layer in self.paged_layers:
             layer.keep(keep)
         self._forget_steps()
 
 
 def _transformers_layers(config: PreTrainedConfig) -> list[Any]:
-    """The layers of transformers' own cache for a model."""
+    """The layers that transformers' own cache has for a model."""
     try:
         return list(DynamicCache(config=config).layers)
     except (KeyError, TypeError) as error:

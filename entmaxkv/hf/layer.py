@@ -1,4 +1,4 @@
-"""One layer of `EntmaxCache`, and the new tokens on their way through a model to the attention function."""
+"""One layer of `EntmaxCache`, and what carries its new tokens through a model to the attention function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 import entmaxkv
-from entmaxkv.select import Selector
-
-DTYPES = torch.float32, torch.float16, torch.bfloat16
-
-
-def needs(select: Selector | None) -> dict[str, bool]:
-    """What a `PagedKVCache` has to keep for a selector; everything for one that is not the library's."""
-    known = {"minmax": entmaxkv.TopPages, "moments": entmaxkv.Gaussian, "sketch": entmaxkv.KeySketch}
-    theirs = not (select is None or isinstance(select, tuple(known.values())))
-    return {name: theirs or isinstance(select, kind) for name, kind in known.items()}
+from entmaxkv.cache import DTYPES, MAX_HEAD_DIM
+from entmaxkv.select import Selector, kept_for
 
 
 class Step:
-    """The new tokens of one `EntmaxLayer.update`, which wait for the attention function to append them.
+    """The new tokens of one `EntmaxLayer.update`. The attention function appends them later.
 
     Attributes:
         layer: the cache layer.
-        number: which of the layer's updates it is.
+        number: the updates of the layer up to this one.
         key, value: [batch, kv_heads, tokens, head_dim].
         appended: whether the tokens are in the pages.
     """
@@ -36,15 +28,15 @@ class Step:
 
     @property
     def keys(self) -> int:
-        """Tokens in the cache once these are in it."""
+        """Tokens that the cache holds once these are appended."""
         return self.layer.seen + (0 if self.appended else self.key.shape[2])
 
 
 class Announced(Tensor):
     """The keys or the values of a `Step`, for entmaxkv's attention function alone.
 
-    They are the new tokens and not those of the whole cache. So anything else that computes with them, such as another
-    attention implementation, would forget the past: it raises instead.
+    They are the new tokens alone, not those of the whole cache. Anything else that computes with them, such as another
+    attention implementation, would miss the earlier tokens. So it raises.
     """
 
     step: Step
@@ -57,9 +49,9 @@ class Announced(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answers what is asked about shape, dtype, device and the like, and refuses whatever makes a new tensor."""
+        """Answers questions about shape, dtype, device and the like, and refuses functions that make a new tensor."""
         cause = None
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -82,7 +74,7 @@ def announced(key: Tensor, value: Tensor) -> Step | None:
     """The step whose keys and values an attention function was given; None where they come from another cache.
 
     Raises:
-        RuntimeError: only one of them is a step's, or the cache has moved on.
+        RuntimeError: the keys are a step's and the values are not, or the reverse, or the layer has had another update.
     """
     steps = [x.step if isinstance(x, Announced) else None for x in (key, value)]
     if steps[0] is not steps[1]:
@@ -102,15 +94,16 @@ def announced(key: Tensor, value: Tensor) -> Step | None:
 class EntmaxLayer(CacheLayerMixin):
     """One layer's keys and values in a `PagedKVCache`.
 
-    `update` only hands the new tokens on: which of them are padding is known to the attention function alone, so that
-    is where they are appended.
+    `update` only hands the new tokens on. Only the attention function knows which of them are padding, so it appends
+    them.
 
     Attributes:
         paged: the `PagedKVCache`, from the first update on.
         seen: tokens of each row, padding included.
-        mask: [batch, seen] bool, which of them are no padding; None where all are.
-        checks_masks: whether it looks at masks, which the first layer of a cache does for all of them.
-        appends: steps that it has appended.
+        mask: [batch, seen] bool, True for tokens that are no padding; None where there is no padding.
+        checks_masks: whether this layer checks masks. The first layer of a cache does so for all of them.
+        updates: calls of `update`.
+        appends: steps that were appended.
         torn: whether an append may have been interrupted, so that the pages hold more tokens than `seen` says.
     """
 
@@ -128,7 +121,7 @@ class EntmaxLayer(CacheLayerMixin):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.max_tokens, self.batch, self.page_size = max_tokens, batch, page_size
         self.alpha, self.select, self.dtype, self.device = alpha, select, dtype, device
         self.paged: entmaxkv.PagedKVCache
@@ -140,10 +133,10 @@ class EntmaxLayer(CacheLayerMixin):
         """Allocates the page pool for keys and values like these [batch, kv_heads, tokens, head_dim]."""
         head_dim = max(key_states.shape[3], value_states.shape[3])
         dtype = self.dtype or key_states.dtype
-        if head_dim > 256 or dtype not in DTYPES:
+        if head_dim > MAX_HEAD_DIM or dtype not in DTYPES:
             raise ValueError(
-                "EntmaxCache: expected keys and values of float32, float16 or bfloat16 and at most 256 dimensions, got "
-                f"{dtype} and {head_dim}"
+                "EntmaxCache: expected keys and values of float32, float16 or bfloat16 and at most "
+                f"{MAX_HEAD_DIM} dimensions, got {dtype} and {head_dim}"
             )
         self.paged = entmaxkv.PagedKVCache(
             key_states.shape[0],
@@ -153,17 +146,17 @@ class EntmaxLayer(CacheLayerMixin):
             page_size=self.page_size,
             dtype=dtype,
             device=self.device or key_states.device,
-            **needs(self.select),
+            **kept_for("EntmaxCache", self.select),
         )
-        # Some models ask these whether anything is there; what is there is in pages.
+        # Some models look at `keys` to find out whether there are any. The keys themselves are in pages.
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def read_by(self, select: Selector | None) -> None:
-        """Decodes by another selector from now on, which may need statistics of the tokens that are there."""
+        """Decodes by another selector from now on. What it needs is computed from the tokens that are there."""
         self.select = select
         if self.is_initialized:
-            self.paged.keep(**needs(select))
+            self.paged.keep(**kept_for("EntmaxCache", select))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Announces new tokens [batch, kv_heads, tokens, head_dim] to the attention function."""
@@ -182,14 +175,14 @@ class EntmaxLayer(CacheLayerMixin):
         return Announced.of(Step(self, self.updates, key_states, value_states))
 
     def _suits(self, key_states: Tensor) -> bool:
-        """Whether the empty pool is for keys like these."""
+        """Whether the empty pool can take keys like these."""
         pages = self.paged.k_pages
         wanted = key_states.shape[0], key_states.shape[1], self.dtype or key_states.dtype
         device = torch.device(self.device) if self.device else key_states.device
         return (self.paged.batch, self.paged.kv_heads, pages.dtype) == wanted and pages.device.type == device.type
 
     def append(self, step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        """Appends a step's tokens, once, however often they are read.
+        """Appends a step's tokens, unless that has been done.
 
         Args:
             step: what `update` announced.
@@ -271,5 +264,5 @@ class EntmaxLayer(CacheLayerMixin):
 
 
 def tokens_to_keep(held: int, tokens_to_remove: int) -> int:
-    """What `crop` keeps of so many tokens: a negative argument removes, a positive one is the number to keep."""
+    """How many tokens `crop` keeps: a negative argument removes so many, a positive one is the number to keep."""
     return max(0, tokens_to_remove if tokens_to_remove > 0 else held + tokens_to_remove)

@@ -20,20 +20,21 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask that `attention` takes, as a transformers mask function.
 
-    Models ask for masks of every kind that some layer might have, also for kinds that none has. So a kind that
-    `attention` cannot compute is not refused here.
+    Models ask for masks of every kind that a layer may have, even for kinds that none of their layers has. So a kind
+    that `attention` cannot compute is not refused here.
 
     Returns:
-        None where every query sees every key up to its own; the padding mask [batch, 1, 1, keys] int8, 1 for the keys
-        that are no padding, where it sees those of them; [batch, 1, queries, keys] bool for any other pattern, such as
-        a window that some key has left. (Masks that a user passes in four dimensions are bool or floats.)
+        None where every query sees every key up to its own. The padding mask [batch, 1, 1, keys] int8, 1 for keys that
+        are no padding, where every query sees every such key up to its own. [batch, 1, queries, keys] bool for any
+        other pattern, such as a window that some key has left. (Masks that a user passes in four dimensions are bool or
+        floats.)
 
     Raises:
         ValueError: a model that computes attention by itself or chooses keys, a static cache, or a mask of fewer tokens

@@ -1,4 +1,4 @@
-"""Which models, layers and keywords the attention implementation takes, and which alpha they have."""
+"""Says which models and keywords the attention implementation takes, and what alpha a model has."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "entmaxkv"
-# What transformers computes softmax by.
+# The implementations by which transformers computes softmax.
 SOFTMAX = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"})
 
-# Keywords that reach attention functions and change no score. Any other one may, and is refused where it is set.
+# Keywords that reach attention functions and change no score. Any other keyword may: it is refused where it is set.
 HARMLESS = frozenset(
     {
         "cache",
@@ -40,10 +40,11 @@ MEANINGS = {
     "softcap": "softcap (a soft cap of the scores)",
 }
 
-# Patterns in the source of a model: it has attention of its own; its attention goes through the AttentionInterface; it
-# looks up a class of its own for each implementation that it knows.
+# Patterns in the source of a model. It defines a module of attention:
 OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\)", re.MULTILINE)
+# Its attention goes through the AttentionInterface:
 INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS(\.get_interface\(|\[)")
+# It looks up a class of its own for each implementation that it knows:
 OWN_CLASSES = re.compile(r"_CLASSES\[[\w.]*config\._attn_implementation\]")
 
 
@@ -84,11 +85,11 @@ def refuse_foreign(model: type[PreTrainedModel]) -> None:
 
 
 def check_when_built(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Looks at a transformers model while it is built; a hook of torch, which calls it for every module.
+    """Checks a transformers model while it is built. This is a hook of torch, which calls it for every module.
 
-    Calls `refuse_foreign` where the model has this implementation. A model that is composed of others is not looked at:
-    the others are. The config of an entmax model gets to name the implementation wherever it is saved, and a warning
-    tells who builds such a model with softmax.
+    A model with this implementation has to compute attention through the AttentionInterface, see `refuse_foreign`. Of a
+    model that is composed of others, only these others are checked. The config of an entmax model is made to name the
+    implementation wherever it is saved. Where such a model is built with softmax, a warning says so.
     """
     config: Any = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
     if config is None:
@@ -108,10 +109,10 @@ def check_when_built(module: nn.Module, name: str, submodule: nn.Module | None) 
 
 
 def refuse_config(config: PreTrainedConfig) -> None:
-    """Refuses the configs of models that `attention` never sees, or sees too late.
+    """Refuses the configs of models that never call `attention`, or call it too late.
 
-    These are models with attention of their own that got the implementation after they were built, and models that
-    choose keys, which compute with the mask first.
+    The former have attention of their own, and got the implementation after they were built. The latter choose keys,
+    and compute with the mask before they call `attention`.
     """
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
@@ -137,7 +138,10 @@ def _models_of(config: Any) -> tuple[type[PreTrainedModel], ...]:
 
 @functools.cache
 def _uses_interface(model: Any) -> bool:
-    """Whether the source of a class says so. Where there is none, as in a notebook, that of its base class counts."""
+    """Whether the source of a model says that its attention goes through the AttentionInterface.
+
+    Where there is no source, as in a notebook, that of the base class counts.
+    """
     for base in model.__mro__:
         if base is PreTrainedModel:
             break

@@ -1,6 +1,7 @@
 """Causal attention of whole sequences, differentiable: PyTorch's where alpha is 1, AdaSplash where it is 1.5."""
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -13,7 +14,7 @@ ADASPLASH_ITERATIONS = 2
 
 
 def lacks(query: Tensor, alpha: float) -> str | None:
-    """What `whole` would need to take this query, or None if it fits."""
+    """What `whole` lacks to take this query, as the end of a message; None if it lacks nothing."""
     if alpha == 1:
         return None
     if not query.is_cuda:
@@ -35,22 +36,22 @@ def whole(
     Args:
         query: [batch, q_heads, tokens, head_dim].
         key, value: [batch, kv_heads, keys, head_dim].
-        alpha: 1, or what `lacks` agrees to.
+        alpha: 1, or a value for which `lacks` returns None.
         scale: Factor of the scores.
-        pattern: [batch, 1, tokens, keys], which keys each query sees, where alpha is 1; the causal ones where None.
+        pattern: [batch, 1, tokens, keys] bool, which keys each query sees; only where alpha is 1. None is causal.
     """
     if alpha != 1:
         return _adasplash(query, key, value, scale)
     if query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes groups of fp32 heads
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    return nn.functional.scaled_dot_product_attention(
+    out: Tensor = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=pattern, is_causal=pattern is None, scale=scale, enable_gqa=True
     )
+    return out
 
 
-@torch.compiler.disable
-def _adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _compute_adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal entmax-1.5 attention of whole sequences [batch, heads, tokens, head_dim], differentiable.
 
     The sequences are padded at their end, which no earlier token sees, to a power of two: AdaSplash asks for
@@ -62,4 +63,8 @@ def _adasplash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     padding = max(ADASPLASH_MIN_TOKENS, 1 << (tokens - 1).bit_length()) - tokens
     query = query * (scale * math.sqrt(head_dim))
     query, key, value = (nn.functional.pad(x, (0, 0, 0, padding)).contiguous() for x in (query, key, value))
-    return adasplash_v2(query, key, value, niter=ADASPLASH_ITERATIONS)[:, :, :tokens]
+    out: Tensor = adasplash_v2(query, key, value, niter=ADASPLASH_ITERATIONS)
+    return out[:, :, :tokens]
+
+
+_adasplash: Callable[[Tensor, Tensor, Tensor, float], Tensor] = torch.compiler.disable(_compute_adasplash)

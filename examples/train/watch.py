@@ -1,7 +1,6 @@
 """A look at the queries of a model that decodes through the cache."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -9,21 +8,18 @@ import entmaxkv
 
 
 class Watch:
-    """A selector that keeps every page, and shows a function each query, cache and what else `pages` is told."""
+    """A selector of every page that shows a function what it is asked. Its caches keep what any selector needs."""
 
-    def __init__(self, see: Callable[[Tensor, entmaxkv.PagedKVCache, dict[str, Any]], None]):
+    needs = frozenset({"minmax", "moments", "sketch"})
+
+    def __init__(self, see: Callable[[Tensor, entmaxkv.PagedKVCache, entmaxkv.Scoring], object]):
         self.see = see
 
-    def pages(
-        self,
-        q: Tensor,
-        cache: entmaxkv.PagedKVCache,
-        *,
-        alpha: float | Tensor = 1.5,
-        scale: float | None = None,
-        alibi_slopes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `entmaxkv.select.PageSelector.pages`."""
-        options: dict[str, Any] = {"alpha": alpha, "scale": scale, "alibi_slopes": alibi_slopes}
-        self.see(q, cache, options)
-        return entmaxkv.TopPages(cache.max_tokens).pages(q, cache, **options)
+    def dense_up_to(self, device_type: str) -> int:
+        """See `entmaxkv.Selector.dense_up_to`."""
+        return 0
+
+    def select(self, q: Tensor, cache: entmaxkv.PagedKVCache, scoring: entmaxkv.Scoring) -> entmaxkv.Selection:
+        """See `entmaxkv.Selector.select`."""
+        self.see(q, cache, scoring)
+        return entmaxkv.TopPages(cache.max_tokens).select(q, cache, scoring)
