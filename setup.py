@@ -2,24 +2,33 @@
 
 Both use the LibTorch stable ABI and no Python API: one build serves every Python >= 3.10 and every torch >= 2.10.
 TORCH_CUDA_ARCH_LIST (for example "9.0a") narrows the GPU architectures; ENTMAXKV_CUDA=0 leaves the CUDA library out.
+CXX, CXXFLAGS and LDFLAGS have their usual meaning; CC, if it is set, is the host compiler of nvcc.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent
-CSRC = Path("csrc")
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
-HOST_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
-SOURCES = [path for path in CSRC.rglob("*") if path.is_file()]
+sys.path.append(str(Path(__file__).resolve().parent))  # a build backend does not look there
+
+from ninja_file import NinjaFile
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build"
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+TORCH = [f"-I{path}" for path in cpp_extension.include_paths()] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10
+HOST_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fwrapv", "-ffp-contract=fast", "-fvisibility=hidden"]
+HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+LINK_FLAGS = shlex.split(os.environ.get("LDFLAGS", ""))
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 
 
@@ -56,110 +65,61 @@ def gencode(cuda: Path) -> list[str]:
     return flags
 
 
-def cpu_library() -> cpp_extension.CppExtension:
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
-    return cpp_extension.CppExtension(
-        "entmaxkv._C",
-        sorted(str(source) for source in sources if source.name != "parallel_std.cpp"),
-        depends=[str(source) for source in SOURCES],
-        extra_compile_args=[*HOST_FLAGS, *STABLE_ABI],
-        py_limited_api=True,
-    )
+class Library(Extension):
+    """A library that ninja builds in a folder of its own: both compile the front doors, each in its own way."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"entmaxkv.{name}", [], py_limited_api=True)
+        self.ninja = NinjaFile(BUILD / name)
+        self.built = self.ninja.folder / f"{name}.so"
+
+    def link(self, objects: list[str], flags: list[str]) -> None:
+        flags = [*LINK_FLAGS, f"-L{cpp_extension.TORCH_LIB_PATH}", "-lc10", "-ltorch_cpu", *flags]
+        self.ninja.link(self.built.name, objects, CXX, flags)
 
 
-def cuda_library(cuda: Path) -> cpp_extension.CppExtension:
-    cpp_extension.CUDA_HOME = str(cuda)  # torch looks for it only where torch itself has CUDA
-    kernels = sorted(CSRC.glob("cuda/*.cu"))
+def cpu_library() -> Library:
+    library = Library("_C")
+    sources = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])
+    library.ninja.compiler("cxx", [*CXX, *HOST_FLAGS, *TORCH])
+    library.link(library.ninja.compile("cxx", [source for source in sources if source.name != "parallel_std.cpp"]), [])
+    return library
+
+
+def cuda_library(cuda: Path) -> Library:
+    library = Library("_cuda")
+    host_compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
+    nvcc = [str(cuda / "bin" / "nvcc"), *host_compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC"]
+    nvcc += ["--expt-relaxed-constexpr", "-Xptxas=-v", *gencode(cuda)]  # the tests read what ptxas says
+    library.ninja.compiler("nvcc", nvcc, keep_log=True)
+    library.ninja.compiler("cxx", [*CXX, *HOST_FLAGS, "-DUSE_CUDA", f"-I{cuda}/include", *TORCH])
     doors = sorted(source for source in CSRC.glob("*.cpp") if source.name != "parallel_torch.cpp")
+    objects = library.ninja.compile("nvcc", sorted(CSRC.glob("cuda/*.cu"))) + library.ninja.compile("cxx", doors)
     # The current stream comes from libtorch_cuda. Where torch has none, an empty library of that name makes the
     # loader look for the real one at run time.
-    libraries = [Path(cpp_extension.TORCH_LIB_PATH)]
-    if not (libraries[0] / "libtorch_cuda.so").exists():
-        stub = ROOT / "build" / "stub"
-        stub.mkdir(parents=True, exist_ok=True)
-        command = [
-            "c++",
-            "-shared",
-            "-Wl,-soname,libtorch_cuda.so",
-            "-o",
-            str(stub / "libtorch_cuda.so"),
-            "-x",
-            "c++",
-        ]
-        subprocess.run([*command, os.devnull], check=True)
-        libraries.append(stub)
-    return cpp_extension.CppExtension(
-        "entmaxkv._cuda",
-        [str(source) for source in (*doors, *kernels)],
-        depends=[str(source) for source in SOURCES],
-        include_dirs=[str(cuda / "include")],
-        library_dirs=[str(cuda / "lib64"), *map(str, libraries)],
-        libraries=["cudart_static", "dl", "rt", "pthread"],
-        extra_compile_args={
-            "cxx": [*HOST_FLAGS, "-DUSE_CUDA", *STABLE_ABI],
-            "nvcc": [
-                "-O3",
-                "-DUSE_CUDA",
-                "--expt-relaxed-constexpr",
-                "-Xptxas=-v",
-                *STABLE_ABI,
-                *gencode(cuda),
-            ],
-        },
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda"],
-        py_limited_api=True,
-    )
+    stub = BUILD / "stub" / "libtorch_cuda.so"
+    if not (Path(cpp_extension.TORCH_LIB_PATH) / stub.name).exists() and not stub.exists():
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        command = [*CXX, "-shared", f"-Wl,-soname,{stub.name}", "-o", str(stub), "-x", "c++", os.devnull]
+        subprocess.run(command, check=True)
+    runtime = [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    library.link(objects, [f"-L{stub.parent}", *runtime, "-Wl,--no-as-needed", "-ltorch_cuda"])
+    return library
 
 
-class BuildExtension(cpp_extension.BuildExtension):
-    """Keeps the objects of the two libraries apart: both compile the front doors, each in its own way."""
+class BuildLibraries(build_ext):
+    """Runs ninja, in a folder that outlives the build: pip's would be gone before the next one."""
 
-    def build_extension(self, ext) -> None:
-        shared = self.build_temp
-        self.build_temp = str(Path(shared) / ext.name)
-        if ext.name.endswith("_cuda"):
-            self.build_cuda(ext)
-        else:
-            super().build_extension(ext)
-        self.build_temp = shared
-
-    def build_cuda(self, ext) -> None:
-        """Compiles all kernels or none, and keeps what ptxas says of them in build/cuda.log.
-
-        An old object would not be in that log, and might miss a change: where torch has no CUDA, it does not tell ninja
-        which headers a .cu file includes.
-        """
-        objects = list(Path(self.build_temp).rglob("*.o"))
-        if objects and max(map(modified, SOURCES)) > min(map(modified, objects)):
-            shutil.rmtree(self.build_temp)
-        screen = os.dup(1)
-        with tempfile.TemporaryFile("w+") as output:
-            os.dup2(output.fileno(), 1)  # ninja writes there, past sys.stdout
-            try:
-                super().build_extension(ext)
-            except BaseException:
-                shutil.rmtree(self.build_temp, ignore_errors=True)
-                raise
-            finally:
-                os.dup2(screen, 1)
-                os.close(screen)
-                output.seek(0)
-                text = output.read()
-                print(text, end="")
-        if "ptxas info" in text:
-            log = ROOT / "build" / "cuda.log"
-            log.parent.mkdir(exist_ok=True)
-            log.write_text(text)
+    def build_extension(self, ext: Library) -> None:
+        ext.ninja.run()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(ext.built), str(target))
 
 
-def modified(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, if nobody activated it
 cuda = find_cuda()
 setup(
     ext_modules=[cpu_library(), *([cuda_library(cuda)] if cuda else [])],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

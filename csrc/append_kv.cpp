@@ -8,19 +8,20 @@ namespace entmaxkv {
 
 namespace {
 
-/// Makes appends to the same rows wait for each other, from the reading of their lengths until these have moved: two
-/// that both saw room for themselves would write to the same slots, and then behind the row's last page. Each cache
-/// line of lengths has one of a fixed number of mutexes, so that appends to other caches seldom wait.
+/// Makes appends to the same rows wait for each other, from before they read the lengths until they have written the
+/// new ones. Otherwise two appends could both see room for their tokens, and write to the same slots, and then behind
+/// the row's last page. A cache line of lengths maps to one of kStripes mutexes, so appends to different caches seldom
+/// wait.
 class RowLocks {
  public:
   RowLocks(const int32_t* seq_lens, int batch) {
     constexpr uintptr_t kLineBytes = 64;
-    uint64_t wanted = 0;
+    uint64_t stripes = 0;  // a bit for each stripe to lock
     for (int row = 0; row < batch; ++row) {
-      wanted |= uint64_t{1} << reinterpret_cast<uintptr_t>(seq_lens + row) / kLineBytes % kStripes;
+      stripes |= uint64_t{1} << reinterpret_cast<uintptr_t>(seq_lens + row) / kLineBytes % kStripes;
     }
-    for (int stripe = 0; stripe < kStripes; ++stripe) {  // ascending: no two calls wait for each other
-      if (wanted >> stripe & 1) locks_.emplace_back(mutexes()[stripe]);
+    for (int stripe = 0; stripe < kStripes; ++stripe) {  // ascending, so that no two calls wait for each other
+      if (stripes >> stripe & 1) locks_.emplace_back(mutexes()[stripe]);
     }
   }
 
@@ -35,21 +36,21 @@ class RowLocks {
   std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
-/// On the host: the pages of the tokens first(row) ... end(row) - 1, which are written, are in use in that row alone,
-/// and there once. Full pages of a shared prefix may be in use in many rows. Looking at the ids of all pages in use
-/// took 40 us for 16 rows of 32K tokens (one core of an AMD EPYC), where the rest of the append took 330 us and a dense
-/// decode step 370 ms.
+/// On the host: checks the pages that are written to, those of the tokens first(row) ... end(row) - 1. Each must be in
+/// use in that row only, and only once in it. Other pages, full ones of a shared prefix, may be in use in many rows. To
+/// look at the ids of all pages in use took 40 us for 16 rows of 32K tokens (one core of an AMD EPYC). The rest of the
+/// append took 330 us, and a dense decode step 370 ms.
 template <typename First, typename End>
 void check_own_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   const int page_size = args["page_size"], rows = args["batch"];
   const auto pages = static_cast<uint32_t>(args["pages"]);
-  std::vector<uint64_t> written(pages / 64 + 1);  // one bit each; that of `pages` stands for ids outside of the pool
+  std::vector<uint64_t> written(pages / 64 + 1);  // a bit for each page, and one more for all ids outside the pool
   const auto used = [&](int row) { return static_cast<int>((end(row) + page_size - 1) / page_size); };
   const auto is_written = [&](int32_t id) {
     const uint32_t page = std::min(static_cast<uint32_t>(id), pages);
     return written[page / 64] >> page % 64 & 1;
   };
-  int64_t own = 0, uses = 0;
+  int64_t own = 0, uses = 0;  // pages that are written to, and how often these are in use
   for (int row = 0; row < rows; ++row) {
     if (first(row) == end(row)) continue;
     for (auto page = static_cast<int>(first(row) / page_size); page < used(row); ++page) {
@@ -61,8 +62,8 @@ void check_own_pages(const Arguments& args, const PageTable& page_table, First f
   if (own == 0) return;
   for (int row = 0; row < rows; ++row) {
     const int32_t* ids = page_table.row(row);
-    const int its = used(row);
-    for (int page = 0; page < its; ++page) uses += static_cast<int64_t>(is_written(ids[page]));
+    const int pages_used = used(row);
+    for (int page = 0; page < pages_used; ++page) uses += static_cast<int64_t>(is_written(ids[page]));
   }
   if (uses == own) return;
   std::vector<int> user(pages, -1);

@@ -1,6 +1,9 @@
-// A front door is compiled once per backend: into _C it brings the schema and the CPU kernel, into _cuda (USE_CUDA)
-// the CUDA kernel. EMULATE_CUDA puts the CUDA kernels, run by the CPU, in the CPU kernels' place (tests/emulation);
-// with EMULATE_TRUST, too, they get what a device would get: values that nobody has looked at.
+// What connects a front door to a backend. The front door of an op is csrc/<op>.cpp: it checks the tensors and calls
+// the kernel. It is compiled once for each library:
+//     _C                with the op's schema and the CPU kernel
+//     _cuda (USE_CUDA)  with the CUDA kernel
+// Tests compile it with EMULATE_CUDA, so that the CPU runs the CUDA kernels in the place of its own (tests/emulation).
+// With EMULATE_TRUST added, it does not look at values in tensors, just as it cannot look at those on a device.
 #pragma once
 
 #include "check.h"
@@ -19,7 +22,7 @@
 namespace entmaxkv {
 
 #if defined(USE_CUDA) || defined(EMULATE_CUDA)
-/// Calls launch(stream) with the current stream of the device of `where`.
+/// Calls launch(stream) with the current stream of the device that holds `where`.
 template <typename Launch>
 void on_stream_of(const Tensor& where, Launch launch) {
   void* stream = nullptr;
@@ -30,13 +33,13 @@ void on_stream_of(const Tensor& where, Launch launch) {
   launch(static_cast<cudaStream_t>(stream));
 }
 
-/// Runs a kernel of namespace cuda on the device and current stream of `where`.
+/// Runs a CUDA kernel on the device that holds `where`, in its current stream.
 template <typename Op>
 void run(void (*kernel)(const Op&, cudaStream_t), const Op& op, const Tensor& where) {
   on_stream_of(where, [&](cudaStream_t stream) { kernel(op, stream); });
 }
 
-/// The same for a kernel with intermediate results, which live in torch's memory.
+/// The same for a kernel with intermediate results. Their memory comes from torch.
 template <typename Op>
 void run(void (*kernel)(const Op&, void*, cudaStream_t), const Op& op, const Tensor& where) {
   Tensor workspace = new_tensor(where, {cuda::workspace_bytes(op)}, ScalarType::Byte);
@@ -53,6 +56,7 @@ void run(void (*kernel)(const Op&), const Op& op, const Tensor&) {
 namespace backend = cpu;
 #endif
 
+/// Registers the op `name`, whose front door is the function of the same name.
 #ifdef USE_CUDA
 #define ENTMAXKV_OP(name, schema) \
   STABLE_TORCH_LIBRARY_IMPL(entmaxkv, CUDA, m) { m.impl(#name, TORCH_BOX(&name)); }

@@ -1,5 +1,6 @@
-// From tensors to params: names and sizes of dimensions, dtypes, devices, values. Every complaint has one form:
-//   entmaxkv::op: argument: expected ..., got ...
+// How front doors turn tensors into the params of ops.h. They check ranks, sizes, dtypes, devices and values. Every
+// error has the same form:
+//     entmaxkv::op: argument: expected ..., got ...
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,22 +33,37 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 #if defined(USE_CUDA) || defined(EMULATE_TRUST)
-inline constexpr bool kOnHost = false;  // values behind a pointer cannot be looked at
+inline constexpr bool kOnHost = false;  // tensors lie on a device: their values cannot be looked at here
 #else
 inline constexpr bool kOnHost = true;
 #endif
 
-/// A new tensor on the device of `like`.
+/// A new tensor on the device of `like`, with undefined values.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-/// The arguments of one call: every tensor is taken in through here, and binds the dimensions that its text names.
+/// The torch dtype of T: float, int32_t or uint8_t.
+template <typename T>
+constexpr ScalarType kScalarType = std::is_same_v<T, float>     ? ScalarType::Float
+                                   : std::is_same_v<T, uint8_t> ? ScalarType::Byte
+                                                                : ScalarType::Int;
+
+/// A new tensor for results. `values` then points to its memory.
+template <typename T>
+Tensor new_values(const Tensor& like, const std::vector<int64_t>& sizes, T*& values) {
+  Tensor tensor = new_tensor(like, sizes, kScalarType<T>);
+  values = static_cast<T*>(tensor.data_ptr());
+  return tensor;
+}
+
+/// The arguments of one call. Each tensor comes with a text, its name and the names of its dimensions: "k_pages [pages,
+/// kv_heads, page_size, head_dim]". The first tensor that names a dimension determines its size. Later ones must agree.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  /// Takes "name [dim, dim, ...]": checks rank, device, and the sizes of the dimensions already known.
+  /// Checks rank, device, and sizes of known dimensions of a tensor, and learns the sizes of the others.
   void shape(const Tensor& tensor, std::string_view text) {
     const size_t bracket = text.find(" [");
     const auto name = text.substr(0, bracket);
@@ -80,7 +96,7 @@ class Arguments {
     }
   }
 
-  /// Makes a dimension known before a tensor names it.
+  /// Determines the size of a dimension before any tensor names it.
   void know(std::string_view dim, int64_t size) { bind(dim, dim, size); }
 
   /// The size of a dimension; 0 if no tensor has named it.
@@ -89,7 +105,7 @@ class Arguments {
     return known ? static_cast<int>(known->size) : 0;
   }
 
-  /// All that is known by now, checked against what the kernels take.
+  /// The sizes known by now. Checks that the kernels support them.
   Sizes sizes() const {
     Sizes sizes;
     sizes.batch = (*this)["batch"];
@@ -120,7 +136,7 @@ class Arguments {
     if (tensor.scalar_type() != expected) fail(name, name_of(expected), name_of(tensor.scalar_type()));
   }
 
-  /// The dtype of the cache and of what meets it.
+  /// The dtype of a tensor of the cache.
   Dtype element(const Tensor& tensor, std::string_view name) const {
     switch (tensor.scalar_type()) {
       case ScalarType::Float:
@@ -134,7 +150,7 @@ class Arguments {
     }
   }
 
-  /// A tensor of rows: last dimension head_dim and contiguous, any other strides.
+  /// A tensor of the dtype of `like` whose last dimension is contiguous. Other strides may be any.
   Rows rows(const Tensor& tensor, std::string_view text, const Tensor& like) {
     shape(tensor, text);
     const auto name = text.substr(0, text.find(' '));
@@ -148,7 +164,7 @@ class Arguments {
     return rows;
   }
 
-  /// Rows that the op writes: no two of them may be one in memory.
+  /// The same for a tensor that the op writes. Each element must have memory of its own.
   Rows written_rows(const Tensor& tensor, std::string_view text, const Tensor& like) {
     const Rows result = rows(tensor, text, like);
     for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -159,22 +175,19 @@ class Arguments {
     return result;
   }
 
-  /// A contiguous tensor of plain values.
+  /// A contiguous tensor of float, int32_t or uint8_t.
   template <typename T>
   T* values(const Tensor& tensor, std::string_view text) {
     shape(tensor, text);
     const auto name = text.substr(0, text.find(' '));
-    using Value = std::remove_const_t<T>;
-    dtype(tensor, name,
-          std::is_same_v<Value, float>     ? ScalarType::Float
-          : std::is_same_v<Value, uint8_t> ? ScalarType::Byte
-                                           : ScalarType::Int);
+    dtype(tensor, name, kScalarType<std::remove_const_t<T>>);
     if (!tensor.is_contiguous()) fail(name, "a contiguous tensor", "strides that are not");
     return static_cast<T*>(tensor.data_ptr());
   }
 
-  /// The same for a few values. On the host they are copied: another thread may write to the tensor while the op runs,
-  /// and kernels must use the very values that were checked. Lengths are acquired before the tokens that they count.
+  /// The same for a tensor of few values. On the host it returns a copy: another thread may write to the tensor while
+  /// the op runs, and kernels must use the same values that were checked. Values are loaded with acquire: whoever reads
+  /// a length here also sees the tokens that were written before it.
   template <typename T>
   T* snapshot(const Tensor& tensor, std::string_view text) {
     T* from = values<T>(tensor, text);
@@ -264,7 +277,7 @@ class Arguments {
   std::vector<std::unique_ptr<std::byte[]>> owned_;  // snapshots
 };
 
-// What several ops take in the same way.
+// The rest of this file is for arguments that several ops have.
 
 inline PageTable page_table_of(Arguments& args, const Tensor& page_table) {
   args.shape(page_table, "page_table [batch, max_pages]");
@@ -275,7 +288,8 @@ inline PageTable page_table_of(Arguments& args, const Tensor& page_table) {
   return {static_cast<const int32_t*>(page_table.data_ptr()), page_table.stride(0)};
 }
 
-/// On the host: every row's length fits its page table. On a device it is cut to that.
+/// On the host: checks that every row's length fits the page table. On a device, kernels cut lengths to fit. `when`
+/// is a part of the error's text.
 template <typename LengthOf>
 void check_lengths(const Arguments& args, LengthOf length_of, const char* when = "") {
   if constexpr (kOnHost) {
@@ -288,8 +302,8 @@ void check_lengths(const Arguments& args, LengthOf length_of, const char* when =
   }
 }
 
-/// On the host: the pages of the tokens first(row) ... end(row) - 1 lie inside the pool. On a device they are trusted
-/// to.
+/// On the host: checks that the pages of the tokens first(row) ... end(row) - 1 of each row lie in the pool. On a
+/// device, kernels trust the page table.
 template <typename First, typename End>
 void check_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   if constexpr (kOnHost) {
@@ -304,20 +318,35 @@ void check_pages(const Arguments& args, const PageTable& page_table, First first
   }
 }
 
-/// Both checks for all that is in the cache.
+/// Both checks, for all tokens in the cache.
 inline void check_cache(const Arguments& args, const PageTable& page_table, const int32_t* seq_lens) {
   const auto length = [=](int row) { return seq_lens[row]; };
   check_lengths(args, length);
   check_pages(args, page_table, [](int) { return 0; }, length);
 }
 
-/// A new selection of up to max_selected pages for every KV head.
+/// Takes the keys of the cache, and with them the dtype.
+template <typename Op>
+void take_keys(Arguments& args, Op& op, const Tensor& k_pages) {
+  op.dtype = args.element(k_pages, "k_pages");
+  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+}
+
+/// Takes the page table and the lengths of a cache, and the sizes of the call. Checks what is in the cache.
+template <typename Op>
+void take_cache(Arguments& args, Op& op, const Tensor& page_table, const Tensor& seq_lens) {
+  op.page_table = page_table_of(args, page_table);
+  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
+  static_cast<Sizes&>(op) = args.sizes();
+  check_cache(args, op.page_table, op.seq_lens);
+}
+
+/// New tensors (selected, counts) for a selection of up to max_selected pages or tokens for each row and KV head.
 inline std::tuple<Tensor, Tensor> new_selection(const Tensor& like, const Sizes& sizes, int64_t max_selected,
                                                 Selection& selection) {
-  Tensor selected = new_tensor(like, {sizes.batch, sizes.kv_heads, max_selected}, ScalarType::Int);
-  Tensor counts = new_tensor(like, {sizes.batch, sizes.kv_heads}, ScalarType::Int);
-  selection = {static_cast<int32_t*>(selected.data_ptr()), static_cast<int32_t*>(counts.data_ptr()),
-               static_cast<int>(max_selected)};
+  Tensor selected = new_values(like, {sizes.batch, sizes.kv_heads, max_selected}, selection.selected);
+  Tensor counts = new_values(like, {sizes.batch, sizes.kv_heads}, selection.counts);
+  selection.max_selected = static_cast<int>(max_selected);
   return {selected, counts};
 }
 
@@ -347,7 +376,17 @@ inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Op
   return result;
 }
 
-/// k_min and k_max, k_mean and k_std: each pair whole or absent.
+/// Takes the queries of an op, with the cache whose keys, or statistics of keys, are `like`.
+template <typename Op>
+void take_queries(Arguments& args, Op& op, const Tensor& q, const Tensor& page_table, const Tensor& seq_lens,
+                  const Tensor& like, std::optional<double> scale, const Optional& alibi_slopes) {
+  args.shape(page_table, "page_table [batch, max_pages]");  // first: an error in the batch of q refers to it
+  op.q = args.rows(q, "q [batch, q_heads, head_dim]", like);
+  take_cache(args, op, page_table, seq_lens);
+  op.scoring = scoring_of(args, scale, alibi_slopes);
+}
+
+/// Takes the statistics of pages, which the op writes. Each pair is given or absent as a whole.
 inline PageStatistics statistics_of(Arguments& args, const Tensor& like, const Optional& k_min, const Optional& k_max,
                                     const Optional& k_mean, const Optional& k_std) {
   args.expect(k_min.has_value() == k_max.has_value(), "k_min, k_max", "both or neither", "one of them");
@@ -360,7 +399,7 @@ inline PageStatistics statistics_of(Arguments& args, const Tensor& like, const O
   return statistics;
 }
 
-/// The codes and norms of a sketch: both or neither.
+/// Takes the codes and norms of a sketch: both or neither.
 inline Sketch sketch_of(Arguments& args, const Optional& codes, const Optional& norms) {
   args.expect(codes.has_value() == norms.has_value(), "codes, norms", "both or neither", "one of them");
   if (!codes) return {};

@@ -1,4 +1,4 @@
-// decode = score_pages, select_pages, sparse_decode: one call for engines that need no more.
+// The op decode: score_pages, select_pages and sparse_decode in one call.
 #include "backend.h"
 
 namespace entmaxkv {
@@ -16,7 +16,7 @@ Tensor decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor k_min, Tensor k_m
               int64_t budget, double alpha, std::optional<double> scale, Optional alibi_slopes, Optional head_alpha) {
   Arguments args("decode");
   args.shape(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]");
-  if constexpr (kOnHost) {  // the three ops must see the same lengths, whatever another thread appends
+  if constexpr (kOnHost) {  // the three ops must see the same lengths, even if another thread appends
     const int32_t* lengths = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
     seq_lens = new_tensor(seq_lens, {args["batch"]}, ScalarType::Int);
     std::copy_n(lengths, args["batch"], static_cast<int32_t*>(seq_lens.data_ptr()));

@@ -1,4 +1,4 @@
-// The element types of a cache as the CPU sees them, and what each can be converted to.
+// The element types of a cache on the CPU, and their conversion to and from float.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,11 @@ inline float to_float(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t infinity = 0x7c00u << 13;
-  const float value = bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent bias, subnormals included
+  const float value = bit_cast<float>(magnitude) * 0x1p112f;  // corrects the exponent bias, of subnormals too
   return bit_cast<float>(sign | (magnitude >= infinity ? magnitude | 0x7f800000u : bit_cast<uint32_t>(value)));
 }
 
-/// Rounds to nearest, ties to even.
+/// Rounds to the nearest number, ties to even.
 template <typename T>
 inline T from_float(float x);
 
@@ -65,7 +65,7 @@ inline Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
-/// Calls body with a value of the C++ type that `dtype` names.
+/// Calls body with a value of the C++ type that `dtype` stands for.
 template <typename Body>
 auto dispatch(Dtype dtype, Body body) {
   switch (dtype) {

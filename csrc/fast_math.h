@@ -1,4 +1,4 @@
-// Functions of sketches and page scores that a GPU may approximate.
+// exp2 and log for sketches and page scores, which a GPU may approximate.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace entmaxkv {
 
-/// 2^x; on a GPU to 22 bits, and 0 where the result would be subnormal.
+/// 2^x. On a GPU the result has 22 correct bits, and is 0 where it would be subnormal.
 ENTMAXKV_HOST_DEVICE inline float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -18,7 +18,7 @@ ENTMAXKV_HOST_DEVICE inline float power_of_two(float x) {
 #endif
 }
 
-/// log x; on a GPU its absolute error is up to 2^-21 near x = 1.
+/// log x to base e. On a GPU the absolute error is up to 2^-21 near x = 1.
 ENTMAXKV_HOST_DEVICE inline float logarithm(float x) {
 #if defined(__CUDA_ARCH__)
   return __logf(x);

@@ -6,13 +6,9 @@ void page_stats(Tensor k_pages, Tensor page_table, Tensor seq_lens, Optional k_m
                 Optional k_std) {
   Arguments args("page_stats");
   PageStats op;
-  op.dtype = args.element(k_pages, "k_pages");
-  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  take_keys(args, op, k_pages);
   op.statistics = statistics_of(args, k_pages, k_min, k_max, k_mean, k_std);
-  op.page_table = page_table_of(args, page_table);
-  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
-  static_cast<Sizes&>(op) = args.sizes();
-  check_cache(args, op.page_table, op.seq_lens);
+  take_cache(args, op, page_table, seq_lens);
   run(backend::page_stats, op, k_pages);
 }
 

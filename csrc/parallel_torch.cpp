@@ -1,4 +1,4 @@
-// parallel_for of the extension: torch's threads.
+// parallel_for of the extension, in torch's threads.
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/parallel.h"

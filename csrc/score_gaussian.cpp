@@ -10,16 +10,9 @@ std::tuple<Tensor, Tensor> score_gaussian(Tensor q, Tensor k_mean, Tensor k_std,
   op.dtype = args.element(k_mean, "k_mean");
   op.k_mean = args.rows(k_mean, "k_mean [pages, kv_heads, head_dim]", k_mean);
   op.k_std = args.rows(k_std, "k_std [pages, kv_heads, head_dim]", k_mean);
-  op.page_table = page_table_of(args, page_table);
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_mean);
-  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
-  op.scoring = scoring_of(args, scale, alibi_slopes);
-  static_cast<Sizes&>(op) = args.sizes();
-  check_cache(args, op.page_table, op.seq_lens);
-  Tensor mean = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
-  Tensor std = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
-  op.mean = static_cast<float*>(mean.data_ptr());
-  op.std = static_cast<float*>(std.data_ptr());
+  take_queries(args, op, q, page_table, seq_lens, k_mean, scale, alibi_slopes);
+  Tensor mean = new_values(q, {op.batch, op.q_heads, op.max_pages}, op.mean);
+  Tensor std = new_values(q, {op.batch, op.q_heads, op.max_pages}, op.std);
   run(backend::score_gaussian, op, q);
   return {mean, std};
 }

@@ -10,16 +10,10 @@ Tensor score_pages(Tensor q, Tensor k_min, Tensor k_max, Tensor page_table, Tens
   op.dtype = args.element(k_min, "k_min");
   op.k_min = args.rows(k_min, "k_min [pages, kv_heads, head_dim]", k_min);
   op.k_max = args.rows(k_max, "k_max [pages, kv_heads, head_dim]", k_min);
-  op.page_table = page_table_of(args, page_table);
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_min);
-  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
-  op.scoring = scoring_of(args, scale, alibi_slopes);
-  static_cast<Sizes&>(op) = args.sizes();
+  take_queries(args, op, q, page_table, seq_lens, k_min, scale, alibi_slopes);
   args.expect(lower >= 0 && lower <= 1, "lower", "0 ... 1", lower);
   op.lower = static_cast<float>(lower);
-  check_cache(args, op.page_table, op.seq_lens);
-  Tensor scores = new_tensor(q, {op.batch, op.q_heads, op.max_pages}, ScalarType::Float);
-  op.scores = static_cast<float*>(scores.data_ptr());
+  Tensor scores = new_values(q, {op.batch, op.q_heads, op.max_pages}, op.scores);
   run(backend::score_pages, op, q);
   return scores;
 }

@@ -4,8 +4,8 @@ namespace entmaxkv {
 
 namespace {
 
-/// The standard score that the best of `count` draws stays below with probability `quantile`:
-/// Phi(x)^count = quantile, by bisection.
+/// The x that the largest of `count` standard normal numbers stays below with probability `quantile`. It solves
+/// Phi(x)^count = quantile, where Phi is the normal distribution, by bisection.
 double score_of_best(double quantile, int count) {
   const double each = std::pow(quantile, 1.0 / count);
   double low = -40, high = 40;

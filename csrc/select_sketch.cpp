@@ -4,10 +4,11 @@ namespace entmaxkv {
 
 namespace {
 
-/// How much of the proved error counts at a certainty below 1. After the rotation the error of a product is a sum of
-/// random signs over the dimensions, of variance at most (||q|| e)^2 / size for Hadamard matrices of that size: beyond
-/// t standard deviations with a probability of at most 2 exp(-t^2 / 2).
-float share_of_error(double certainty, int head_dim) {
+/// The factor by which the sketch's proved error is multiplied so that a bound holds with probability `certainty`. The
+/// proved error is ||q|| e, where e is the norm of a key's distance from its values. The signs of the rotation make the
+/// error of a product like a sum of terms with random signs. With Hadamard matrices of `size` dimensions its variance
+/// is at most (||q|| e)^2 / size. It exceeds t standard deviations with a probability of at most 2 exp(-t^2 / 2).
+float error_factor_of(double certainty, int head_dim) {
   if (certainty == 1) return 1;
   const double deviations = std::sqrt(2 * std::log(2 / (1 - certainty)));
   const double size = sketch::rotation_of(sketch::dims_of(head_dim));
@@ -23,26 +24,19 @@ std::tuple<Tensor, Tensor, Tensor> select_sketch(Tensor q, Tensor k_pages, Tenso
                                                  std::optional<int64_t> max_tokens) {
   Arguments args("select_sketch");
   SelectSketch op;
-  op.dtype = args.element(k_pages, "k_pages");
-  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  take_keys(args, op, k_pages);
   op.sketch = sketch_of(args, codes, norms);
-  op.page_table = page_table_of(args, page_table);
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_pages);
-  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
+  take_queries(args, op, q, page_table, seq_lens, k_pages, scale, alibi_slopes);
   op.alpha = alpha_of(args, alpha, head_alpha);
-  op.scoring = scoring_of(args, scale, alibi_slopes);
-  static_cast<Sizes&>(op) = args.sizes();
   args.expect(bits == 2 || bits == 4, "bits", "2 or 4", bits);
   args.expect(certainty > 0 && certainty <= 1, "certainty", "a number above 0, at most 1", certainty);
   args.expect(!max_tokens || *max_tokens >= 1, "max_tokens", "at least 1", max_tokens.value_or(1));
   op.fine = bits == 4;
-  op.certain = share_of_error(certainty, op.head_dim);
-  check_cache(args, op.page_table, op.seq_lens);
+  op.error_factor = error_factor_of(certainty, op.head_dim);
   const int64_t room = int64_t{op.max_pages} * op.page_size;
   auto [selected, counts] = new_selection(q, op, std::min(room, max_tokens.value_or(room)), op.selection);
   op.selection.by_token = true;
-  Tensor delta_bound = new_tensor(q, {op.batch, op.q_heads}, ScalarType::Float);
-  op.delta_bound = static_cast<float*>(delta_bound.data_ptr());
+  Tensor delta_bound = new_values(q, {op.batch, op.q_heads}, op.delta_bound);
   run(backend::select_sketch, op, q);
   return {selected, counts, delta_bound};
 }

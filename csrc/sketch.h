@@ -1,13 +1,23 @@
-// The key sketch: what both backends share of its layout and arithmetic.
+// The key sketch: how both backends store it, and how they bound scores with it.
 //
-// A key is rotated, r = H S k: S turns signs, fixed and random-like; H is an orthonormal Hadamard matrix of the blocks
-// of kBlock dimensions (one matrix over all where their number is a power of two), zeros filling up the last one. Per
-// token one step s, and of each coordinate x of r a code of 4 bits, c in 0 ... 15, the nearest to 4 x / s + 7.5:
-//     fine value    (c - 7.5) s / 4                 from both planes, the high and the low 2 bits
-//     coarse value  (floor(c / 4) - 1.5) kShrink s  from plane 0 alone
-// and of each value's distance from r the norm, rounded up. As rotations keep products,
-//     |q.k - q.value| <= ||q|| (norm of the distance)
-// where arithmetic on either side is paid for too: kSlack in the norms, the query's own rounding in QueryCode.
+// Rotation. A key k of head_dim coordinates becomes r = H S k of `dims` coordinates: head_dim rounded up to whole
+// blocks of kBlock, the new ones 0. S flips the signs of fixed, random-like coordinates. H is an orthonormal Hadamard
+// matrix: one matrix over all dims where the number of blocks is a power of two, otherwise one in each block. A
+// rotation keeps products and norms, so (H S q).r = q.k. It spreads outliers over all coordinates, so that one step
+// suits them all.
+//
+// Codes. A token has a step s. Each coordinate x of its r has a code c of 4 bits, the whole number in 0 ... 15 that is
+// nearest to its place 4 x / s + 7.5. Plane 0 stores the high 2 bits of every code, floor(c / 4), and plane 1 the low
+// 2 bits. Two values approximate x:
+//     coarse value = (floor(c / 4) - 1.5) kShrink s    needs plane 0 only
+//     fine value   = (c - 7.5) s / 4                   needs both planes
+//
+// Norms. A token has three bytes. `scale` encodes s (step_of). The coarse norm and the fine norm encode the lengths of
+// the vectors r - coarse values and r - fine values, its coarse and its fine distance, rounded up.
+//
+// Bounds. By the Cauchy-Schwarz inequality, for either kind of values,
+//     |q.k - (H S q).values| <= ||q|| ||r - values||
+// Floating-point arithmetic adds errors. kSlack in the norms covers those of the key, QueryCode those of the query.
 #pragma once
 
 #include <cmath>
@@ -21,23 +31,25 @@
 
 namespace entmaxkv::sketch {
 
-constexpr int kBlock = 64;
+constexpr int kBlock = 64;  // coordinates
 constexpr int kMaxDims = kMaxHeadDim;
-constexpr int kUnknown = 255;      // the scale of a key that has no sketch: it may have any score
-constexpr float kNormUnit = 256;   // a norm of the coarse distance, in units of s sqrt(dims) / kNormUnit
-constexpr float kFineUnit = 1024;  // of the fine distance
-constexpr float kSpread = 1.13f;   // s over the root mean square of r: balances both distances for normal r
-constexpr float kShrink =
-    0.9375f;  // normal r is nearer to 0 than the middle of its cell; this value also suits kMiddle
-constexpr float kSlack = 0x1p-15f;      // times ||k||: more than rotations and products of 256 terms round or truncate
-constexpr float kMostQuery = 0x1p100f;  // of a coordinate of q or scale q: larger ones could overflow in bounds
+constexpr int kUnknown = 255;      // the scale of a token without a sketch: its score may be anything
+constexpr float kNormUnit = 256;   // a coarse norm of n stands for a distance of n s sqrt(dims) / kNormUnit
+constexpr float kFineUnit = 1024;  // a fine norm of n stands for a distance of n s sqrt(dims) / kFineUnit
+constexpr float kSpread = 1.13f;   // s = kSpread times the root mean square of r balances both distances for normal r
+/// Plane 0 tells a cell of width s in which x lies. The x of a normal r are on average nearer to 0 than the middle of
+/// their cell, by about this factor. This very value also puts the places of coarse values at multiples of kShrink.
+constexpr float kShrink = 0.9375f;
+constexpr float kSlack = 0x1p-15f;      // times ||k||: more than the rounding of rotations and products of 256 terms
+constexpr float kMostQuery = 0x1p100f;  // the largest coordinate of q or scale q: with larger ones, bounds may overflow
 
+/// The coordinates of a rotated key or query.
 ENTMAXKV_HOST_DEVICE constexpr int dims_of(int head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
 
-/// The size of the Hadamard matrices.
+/// The size of each Hadamard matrix.
 ENTMAXKV_HOST_DEVICE constexpr int rotation_of(int dims) { return dims == 192 ? 64 : dims; }
 
-/// Calls body with the number of blocks, as a type.
+/// Calls body with the number of blocks as a compile-time constant.
 template <typename Body>
 void dispatch_blocks(int head_dim, Body body) {
   switch (dims_of(head_dim) / kBlock) {
@@ -52,17 +64,18 @@ void dispatch_blocks(int head_dim, Body body) {
   }
 }
 
-/// Bytes of a token in one plane.
+/// Bytes of one token in one plane: 2 bits for each coordinate.
 ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head_dim) / 4; }
 
-/// Bits 2 nth and 2 nth + 1 of a byte are the code of that coordinate.
+/// Which coordinate the bits 2 nth and 2 nth + 1 of a byte of a plane belong to, nth = 0 ... 3. A block of 64
+/// coordinates takes 16 bytes: byte b of them holds the coordinates b, 16 + b, 32 + b and 48 + b of the block.
 ENTMAXKV_HOST_DEVICE constexpr int coordinate(int byte, int nth) { return byte / 16 * kBlock + 16 * nth + byte % 16; }
 
-// A head's floor is the threshold on the exact scores of so many tokens of high bounds: with more of them, their keys
-// cost more bytes than a higher floor saves.
+/// A head's floor is the threshold of the exact scores of this many tokens, those with the highest bounds. More tokens
+/// would raise the floor, but reading their keys would cost more bytes than the higher floor saves.
 constexpr int kExact = 64;
 
-/// The sign of S for a dimension.
+/// The sign by which S multiplies coordinate d.
 ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
   uint32_t x = (static_cast<uint32_t>(d) + 1) * 0x9e3779b9u;
   x = (x ^ x >> 16) * 0x85ebca6bu;
@@ -70,37 +83,45 @@ ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
   return x >> 31 ? -1.0f : 1.0f;
 }
 
-/// s of a scale: 8 steps to every power of two.
+/// The step s of a scale, 2^(scale/8 - 14). Eight scales double it.
 ENTMAXKV_HOST_DEVICE inline float step_of(float scale) { return power_of_two(0.125f * scale - 14); }
 
-/// 1 / s.
+/// 1 / s: the inverse of step_of, so many steps make 1.
 ENTMAXKV_HOST_DEVICE inline float steps_of(float scale) { return power_of_two(14 - 0.125f * scale); }
 
-/// The scale whose s is nearest to the one that is wanted, or at least that; kUnknown if it is too large.
-ENTMAXKV_HOST_DEVICE inline int scale_of(float wanted, bool at_least) {
-  const float place = 8 * std::log2(wanted) + 112;
+/// The scale whose s is nearest to `step` or, if at_least, the smallest scale whose s is at least `step`. kUnknown if
+/// no scale is large enough.
+ENTMAXKV_HOST_DEVICE inline int scale_of(float step, bool at_least) {
+  const float place = 8 * std::log2(step) + 112;
   if (!(place < 254)) return kUnknown;  // NaN too
   return static_cast<int>(std::fmax(at_least ? std::ceil(place + 1e-3f) : std::rint(place), 0.0f));
 }
 
-// Where a coordinate x lies among its codes is 4 x / s + 7.5: code c stands for place c, plane 0 of it for
-// kShrink (4 (c >> 2) + 2).
+/// The place of a coordinate x is 4 x / s + kMiddle. The fine value of code c has the place c, its coarse value the
+/// place kShrink (4 (c >> 2) + 2).
 constexpr float kMiddle = 7.5f;
 static_assert(8 * kShrink == kMiddle);
 
-/// The nearest code, in the last bits of a float. Conversions are slow on a GPU; adding kWhole rounds.
+/// Adding this to a small number rounds it to a whole number, which then stands in the last bits of the float. A GPU
+/// does that faster than it converts a float to an integer.
 constexpr float kWhole = 0x1.8p23f;
+
+/// kWhole plus the code nearest to a place.
 ENTMAXKV_HOST_DEVICE inline float rounded(float place) { return std::fmin(std::fmax(place, 0.0f), 15.0f) + kWhole; }
+
+/// The bits of a float. The last 4 bits of bits_of(rounded(place)) are the code.
 ENTMAXKV_HOST_DEVICE inline uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-/// Squared distances of places from what their codes stand for.
+/// Sums over the coordinates of a key: the squared distances of their places from the places of their coarse and fine
+/// values. A distance of 1 between places is one of s / 4 between coordinates.
 struct Distances {
   float coarse = 0, fine = 0;
 
+  /// Adds a coordinate. rounded = sketch::rounded(place).
   ENTMAXKV_HOST_DEVICE void add(float place, float rounded) {
     const uint32_t high_bits = bits_of(rounded) & ~3u;
     float high;
@@ -115,13 +136,13 @@ struct Distances {
   }
 };
 
-/// What is kept of a token beside its codes. Of a scale that does not fit, !fits().
+/// The three bytes of a token. While a scale is being chosen they may be too large for bytes: then fits() is false.
 struct Norms {
   int scale, coarse, fine;
 
   Norms() = default;
 
-  /// From the norm of r, the sums over its coordinates, and the number of these.
+  /// norm = ||r||; squares are the sums over the dims coordinates of r, with the step of `scale`.
   ENTMAXKV_HOST_DEVICE Norms(int scale, float norm, const Distances& squares, int dims)
       : scale(scale),
         coarse(units(norm, squares.coarse, dims, kNormUnit)),
@@ -130,50 +151,63 @@ struct Norms {
   ENTMAXKV_HOST_DEVICE bool fits() const { return scale != kUnknown && coarse <= 255 && fine <= 255; }
 
  private:
+  /// A distance in units of s sqrt(dims) / unit, rounded up; at most 256, which does not fit a byte.
   ENTMAXKV_HOST_DEVICE int units(float norm, float square, int dims, float unit) const {
     const float distance = 0.25f * std::sqrt(square) * (1 + kSlack) + norm * steps_of(scale) * kSlack;
     return static_cast<int>(std::fmin(std::ceil(distance * unit / std::sqrt(static_cast<float>(dims))), 256.0f));
   }
 };
 
-/// A norm of a distance as bounds take it: of a key without sketch it has no end.
+/// A coarse or fine norm as the bounds below take it: infinite for a token without a sketch.
 ENTMAXKV_HOST_DEVICE inline float distance_of(float scale, float norm) {
   return scale == kUnknown ? std::numeric_limits<float>::infinity() : norm;
 }
 
-/// What the products of a scaled and rotated query, as whole numbers of 15 bits, with codes say of scores.
+/// A query in whole numbers, and the upper bounds of scale q.k that follow from its products with the codes of a key.
+/// The scaled and rotated query, scale H S q, is rounded to multiples of `unit`:
+///     numbers_i = rint((scale H S q)_i / unit)   in -kMost ... kMost
+/// A `product` is the sum over i of numbers_i times floor(c_i / 4), c_i or c_i & 3. A bound adds up, in units of s,
+///     the product of the rounded query with the key's coarse or fine values,
+///     the key's coarse or fine norm times `error` (the Cauchy-Schwarz inequality above),
+///     a slack for rounding: of the query to numbers, and of all arithmetic.
+/// What is the same for every key is in the `_start` members: the slack, and the 1.5 or 7.5 that a value subtracts from
+/// its code.
 struct QueryCode {
   static constexpr int kMost = 127 * 128;
 
-  float unit;                                     // of the numbers
-  float error;                                    // of a score over s, for each unit of the coarse norm; never 0
-  float coarse_start, fine_start, refined_start;  // of a bound over s: for the middle of the codes, and for rounding
+  float unit;   // what 1 in the numbers stands for
+  float error;  // what each unit of a coarse norm adds to a bound. Never 0, as 0 times an infinite norm would be NaN.
+  float coarse_start, fine_start, refined_start;
 
   QueryCode() = default;
 
-  /// numbers_i = rint(q_i / unit) in -kMost ... kMost, sum of these; norm = ||q||, distance = ||q - unit numbers||;
-  /// certain: 1, or the share of the proved error that counts.
-  ENTMAXKV_HOST_DEVICE QueryCode(float unit, int sum, float norm, float distance, int dims, float certain)
+  /// sum = sum_i numbers_i, norm = ||scale q||, distance = ||scale H S q - unit numbers||. error_factor multiplies the
+  /// keys' norms: 1 for bounds that are certain, less for bounds that hold with some probability.
+  ENTMAXKV_HOST_DEVICE QueryCode(float unit, int sum, float norm, float distance, int dims, float error_factor)
       : unit(unit) {
     const float root = std::sqrt(static_cast<float>(dims));
     const float all = unit * static_cast<float>(sum);
+    // The norm of a key's values is less than 3 s root.
     const float slack = 3 * root * (distance + norm * kSlack) * (1 + kSlack);
-    error = norm * root * (certain / kNormUnit) * (1 + kSlack) + std::numeric_limits<float>::min();
+    error = norm * root * (error_factor / kNormUnit) * (1 + kSlack) + std::numeric_limits<float>::min();
     coarse_start = slack - 1.5f * kShrink * all;
     fine_start = slack - 0.25f * kMiddle * all;
     refined_start = -0.375f * all - (kGrow - 1) * slack;
   }
 
-  /// Upper bounds of scale q.k: from sum_i numbers_i (c_i >> 2), and from sum_i numbers_i c_i; norms by distance_of.
+  /// An upper bound of scale q.k from plane 0: product = sum_i numbers_i floor(c_i / 4), step = s, and norm is
+  /// distance_of the coarse norm.
   ENTMAXKV_HOST_DEVICE float coarse_bound(int product, float step, float norm) const {
     return step * (kShrink * unit * static_cast<float>(product) + (error * norm + coarse_start));
   }
+  /// An upper bound of scale q.k from both planes: product = sum_i numbers_i c_i, and norm is distance_of the fine
+  /// norm.
   ENTMAXKV_HOST_DEVICE float fine_bound(int product, float step, float norm) const {
     return step * (0.25f * unit * static_cast<float>(product) + (0.25f * error * norm + fine_start));
   }
 
-  /// The latter from the former, however that was rounded up, and from sum_i numbers_i (c_i & 3); of bounds with an
-  /// ALiBi term if that is told.
+  /// Tightens a coarse bound with plane 1's product, sum_i numbers_i (c_i & 3). `coarse_bound` may have been rounded
+  /// up. If it includes an ALiBi term, pass that term as `bias`. `coarse` and `fine` are distance_of the two norms.
   ENTMAXKV_HOST_DEVICE float refined(float coarse_bound, int product, float step, float coarse, float fine,
                                      float bias) const {
     const float nearer = 0.25f * fine - kGrow * coarse;
@@ -185,30 +219,33 @@ struct QueryCode {
   static constexpr float kGrow = 1 / kShrink;
 };
 
-/// The unit of a query's numbers: with it the largest coordinate is kMost.
+/// The unit for a query whose largest coordinate is `largest`: that coordinate's number is kMost.
 ENTMAXKV_HOST_DEVICE inline float unit_of(float largest) { return largest / QueryCode::kMost; }
 
-// Where alpha = 1, every token has weight and there is no floor, unless a row has more tokens than may be read: then a
-// floor is kBelow under the logsumexp of some tokens' scores, which is at most that of all.
+/// Where alpha = 1, every token has weight, and no floor can rule one out. Only if a row has more tokens than may be
+/// read, a head's floor is this much below the logsumexp of some tokens' scores, which is at most that of all tokens:
+/// a token below the floor has at most exp(-kBelow) of the weight.
 constexpr float kBelow = 24;
 
-/// What a token is worth to a head: the logarithm of the weight that its bound leaves it, the same measure for every
-/// alpha, in kMerits steps: kFew to a unit from -kLowest on, kMany from -kSmall on. Bounds beyond weight 1, where they
-/// are loose, count logarithmically, too.
+/// The worth of a token to a head is the logarithm of the largest weight that the token's bound permits. That weight is
+///     above^beta, where above = (alpha-1) (bound - floor), or exp(bound - floor - kBelow) where alpha = 1.
+/// Logarithms compare tokens of heads with different alphas. Worth counts them in steps, kMerits in all: kFew steps to
+/// a unit from -kLowest on, and kMany steps to a unit from -kSmall on. Loose bounds permit weights above 1, logarithms
+/// above 0. Worth takes these as 2 log(above), and where alpha = 1 as 2 log(1 + logarithm).
 constexpr int kMerits = 255;
 constexpr float kLowest = 80, kSmall = 8, kFew = 0.5f, kMany = 12;
-constexpr float kFine = kFew * (kLowest - kSmall);    // the first step of which there are many
-static_assert(kMerits - 1 > kFine + kMany * kSmall);  // the last step, which has no end, is of weight 1
+constexpr float kFine = kFew * (kLowest - kSmall);    // the steps below -kSmall
+static_assert(kMerits - 1 > kFine + kMany * kSmall);  // the last merit begins above weight 1, and has no upper end
 
 struct Worth {
-  float gap, power;  // alpha - 1 and beta; 1 and 0 where alpha = 1
+  float gap, power;  // alpha - 1 and beta; where alpha = 1: 1 and 0
 
   Worth() = default;
   ENTMAXKV_HOST_DEVICE explicit Worth(const Entmax<double>& entmax)
       : gap(entmax.is_softmax() ? 1 : static_cast<float>(entmax.gap)),
         power(entmax.is_softmax() ? 0 : static_cast<float>(entmax.beta)) {}
 
-  /// In steps, of a bound so far above the floor.
+  /// The worth, in steps, of a token whose bound is `distance` above the head's floor.
   ENTMAXKV_HOST_DEVICE float of(float distance) const {
     float exponent;
     if (power == 0) {
@@ -226,27 +263,28 @@ struct Worth {
   static constexpr float kLeast = 1e-30f, kBeyond = 2;
 };
 
+/// The merit of a token: its worth to the head that values it most, rounded down, in 0 ... kMerits - 1.
 ENTMAXKV_HOST_DEVICE inline int merit_of(float worth) {
   return worth < kMerits - 1 ? static_cast<int>(std::fmax(worth, 0.0f)) : kMerits - 1;  // NaN too
 }
 
-/// The weight that a token of that merit has at most, with room for what rounding does to its worth.
+/// An upper bound of the weight of a token with this merit. 0.001 steps of it allow for rounding in the worth.
 ENTMAXKV_HOST_DEVICE inline double most_weight(int merit) {
   const double end = merit + 1.001;
   return std::fmin(std::exp(end < kFine ? end / kFew - kLowest : (end - kFine) / kMany - kSmall), 1.0);
 }
 
-/// The weight that a token below the floor has at most.
+/// An upper bound of the weight of a token below the floor.
 ENTMAXKV_HOST_DEVICE inline double most_below(const Entmax<double>& entmax) {
   return entmax.is_softmax() ? std::exp(-double{kBelow}) : 0;
 }
 
-/// A sum of such weights as a bound of what they are together: 0 only if it is.
+/// Rounds a sum of such bounds up, to a bound of the tokens' weight together. A sum of 0 is exact and stays 0.
 ENTMAXKV_HOST_DEVICE inline float rounded_up(double weight) {
   return weight > 0 ? static_cast<float>(std::fmin(weight * (1 + 0x1p-20) + 1e-37, 1.0)) : 0;
 }
 
-/// A slope that rounds ALiBi terms up, of distances of 0 and below.
+/// A slope with which ALiBi terms, slope times a distance of 0 or below, are rounded up.
 ENTMAXKV_HOST_DEVICE inline float upward(float slope) { return slope - std::fabs(slope) * 0x1p-20f; }
 
 }  // namespace entmaxkv::sketch

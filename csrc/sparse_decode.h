@@ -1,11 +1,11 @@
-// The front door that sparse_decode and dense_decode share: without a selection, every page is read.
+// The front door that sparse_decode and dense_decode share. dense_decode has no selection, and reads every page.
 #pragma once
 
 #include "backend.h"
 
 namespace entmaxkv {
 
-/// On the host: every selection is an ascending list of pages or tokens in use.
+/// On the host: checks that every selection is an ascending list of pages or tokens in use.
 inline void check_selection(const Arguments& args, const SparseDecode& op) {
   for (int64_t row_head = 0; row_head < int64_t{op.batch} * op.kv_heads; ++row_head) {
     const int count = op.selection.counts[row_head];
@@ -16,12 +16,12 @@ inline void check_selection(const Arguments& args, const SparseDecode& op) {
     const int unit = by_token ? 1 : op.page_size;
     const int used = (op.seq_lens[row_head / op.kv_heads] + unit - 1) / unit;
     for (int nth = 0; nth < count; ++nth) {
-      const int each = op.selection.row(row_head)[nth];
+      const int index = op.selection.row(row_head)[nth];
       const int least = nth > 0 ? op.selection.row(row_head)[nth - 1] + 1 : 0;
-      if (each >= least && each < used) continue;
+      if (index >= least && index < used) continue;
       const std::string kind = by_token ? "tokens" : "pages";
       args.fail("selected", "ascending " + kind + " below " + std::to_string(used) + ", the " + kind + " in use",
-                std::to_string(each));
+                std::to_string(index));
     }
   }
 }
@@ -31,32 +31,23 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
     const Tensor& seq_lens, const Optional& selected, const Optional& counts, double alpha, std::optional<double> scale,
     const Optional& alibi_slopes, const Optional& head_alpha, bool by_token) {
   SparseDecode op;
-  op.dtype = args.element(k_pages, "k_pages");
-  op.k_pages = args.rows(k_pages, "k_pages [pages, kv_heads, page_size, head_dim]", k_pages);
+  take_keys(args, op, k_pages);
   op.v_pages = args.rows(v_pages, "v_pages [pages, kv_heads, page_size, head_dim]", k_pages);
-  op.page_table = page_table_of(args, page_table);
-  op.q = args.rows(q, "q [batch, q_heads, head_dim]", k_pages);
-  op.seq_lens = args.snapshot<const int32_t>(seq_lens, "seq_lens [batch]");
+  take_queries(args, op, q, page_table, seq_lens, k_pages, scale, alibi_slopes);
   if (selected) op.selection.selected = args.values<int32_t>(*selected, "selected [batch, kv_heads, max_selected]");
   op.selection.counts = args.snapshot<int32_t>(counts, "counts [batch, kv_heads]");
   op.selection.max_selected = args["max_selected"];
   op.selection.by_token = by_token;
   op.alpha = alpha_of(args, alpha, head_alpha);
-  op.scoring = scoring_of(args, scale, alibi_slopes);
-  static_cast<Sizes&>(op) = args.sizes();
   args.expect(int64_t{op.selection.max_selected} * (by_token ? 1 : op.page_size) <= kMostTokens, "max_selected",
               "room for at most 2^31 - 4097 tokens", op.selection.max_selected);
-  check_cache(args, op.page_table, op.seq_lens);
   if (kOnHost && selected) check_selection(args, op);
 
   Tensor out = new_tensor(q, {op.batch, op.q_heads, op.head_dim}, q.scalar_type());
-  Tensor tau = new_tensor(q, {op.batch, op.q_heads}, ScalarType::Float);
-  Tensor support = new_tensor(q, {op.batch, op.q_heads}, ScalarType::Int);
-  Tensor tokens = new_tensor(q, {op.batch, op.kv_heads}, ScalarType::Int);
+  Tensor tau = new_values(q, {op.batch, op.q_heads}, op.tau);
+  Tensor support = new_values(q, {op.batch, op.q_heads}, op.support);
+  Tensor tokens = new_values(q, {op.batch, op.kv_heads}, op.tokens);
   op.out = args.rows(out, "out [batch, q_heads, head_dim]", q);
-  op.tau = static_cast<float*>(tau.data_ptr());
-  op.support = static_cast<int32_t*>(support.data_ptr());
-  op.tokens = static_cast<int32_t*>(tokens.data_ptr());
   run(backend::sparse_decode, op, q);
   return {out, tau, support, tokens};
 }

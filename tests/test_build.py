@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation.build import OPS, NinjaFile
+from gpu_commands import STEPS, commands
 
 import entmaxkv
 from entmaxkv.__main__ import cuda_state
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 LIBRARIES = sorted(Path(entmaxkv.__file__).parent.glob("_*.so"))
 
 
@@ -40,6 +45,10 @@ with_nvcc = pytest.mark.skipif(
     not shutil.which("nvcc") or os.environ.get("ENTMAXKV_CUDA") == "0", reason="no nvcc, or the CUDA library unwanted"
 )
 with_cuda = pytest.mark.skipif(len(LIBRARIES) < 2, reason="no CUDA library")
+with_make = pytest.mark.skipif(not shutil.which("make"), reason="no make")
+built_here = pytest.mark.skipif(
+    LIBRARIES[0].resolve().parent != ROOT / "entmaxkv", reason="the libraries were built elsewhere"
+)
 
 
 @with_nvcc
@@ -48,27 +57,124 @@ def test_cuda_library_is_built_where_there_is_nvcc():
 
 
 @with_cuda
-@pytest.mark.skipif(LIBRARIES[0].resolve().parent != ROOT / "entmaxkv", reason="the libraries were built elsewhere")
+@built_here
 def test_no_kernel_spills_registers():
-    """By what ptxas said of every kernel and architecture when the library was built."""
+    """ptxas said so for every kernel and architecture when the kernel's object was built."""
     kernel = re.compile(
         r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", re.DOTALL
     )
-    log = (ROOT / "build" / "cuda.log").read_text()
-    kernels = kernel.findall(log)
-    of = {arch: {name for name, its, *_ in kernels if its == arch} for _, arch, *_ in kernels}
-    assert {arch.removesuffix("a") for arch in of} == architectures()
-    for names in of.values():
-        assert names == next(iter(of.values()))
-        for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+    built = architectures()
+    for source in KERNELS:
+        log = (ROOT / "build" / "_cuda" / "cuda" / f"{source.name}.o.log").read_text()
+        kernels = kernel.findall(log)
+        of = {arch: {name for name, its, *_ in kernels if its == arch} for _, arch, *_ in kernels}
+        assert {arch.removesuffix("a") for arch in of} == built
+        for names in of.values():
+            assert names == next(iter(of.values()))
             assert any(f"{source.stem}_cu" in name for name in names), f"no kernel of {source.name}"
-    assert [name for name, _, *spilled in kernels if spilled != ["0", "0"]] == []
-    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}  # nor does a function that kernels call
+        assert [name for name, _, *spilled in kernels if spilled != ["0", "0"]] == []
+        assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}  # nor does a function that kernels call
+
+
+def dependencies(library: str) -> dict[str, set[Path]]:
+    """The files of csrc that make each object of a library, as the compilers told ninja."""
+    text = run(sys.executable, "-m", "ninja", "-C", ROOT / "build" / library, "-t", "deps")
+    objects = re.findall(r"^(\S+): #deps.*\n((?:    .*\n)*)", text, re.MULTILINE)
+    found = {name: {Path(os.path.normpath(line.strip())) for line in lines.splitlines()} for name, lines in objects}
+    return {
+        name: {path for path in paths if path.is_relative_to(CSRC)}
+        for name, paths in found.items()
+        if name.endswith(".o")
+    }
+
+
+def included(source: Path) -> set[Path]:
+    """A file of csrc, and all files of csrc that it includes, under whatever condition."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE)
+            left += [Path(os.path.normpath(path.parent / name)) for name in names]
+    return found
+
+
+@with_cuda
+@built_here
+def test_kernels_depend_on_what_they_include():
+    """A change of one .cu file makes one object; a change of a header makes those of the kernels that include it."""
+    objects = dependencies("_cuda")
+    for source in KERNELS:
+        assert objects[f"cuda/{source.name}.o"] == included(source)
+        assert [name for name, files in objects.items() if source in files] == [f"cuda/{source.name}.o"]
+    assert {name for name in objects if name.startswith("cuda/")} >= {f"cuda/{source.name}.o" for source in KERNELS}
+    assert all(CSRC / "ops.h" in files for files in objects.values())
+    assert not [file for files in objects.values() for file in files if file.is_relative_to(CSRC / "cpu")]
+
+
+@built_here
+def test_the_cpu_library_depends_on_what_it_includes():
+    objects = dependencies("_C")
+    for source in CSRC.glob("cpu/*.cpp"):
+        if source.name != "parallel_std.cpp":
+            assert objects[f"cpu/{source.name}.o"] <= included(source)
+            assert [name for name, files in objects.items() if source in files] == [f"cpu/{source.name}.o"]
+    assert not [file for files in objects.values() for file in files if file.is_relative_to(CSRC / "cuda")]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A function that builds a library of two sources, one with a header, and says which objects that made."""
+    (tmp_path / "one.cpp").write_text('#include "part.h"\nint one() { return kPart; }\n')
+    (tmp_path / "two.cpp").write_text("int two() { return 2; }\n")
+    (tmp_path / "part.h").write_text("constexpr int kPart = 1;\n")
+    folder = tmp_path / "with space"
+
+    def build(*flags: str) -> set[str]:
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.o")}
+        ninja = NinjaFile(folder)
+        ninja.compiler("cxx", ["c++", "-fPIC", *flags], keep_log=True)
+        objects = ninja.compile("cxx", [tmp_path / "one.cpp", tmp_path / "two.cpp"], into="objects/")
+        ninja.link("toy.so", objects, ["c++"], [])
+        ninja.run()
+        assert (folder / "toy.so").exists()
+        return {path.name for path in folder.rglob("*.o") if path.stat().st_mtime_ns != before.get(path)}
+
+    assert build() == {"one.cpp.o", "two.cpp.o"}
+    return build
+
+
+def test_ninja_compiles_what_has_changed(tmp_path, toy):
+    assert toy() == set()
+    (tmp_path / "part.h").write_text("constexpr int kPart = 3;\n")
+    assert toy() == {"one.cpp.o"}
+    (tmp_path / "part.h").rename(tmp_path / "room.h")
+    (tmp_path / "one.cpp").write_text('#include "room.h"\nint one() { return kPart; }\n')
+    assert toy() == {"one.cpp.o"}
+    assert toy("-O1") == {"one.cpp.o", "two.cpp.o"}
+    assert toy("-O1") == set()
+    (version,) = tmp_path.rglob("cxx.version")
+    version.write_text("an older compiler")
+    assert toy("-O1") == {"one.cpp.o", "two.cpp.o"}
+
+
+def test_an_object_has_a_log_of_its_own(tmp_path, toy, capfd):
+    (log,) = tmp_path.rglob("two.cpp.o.log")
+    log.unlink()
+    assert toy() == {"two.cpp.o"} and log.read_text() == ""
+    (tmp_path / "two.cpp").write_text("int two() { int unused; return 2; }\n")
+    toy("-Wall")
+    assert "unused" in log.read_text() and "unused" in capfd.readouterr().out
+    (tmp_path / "two.cpp").write_text("an error\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        toy("-Wall")
+    assert "error" in capfd.readouterr().out
 
 
 def test_every_kernel_waits_for_the_previous_one():
     """A kernel that did not wait would still pass most tests."""
-    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+    for source in KERNELS:
         bodies = re.findall(r"__global__[^;{]*\{\s*(\S+)", source.read_text())
         assert bodies and set(bodies) == {"wait_for_previous_kernel();"}, source.name
 
@@ -134,16 +240,19 @@ def test_nothing_keeps_cuda_from_being_used(built, capability):
     assert cuda_state("13.0", True, ["sm_120", built], [capability]) == "loaded"
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@with_make
 @pytest.mark.parametrize(
     ("extra", "torch_cuda", "asked", "builds"),
     [
-        ("demo", None, None, "0"),
-        ("demo", "13.0", None, "1"),
-        ("demo", None, "1", "1"),
-        ("demo", "13.0", "0", "0"),
-        ("test", None, None, "1"),
-        ("test", None, "0", "0"),
+        ("demo", None, {}, "0 for []"),
+        ("demo", "13.0", {}, "1 for []"),
+        ("demo", None, {"ENTMAXKV_CUDA": "1"}, "1 for []"),
+        ("demo", "13.0", {"ENTMAXKV_CUDA": "0"}, "0 for []"),
+        ("test", None, {}, "1 for [8.0;9.0a;12.0]"),
+        ("test", None, {"TORCH_CUDA_ARCH_LIST": ""}, "1 for []"),
+        ("test", None, {"TORCH_CUDA_ARCH_LIST": "9.0a"}, "1 for [9.0a]"),
+        ("test", None, {"ENTMAXKV_CUDA": "0"}, "0 for [8.0;9.0a;12.0]"),
+        ("test", "13.0", {}, "1 for []"),
     ],
 )
 def test_make_builds_cuda_where_it_is_needed(tmp_path, extra, torch_cuda, asked, builds):
@@ -155,17 +264,74 @@ def test_make_builds_cuda_where_it_is_needed(tmp_path, extra, torch_cuda, asked,
     python.parent.mkdir()
     python.write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then PYTHONPATH={tmp_path} exec {sys.executable} "$@"; fi\n'
-        f'echo "$ENTMAXKV_CUDA $@" >> {tmp_path}/calls\n'
+        f'echo "$ENTMAXKV_CUDA for [$TORCH_CUDA_ARCH_LIST] $@" >> {tmp_path}/calls\n'
     )
     python.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "ENTMAXKV_CUDA"}
-    environment |= {"VIRTUAL_ENV": str(tmp_path)} | ({"ENTMAXKV_CUDA": asked} if asked else {})
+    ours = "ENTMAXKV_CUDA", "TORCH_CUDA_ARCH_LIST"
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"VIRTUAL_ENV": str(tmp_path)} | asked
     command = ["make", "-C", ROOT, f"{tmp_path}/entmaxkv-{extra}.installed"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[-1] == f"{builds} -m pip install --no-build-isolation --editable .[{extra}]"
     assert [path.name for path in tmp_path.glob("*.installed")] == [f"entmaxkv-{extra}.installed"]
+
+
+@with_make
+def test_the_tests_compile_every_line_of_the_kernels():
+    """Their architectures meet every condition of csrc on __CUDA_ARCH__, and miss it."""
+    (listed,) = re.findall("^TEST_ARCHITECTURES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    built = [int(float(arch.rstrip("a")) * 100) for arch in listed.split(";")]
+    compare = {">=": int.__ge__, "!=": int.__ne__, "==": int.__eq__, "<": int.__lt__}
+    for path in CSRC.rglob("*"):
+        for sign, number in re.findall(r"__CUDA_ARCH__ (\S+) (\d+)", path.read_text() if path.is_file() else ""):
+            assert {compare[sign](arch, int(number)) for arch in built} == {True, False}, f"{path}: {sign} {number}"
+
+
+@with_make
+@pytest.mark.parametrize("target", ["kernel", "gpu"])
+def test_make_lists_the_ops(target):
+    done = subprocess.run(["make", "-C", ROOT, target, "OP=nonsense"], capture_output=True, text=True)
+    assert done.returncode != 0 and f'expected OP among {" ".join(OPS)}, got "nonsense"' in done.stderr
+
+
+@with_make
+def test_make_help_lists_the_targets():
+    text = run("make", "-s", "-C", ROOT, "help")
+    assert set(re.findall(r"^(\w+) +\w", text, re.MULTILINE)) >= {"demo", "test", "kernel", "gpu", "bench", "clean"}
+
+
+@with_make
+def test_make_gpu_prints_commands():
+    assert (
+        run("make", "-s", "-C", ROOT, "gpu", "OP=select_pages", f"PYTHON={sys.executable}")
+        == f"{commands('select_pages')}\n"
+    )
+
+
+def test_gpu_commands_are_right():
+    """Programs take the options, ranges are those of the profiled steps, and kernels those of the op."""
+    small = shlex.split("--context 64 --heads 2/1 --head-dim 8 --dtype fp32 --steps 1")
+    profiled = run(sys.executable, ROOT / "bench/profile_decode.py", *small)
+    options: dict[str, set[str]] = {}
+    for op in OPS:
+        text = commands(op)
+        for program, arguments in re.findall(r"python (\S+\.py)(.*)", text):
+            if arguments and program not in options:
+                options[program] = set(re.findall(r"--[\w-]+", run(sys.executable, ROOT / program, "--help")))
+            assert (ROOT / program).exists() and set(re.findall(r"--[\w-]+", arguments)) <= options.get(program, set())
+        assert (ROOT / f"tests/test_{op}.py").exists() and f"tests/test_{op}.py" in text
+        if op in STEPS:
+            assert all(f"{selector}.{op}" in profiled for selector in STEPS[op])
+        else:
+            (kernels,) = re.findall(r"regex:\^\((.+)\)\$", text)
+            assert len(kernels.split("|")) == (CSRC / "cuda" / f"{op}.cu").read_text().count("__global__")
+
+
+def test_versions_of_pre_commit_are_those_of_the_tests():
+    pinned = re.findall(r"[\w-]+==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(pinned) == 3 and all(f'"{version}"' in (ROOT / "pyproject.toml").read_text() for version in pinned)
 
 
 def test_source_distribution_holds_all_that_is_built(tmp_path):
@@ -179,4 +345,4 @@ def test_source_distribution_holds_all_that_is_built(tmp_path):
     with tarfile.open(archive) as tar:
         packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert not {*sources, "CMakeLists.txt", "entmaxkv/py.typed", "LICENSE"} - packed
+    assert not {*sources, "CMakeLists.txt", "ninja_file.py", "entmaxkv/py.typed", "LICENSE"} - packed

@@ -1,6 +1,6 @@
-// append_kv on the CPU: one task per (row, KV head, page) copies the page's new tokens, sketches them, and renews the
-// page's statistics, all from the stored keys, so that it depends on the page's content alone, not on how it was
-// filled.
+// append_kv on the CPU: one task per (row, KV head, page) copies the page's new tokens, computes their sketch, and
+// computes the page's statistics from all its keys. The results depend on the keys in the page only, not on how many of
+// them each append wrote.
 #include <atomic>
 
 #include "kernels.h"
@@ -14,7 +14,7 @@ namespace {
 
 template <typename T>
 void append(const AppendKv& op) {
-  const int most_pages = (op.tokens - 1) / op.page_size + 2;  // that one row can touch
+  const int most_pages = (op.tokens - 1) / op.page_size + 2;  // a row's new tokens lie in no more pages than this
   parallel_for(int64_t{op.batch} * op.kv_heads * most_pages, [&](int64_t task) {
     const int nth = task % most_pages;
     const int kv_head = task / most_pages % op.kv_heads;
@@ -34,7 +34,7 @@ void append(const AppendKv& op) {
     }
     summarise_page<T>(op.k_pages, op.statistics, physical, kv_head, stop - page * op.page_size, op.head_dim);
   });
-  for (int row = 0; row < op.batch; ++row) {  // released: whoever sees the new length sees the tokens
+  for (int row = 0; row < op.batch; ++row) {  // stored with release: a thread that sees the new length sees the tokens
     const int tokens = op.lengths ? op.lengths[row] : op.tokens;
     std::atomic_ref(op.new_seq_lens[row]).store(op.seq_lens[row] + tokens, std::memory_order_release);
   }

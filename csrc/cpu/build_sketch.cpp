@@ -1,22 +1,22 @@
-// build_sketch on the CPU: one task per (row, KV head, page in use), key by key.
-//   1. rotate the key
-//   2. the step that suits its root mean square; where its norms do not fit, one that its largest coordinate fits;
-//      where that does not fit either, no sketch
-//   3. codes, in two planes
+// build_sketch on the CPU: one task per (row, KV head, page in use). For each key (sketch.h):
+//   1. Rotate it.
+//   2. Choose its step by its root mean square. If the norms then exceed a byte, choose the step by its largest
+//      coordinate. If they still do, the key has no sketch: all three bytes are kUnknown.
+//   3. Write its codes, in two planes.
 #include <algorithm>
 
 #include "../dtype.h"
 #include "kernels.h"
 #include "pages.h"
-#include "parallel.h"
 #include "sketches.h"
 
 namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr int kLanes = 16;  // sums that run side by side, for the sake of vectors
+constexpr int kLanes = 16;  // partial sums, so that the compiler can use vector instructions
 
+/// The norms of a rotated key with the step of `scale`. norm = ||x||.
 sketch::Norms norms_of(const float* x, int dims, float norm, int scale) {
   const float per_place = 4 * sketch::steps_of(scale);
   sketch::Distances squares[kLanes];
@@ -82,14 +82,10 @@ template void sketch_key<Float16>(const Sizes&, const Rows&, const Sketch&, int6
 template void sketch_key<BFloat16>(const Sizes&, const Rows&, const Sketch&, int64_t, int, int);
 
 void build_sketch(const BuildSketch& op) {
-  parallel_for(int64_t{op.batch} * op.kv_heads * op.max_pages, [&](int64_t task) {
-    const int page = task % op.max_pages;
-    const int kv_head = task / op.max_pages % op.kv_heads;
-    const int64_t row = task / op.max_pages / op.kv_heads;
-    const int tokens = tokens_in_page(page, op.seq_lens[row], op.page_size);
-    dispatch(op.dtype, [&](auto element) {
+  dispatch(op.dtype, [&](auto element) {
+    for_each_page(op, [&](int64_t page, int kv_head, int tokens) {
       for (int slot = 0; slot < tokens; ++slot) {
-        sketch_key<decltype(element)>(op, op.k_pages, op.sketch, op.page_table.row(row)[page], kv_head, slot);
+        sketch_key<decltype(element)>(op, op.k_pages, op.sketch, page, kv_head, slot);
       }
     });
   });

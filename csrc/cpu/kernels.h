@@ -1,4 +1,4 @@
-// One function per op; every function takes the params struct that its front door has filled and checked.
+// The CPU kernels: one function per op. Its front door has filled and checked the params struct (ops.h).
 #pragma once
 
 #include "../ops.h"

@@ -1,7 +1,7 @@
-// page_stats on the CPU: one task per (row, KV head, page in use).
+// page_stats on the CPU: one task per (row, KV head, page in use) computes the minimum, maximum, mean and standard
+// deviation of each coordinate over the page's keys.
 #include "kernels.h"
 #include "pages.h"
-#include "parallel.h"
 
 namespace entmaxkv::cpu {
 
@@ -26,15 +26,9 @@ template void summarise_page<Float16>(const Rows&, const PageStatistics&, int64_
 template void summarise_page<BFloat16>(const Rows&, const PageStatistics&, int64_t, int, int, int);
 
 void page_stats(const PageStats& op) {
-  parallel_for(int64_t{op.batch} * op.kv_heads * op.max_pages, [&](int64_t task) {
-    const int page = task % op.max_pages;
-    const int kv_head = task / op.max_pages % op.kv_heads;
-    const int64_t row = task / op.max_pages / op.kv_heads;
-    const int tokens = tokens_in_page(page, op.seq_lens[row], op.page_size);
-    if (tokens <= 0) return;
-    dispatch(op.dtype, [&](auto element) {
-      summarise_page<decltype(element)>(op.k_pages, op.statistics, op.page_table.row(row)[page], kv_head, tokens,
-                                        op.head_dim);
+  dispatch(op.dtype, [&](auto element) {
+    for_each_page(op, [&](int64_t page, int kv_head, int tokens) {
+      summarise_page<decltype(element)>(op.k_pages, op.statistics, page, kv_head, tokens, op.head_dim);
     });
   });
 }

@@ -1,4 +1,4 @@
-// parallel_for of the torch-free library.
+// parallel_for of the library without torch: threads take task after task.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -21,7 +21,7 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
       next = tasks;
     }
   };
-  std::vector<std::jthread> threads;  // joined wherever this ends
+  std::vector<std::jthread> threads;  // the destructor joins them, also after an exception
   for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(work, worker);
   if (workers > 0) work(0);
   threads.clear();

@@ -1,4 +1,4 @@
-// Row kernels for any machine, and the choice among the widths.
+// Row kernels for any CPU (rows.h), and the choice between the vector widths.
 #include "rows.h"
 
 #include <cmath>
@@ -39,8 +39,8 @@ enum class Isa { kAny, kAvx2, kAvx512 };
 const Isa kIsa = [] {
   __builtin_cpu_init();
   const auto avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and with them f16c, on every CPU so far
-  // The variable by which torch's own kernels can be held to a narrower width.
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every CPU with these has f16c, too
+  // This variable limits the width of torch's own kernels.
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string limit = variable ? variable : "avx512";
   const auto avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,9 +1,11 @@
-// The body of rows_*.cpp, compiled once per vector width: kLanes floats, in namespace ENTMAXKV_ISA. Before it stand
-// kLanes, Vector, and load() of float16, for which not every width has an instruction.
+// The row kernels. Each rows_*.cpp includes this file, and compiles it for one vector width in namespace ENTMAXKV_ISA.
+// Before that it defines kLanes, the floats of a vector; Vector; and load() of float16, for which some widths have an
+// instruction.
 //
-// dot: a tile of kLanes / H rows times H heads has one accumulator per (head, row) pair. Each stretch of a row is
-// loaded once for all H heads. At the end the kLanes accumulators are folded pairwise into one vector whose lane
-// i is the sum of accumulator i: log2(kLanes) rounds of "first halves + second halves".
+// How dot works: a tile of kLanes / H rows times H heads has one accumulator, a vector, per (head, row) pair. Each
+// piece of a row is loaded once for all H heads. At the end, the kLanes accumulators are folded pairwise into one
+// vector whose lane i is the sum of accumulator i. That takes log2(kLanes) rounds, each of which adds first halves to
+// second halves.
 
 namespace entmaxkv::cpu::ENTMAXKV_ISA {
 
@@ -25,7 +27,7 @@ inline Vector load(const BFloat16* from) { return (Vector)(load_words(&from->bit
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
 
-// Pieces of kWidth lanes, a's before b's: the sum of each piece's first and second half.
+// Divides a and b into pieces of kWidth lanes. Returns each piece's first half plus its second half: a's, then b's.
 template <int kWidth, int... kLane>
 inline Vector fold(Vector a, Vector b, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -47,9 +49,10 @@ inline Vector fold_all(const Vector* v) {
   }
 }
 
-constexpr int kAhead = 16;  // rows; what hardware prefetchers miss at the ends of pages
+constexpr int kAhead = 16;  // rows to prefetch ahead: hardware prefetchers do not go beyond the end of a page
 
-// One tile: rows[0 ... kLanes / kHeads), of which `count` exist, `left` counting on to the end of the list.
+// One tile: rows[0 ... kLanes / kHeads). `left` counts the rows from rows[0] to the end of the list: the tile has fewer
+// rows at the end, and rows behind the tile are prefetched.
 template <int kHeads, bool kSquares, typename T>
 inline void dot_tile(const T* const* rows, int left, const float* q, int head_dim, float* out, int out_stride) {
   constexpr int kRows = kLanes / kHeads;
@@ -90,7 +93,8 @@ inline void dot_tile(const T* const* rows, int left, const float* q, int head_di
   }
 }
 
-// As many heads at a time as there are lanes for, at most 8; returns how many.
+// Dot products of the first heads: of kHeads heads, or half as many until there are enough heads and lanes. Returns how
+// many heads it took.
 template <int kHeads, bool kSquares, typename T>
 int dot_heads(const T* const* rows, int count, int left, const float* q, int heads, int head_dim, float* out,
               int out_stride) {
@@ -149,28 +153,28 @@ void accumulate(const T* const* rows, int count, const float* weights, int heads
   for (; h < heads; ++h) accumulate_heads<1>(rows, count, weights + h, heads, head_dim, out + h * head_dim);
 }
 
-// The mean is corrected by the mean distance from it, and the spread for that correction: what the first sum has lost
-// to rounding comes back.
+// Rounding errs in the first sum, and so in the mean. The mean distance from that mean, `drift`, corrects it, and
+// corrects the variance for having been taken around the wrong mean.
 template <typename T>
 void summarise(const T* const* rows, int count, int head_dim, float* min, float* max, float* mean, float* std) {
-  const float share = 1.0f / static_cast<float>(count);
+  const float per_row = 1.0f / static_cast<float>(count);
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
     Vector low = Vector{} + HUGE_VALF, high = -low, sum = {}, drift = {}, squares = {}, odd_squares = {};
     for (int i = 0; i < count; ++i) {
       const Vector key = load(rows[i] + d);
-      low = (key < low) | (key != key) ? key : low;  // NaN stays
+      low = (key < low) | (key != key) ? key : low;  // NaN remains: no key is less than it
       high = (key > high) | (key != key) ? key : high;
       sum += key;
     }
-    const Vector centre = sum * share;
+    const Vector centre = sum * per_row;
     for (int i = 0; i < count; ++i) {
       const Vector distance = load(rows[i] + d) - centre;
       drift += distance;
       (i % 2 ? odd_squares : squares) += distance * distance;  // two short sums round less than one long one
     }
-    drift *= share;
-    const Vector variance = (squares + odd_squares) * share - drift * drift;
+    drift *= per_row;
+    const Vector variance = (squares + odd_squares) * per_row - drift * drift;
     store(min + d, low);
     store(max + d, high);
     store(mean + d, centre + drift);
@@ -184,14 +188,14 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
       high = key > high || key != key ? key : high;
       sum += key;
     }
-    const float centre = sum * share;
+    const float centre = sum * per_row;
     for (int i = 0; i < count; ++i) {
       const float distance = to_float(rows[i][d]) - centre;
       drift += distance;
       (i % 2 ? odd_squares : squares) += distance * distance;
     }
-    drift *= share;
-    const float variance = (squares + odd_squares) * share - drift * drift;
+    drift *= per_row;
+    const float variance = (squares + odd_squares) * per_row - drift * drift;
     min[d] = low;
     max[d] = high;
     mean[d] = centre + drift;
@@ -199,9 +203,9 @@ void summarise(const T* const* rows, int count, int head_dim, float* min, float*
   }
 }
 
-typedef uint16_t Codes __attribute__((vector_size(16)));  // two bytes each
+typedef uint16_t Codes __attribute__((vector_size(16)));  // 16 bytes of codes, in pairs
 
-// A plain loop in a function of its own: of that, compilers make 16-bit multiply-and-add instructions.
+// A plain loop in a function of its own, so that compilers use 16-bit multiply-and-add instructions.
 template <int kDims>
 int dot_numbers(const int16_t* numbers, const int16_t* codes) {
   int sum = 0;
@@ -209,7 +213,8 @@ int dot_numbers(const int16_t* numbers, const int16_t* codes) {
   return sum;
 }
 
-// Some keys at a time: what has just been stored cannot be loaded at once in wider vectors.
+// Unpacks the codes of kAtOnce keys before it multiplies them: a load in wider vectors than those of a recent store
+// waits for that store.
 template <int kDims>
 void dot_codes_of(const uint8_t* high, const uint8_t* low, int count, const int16_t* numbers, int heads, int* out,
                   int out_stride) {

@@ -1,4 +1,4 @@
-// Row kernels for AVX2. The order of the headers and the pragma matters: see rows_avx512.cpp.
+// Row kernels for AVX2. The headers must come before the pragma: rows_avx512.cpp says why.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,6 +1,6 @@
 // Row kernels for AVX-512.
-// Every header comes before the target pragma: an inline function of the standard library that is compiled for a
-// wider target could be the copy that the linker keeps for the whole binary.
+// Every header comes before the target pragma. Otherwise an inline function of the standard library would be compiled
+// for AVX-512 here, and the linker might keep that copy for the whole binary, which then fails on older machines.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,11 +1,12 @@
-// score_gaussian on the CPU: one dot product with the page means, one of q^2 with the squared deviations. An ALiBi
-// bias is uniform over n successive positions: it moves the mean and adds slope^2 (n^2 - 1) / 12 to the variance.
+// score_gaussian on the CPU. The formulas are in ops.h (ScoreGaussian). Two dot products per page: of q with the means,
+// and of the squares of q with the squared deviations. The ALiBi bias takes n equidistant values over the n tokens of a
+// page, slope apart: their mean is that of the first and the last, their variance slope^2 (n^2 - 1) / 12.
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "kernels.h"
 #include "pages.h"
+#include "scores.h"
 
 namespace entmaxkv::cpu {
 
@@ -17,15 +18,9 @@ void score_tile(const ScoreGaussian& op, const PageTile& tile) {
   const int seq_len = op.seq_lens[tile.row];
   const float scale = op.scoring.scale;
 
-  std::vector<float> q(op.group * op.head_dim), squares(q.size());
-  for (int h = 0; h < op.group; ++h) {
-    const T* from = op.q.at<T>(tile.row, tile.kv_head * op.group + h);
-    for (int d = 0; d < op.head_dim; ++d) {
-      const float value = to_float(from[d]);
-      q[h * op.head_dim + d] = value;
-      squares[h * op.head_dim + d] = value * value;
-    }
-  }
+  const std::vector<float> q = queries_of<T>(op, tile.row, tile.kv_head);
+  std::vector<float> squares(q.size());
+  for (size_t i = 0; i < q.size(); ++i) squares[i] = q[i] * q[i];
   const T* means[kPages];
   const T* stds[kPages];
   tile.gather(op.k_mean, op.page_table, means);
@@ -48,7 +43,7 @@ void score_tile(const ScoreGaussian& op, const PageTile& tile) {
       mean[i] = scale * centre[h * kPages + i] + slope * (oldest + (tokens - 1) / 2);
       std[i] = std::sqrt(scale * scale * spread[h * kPages + i] + slope * slope * (tokens * tokens - 1) / 12);
     }
-    std::fill(mean + tile.used, mean + tile.width, -std::numeric_limits<float>::infinity());
+    std::fill(mean + tile.used, mean + tile.width, kNothing);
     std::fill(std + tile.used, std + tile.width, 0.0f);
   }
 }

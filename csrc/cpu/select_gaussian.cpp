@@ -1,24 +1,22 @@
-// select_gaussian on the CPU.
-//   1. per query head: the threshold tau at which the page mixture expects weights that sum to 1,
-//      sum_pages tokens E[(z - tau)_+^beta] = 1 with z ~ N((alpha-1) mean, (alpha-1)^2 std^2) (gaussian.h), from
-//      the best page mean minus 1 on, which lies left of it by Jensen's inequality
-//   2. per KV head: the pages that any head of the group wants, and the last page
-#include <cmath>
-#include <limits>
+// select_gaussian on the CPU: one task per (row, KV head).
+//   1. For each head of the group, find the threshold tau at which the weights are expected to sum to 1:
+//          sum over pages of tokens E[(z - tau)_+^beta] = 1,   z ~ N((alpha-1) mean, (alpha-1)^2 std^2)   (gaussian.h)
+//      The search starts at the largest (alpha-1) mean less 1, which is below tau by Jensen's inequality.
+//   2. Select the pages whose best token is expected to reach tau - margin for some head, and the last page.
 #include <vector>
 
 #include "../gaussian.h"
 #include "kernels.h"
 #include "pages.h"
+#include "scores.h"
 
 namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr double kNothing = -std::numeric_limits<double>::infinity();
-
-/// Marks the pages that one head wants.
-void want_pages(const SelectGaussian& op, int64_t row, int head, int used, std::vector<char>& wanted) {
+/// Sets is_selected of the pages whose best token is expected to reach one head's threshold.
+void select_for_head(const SelectGaussian& op, int64_t row, int head, std::vector<char>& is_selected) {
+  const auto used = static_cast<int>(is_selected.size());
   const float* mean = op.mean + (row * op.q_heads + head) * op.max_pages;
   const float* std = op.std + (row * op.q_heads + head) * op.max_pages;
   const Entmax<double> entmax(op.alpha.of(head));
@@ -38,7 +36,7 @@ void want_pages(const SelectGaussian& op, int64_t row, int head, int used, std::
   }
   const bool all = entmax.is_softmax() || op.margin == -kNothing;
   for (int page = 0; page < used; ++page) {
-    wanted[page] |= all || entmax.gap * (mean[page] + std[page] * op.page_best) > tau - op.margin;
+    is_selected[page] |= all || entmax.gap * (mean[page] + std[page] * op.page_best) > tau - op.margin;
   }
 }
 
@@ -49,17 +47,16 @@ void select_gaussian(const SelectGaussian& op) {
     const int64_t row = task / op.kv_heads;
     const int kv_head = static_cast<int>(task % op.kv_heads);
     const int used = pages_in_use(op.seq_lens[row], op.page_size);
-    std::vector<char> wanted(used, 0);
-    for (int h = 0; h < op.group; ++h) want_pages(op, row, kv_head * op.group + h, used, wanted);
-    if (used > 0) wanted[used - 1] = 1;
+    std::vector<char> is_selected(used, 0);
+    for (int h = 0; h < op.group; ++h) select_for_head(op, row, kv_head * op.group + h, is_selected);
+    if (used > 0) is_selected[used - 1] = 1;
 
     int32_t* selected = op.selection.row(task);
     int count = 0;
     for (int page = 0; page < used; ++page) {
-      if (wanted[page]) selected[count++] = page;
+      if (is_selected[page]) selected[count++] = page;
     }
-    std::fill(selected + count, selected + op.selection.max_selected, -1);
-    op.selection.counts[task] = count;
+    end_list(op.selection, task, count);
   });
 }
 

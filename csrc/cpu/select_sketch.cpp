@@ -1,50 +1,49 @@
-// select_sketch on the CPU. The tokens of a row are cut into spans.
-//   1. code:   per (row, query head) the query's numbers (sketch.h)
-//   2. coarse: per (row, KV head, span) an upper bound of every score from plane 0, and the tokens with the highest
-//   ones
-//   3. floor:  per (row, query head) the exact scores of the highest of all, and their threshold, rounded down; where
-//   alpha = 1 and there is not room for all, a floor from their logsumexp
-//   4. fine:   per (row, KV head, span) the candidates: tokens with all bounds above the floor, for some head
-//   5. choose: per (row, KV head) the candidates that there is room for, and a bound of the weight of the others
+// select_sketch on the CPU (ops.h, SelectSketch). The tokens of each row are cut into spans.
+//   1. code:   per (row, query head), round the query to whole numbers (sketch.h, QueryCode).
+//   2. coarse: per (row, KV head, span), bound every score with plane 0, and find the tokens with the highest bounds.
+//   3. floor:  per (row, query head), read the keys of the tokens with the highest bounds in the row. The threshold of
+//              their exact scores, rounded down, is the floor. Where alpha = 1 it comes from their logsumexp.
+//   4. fine:   per (row, KV head, span), refine the bounds above the floor with plane 1. The candidates are the tokens
+//              whose bound is still above the floor, for some head.
+//   5. choose: per (row, KV head), select the candidates, or those with the largest merit if there is not room for all,
+//              and bound the weight of the other tokens.
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <vector>
 
 #include "../entmax.h"
 #include "kernels.h"
 #include "pages.h"
+#include "scores.h"
 #include "sketches.h"
+#include "spans.h"
 
 namespace entmaxkv::cpu {
 
 namespace {
 
-constexpr int kSpan = 2048;  // tokens
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-/// A query head of a row.
+/// The query of one head in one row.
 struct Query {
   std::vector<float> q;
   sketch::QueryCode code;
-  double norm = 0;     // of scale q
-  bool known = false;  // the code stands for q
+  double norm = 0;     // ||scale q||
+  bool known = false;  // the coordinates are small enough for a code; otherwise every token is a candidate
   float floor = kNothing;
 };
 
-/// A token with its bound for one head.
+/// A token, and the upper bound of its score for one head.
 struct Bounded {
   float upper;
   int token;
 
-  /// Before another.
+  /// The order is from the highest bound to the lowest, equal bounds by token.
   bool operator<(const Bounded& other) const {
     return upper > other.upper || (upper == other.upper && token < other.token);
   }
 };
 
-/// Leaves the highest sketch::kExact of them, in order.
+/// Keeps only the sketch::kExact tokens with the highest bounds, in order.
 void leave_highest(std::vector<Bounded>& tokens) {
   const auto count = std::min(tokens.size(), size_t{sketch::kExact});
   const auto end = tokens.begin() + static_cast<int64_t>(count);
@@ -53,7 +52,7 @@ void leave_highest(std::vector<Bounded>& tokens) {
   tokens.resize(count);
 }
 
-/// sketch::step_of for each scale.
+/// A table of sketch::step_of for every scale.
 struct Steps {
   float of[256];
 
@@ -64,13 +63,7 @@ struct Steps {
 
 struct Candidate {
   int32_t token;
-  int merit;
-};
-
-struct Span {
-  int64_t row;
-  int kv_head;
-  int first, end;  // tokens
+  int merit;  // sketch::merit_of
 };
 
 template <typename T>
@@ -81,48 +74,43 @@ class Selector {
         group_(op.group),
         dims_(sketch::dims_of(op.head_dim)),
         row_bytes_(sketch::row_bytes(op.head_dim)),
-        queries_(int64_t{op.batch} * op.q_heads) {
-    int64_t tokens = 0;
-    first_span_.push_back(0);
-    for (int64_t row = 0; row < op.batch; ++row) {
-      const int seq_len = op.seq_lens[row];
-      for (int kv_head = 0; kv_head < op.kv_heads; ++kv_head) {
-        for (int64_t first = 0; first < seq_len; first += kSpan) {
-          const auto end = static_cast<int>(std::min<int64_t>(seq_len, first + kSpan));
-          spans_.push_back({row, kv_head, static_cast<int>(first), end});
-        }
-        first_span_.push_back(static_cast<int64_t>(spans_.size()));
-      }
-      first_upper_.push_back(tokens);
-      tokens += int64_t{op.q_heads} * seq_len;
+        spans_(op, kSpanTokens, [&](int64_t row_head) { return op.seq_lens[row_head / op.kv_heads]; }),
+        queries_(int64_t{op.batch} * op.q_heads),
+        numbers_(queries_.size() * dims_),
+        highest_(spans_.count() * group_),
+        candidates_(spans_.count()) {
+    int64_t bounds = 0;
+    for (int row = 0; row < op.batch; ++row) {
+      first_upper_.push_back(bounds);
+      bounds += int64_t{op.q_heads} * op.seq_lens[row];
     }
-    numbers_.resize(queries_.size() * dims_);
-    uppers_.resize(tokens);
-    highest_.resize(spans_.size() * group_);
-    candidates_.resize(spans_.size());
+    uppers_.resize(bounds);
   }
 
   void run() {
     parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { code(head); });
-    parallel_for(static_cast<int64_t>(spans_.size()), [&](int64_t span) { coarse(span); });
+    parallel_for(spans_.count(), [&](int64_t span) { coarse(span); });
     parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { floor(head); });
-    parallel_for(static_cast<int64_t>(spans_.size()), [&](int64_t span) { fine(span); });
+    parallel_for(spans_.count(), [&](int64_t span) { fine(span); });
     parallel_for(int64_t{op_.batch} * op_.kv_heads, [&](int64_t row_head) { choose(row_head); });
   }
 
  private:
-  /// The group's.
+  /// The queries of the group's heads: [group].
   Query* queries(const Span& span) { return queries_.data() + span.row * op_.q_heads + span.kv_head * group_; }
 
+  /// The numbers of the group's queries: [group, dims].
   const int16_t* numbers(const Span& span) const {
     return numbers_.data() + (span.row * op_.q_heads + span.kv_head * group_) * dims_;
   }
 
+  /// The bounds of one head of the group for all tokens of the row: [seq_len].
   float* uppers(const Span& span, int h) {
     const int64_t head = span.kv_head * group_ + h;
     return uppers_.data() + first_upper_[span.row] + head * op_.seq_lens[span.row];
   }
 
+  /// The ALiBi slope of a head of the group, rounded so that biases are upper bounds.
   float slope(const Span& span, int h) const { return sketch::upward(op_.scoring.slope(span.kv_head * group_ + h)); }
 
   float bias(const Span& span, float slope, int token) const {
@@ -148,25 +136,30 @@ class Selector {
     for (int d = 0; d < dims_; ++d) largest = std::max(largest, std::fabs(x[d]));
     const float unit = sketch::unit_of(largest);
     int sum = 0;
-    double squares = 0, lost = 0;
+    double norm_squares = 0, distance_squares = 0;
     for (int d = 0; d < dims_; ++d) {
       constexpr float kMost = sketch::QueryCode::kMost;
       const float number = unit > 0 ? std::clamp(std::rint(x[d] / unit), -kMost, kMost) : 0;
       numbers[d] = static_cast<int16_t>(number);
       sum += numbers[d];
-      const double left = x[d] - double{unit} * number;
-      squares += double{x[d]} * x[d];
-      lost += left * left;
+      const double difference = x[d] - double{unit} * number;
+      norm_squares += double{x[d]} * x[d];
+      distance_squares += difference * difference;
     }
-    query.norm = std::sqrt(squares);
-    query.code = {unit, sum, static_cast<float>(query.norm), static_cast<float>(std::sqrt(lost)), dims_, op_.certain};
+    query.norm = std::sqrt(norm_squares);
+    query.code = {unit,
+                  sum,
+                  static_cast<float>(query.norm),
+                  static_cast<float>(std::sqrt(distance_squares)),
+                  dims_,
+                  op_.error_factor};
   }
 
-  /// The successive tokens of a span that lie in one page.
+  /// Successive tokens of a span in one page.
   struct Run {
-    int token, count;   // the first, and how many
-    int64_t page_head;  // page * kv_heads + kv_head
-    int slot;           // of the first
+    int token, count;   // the first token, and the number of tokens
+    int64_t page_head;  // physical page * kv_heads + kv_head
+    int slot;           // of the first token in the page
   };
 
   std::vector<Run> runs_of(const Span& span) const {
@@ -180,29 +173,31 @@ class Selector {
     return runs;
   }
 
-  /// Calls body(run) for each, with the rows of those to come on their way from memory, where they lie scattered.
+  /// Calls body(run) for each run. Runs lie scattered in memory, so the first `planes` planes of the codes of later
+  /// runs are prefetched. With planes = 0 nothing is.
   template <typename Body>
   void for_each(const std::vector<Run>& runs, int planes, Body body) const {
-    constexpr size_t kAhead = 4;
-    constexpr int kLine = 64;
+    constexpr size_t kAhead = 4;    // runs
+    constexpr int kCacheLine = 64;  // bytes
     for (size_t i = 0; i < runs.size(); ++i) {
       if (i + kAhead < runs.size()) {
         const Run& next = runs[i + kAhead];
         if (planes > 0) __builtin_prefetch(op_.sketch.norm(next.page_head, 0, op_.page_size) + next.slot);
         for (int plane = 0; plane < planes; ++plane) {
           const uint8_t* rows = codes(next.page_head, plane, next.slot);
-          for (int byte = 0; byte < next.count * row_bytes_; byte += kLine) __builtin_prefetch(rows + byte);
+          for (int byte = 0; byte < next.count * row_bytes_; byte += kCacheLine) __builtin_prefetch(rows + byte);
         }
       }
       body(runs[i]);
     }
   }
 
+  /// The row of codes in a plane of the token in a slot.
   const uint8_t* codes(int64_t page_head, int plane, int slot) const {
     return op_.sketch.plane(page_head, plane, op_.page_size, row_bytes_) + slot * row_bytes_;
   }
 
-  /// Steps of a run's tokens, and norms of what their codes lost, of plane 0 alone or of both.
+  /// The steps of a run's tokens, and distance_of their coarse norms (which = 1) or fine norms (which = 2).
   void look_up(const Run& run, int which, float* steps, float* distances) const {
     static const Steps all;
     const uint8_t* scales = op_.sketch.norm(run.page_head, 0, op_.page_size) + run.slot;
@@ -225,10 +220,10 @@ class Selector {
       for (int h = 0; h < group_; ++h) {
         const sketch::QueryCode& code = query[h].code;
         const int* products = sums.data() + int64_t{h} * op_.page_size;
-        const float its_slope = slope(span, h);
+        const float head_slope = slope(span, h);
         float* upper = uppers(span, h) + run.token;
         for (int i = 0; i < run.count; ++i) {
-          upper[i] = code.coarse_bound(products[i], steps[i], distances[i]) + bias(span, its_slope, run.token + i);
+          upper[i] = code.coarse_bound(products[i], steps[i], distances[i]) + bias(span, head_slope, run.token + i);
         }
       }
     });
@@ -237,16 +232,18 @@ class Selector {
     }
   }
 
-  /// Of a span's bounds the sketch::kExact highest.
+  /// Finds the sketch::kExact tokens of a span with the highest bounds.
   static void find_highest(const float* upper, const Span& span, std::vector<Bounded>& highest) {
-    constexpr int kSome = 16;
-    std::vector<float> best;  // of every kSome: as many tokens are at least as high as the kExact-th of these
-    for (int64_t first = span.first; first < span.end; first += kSome) {
-      float its = kNothing;
-      for (int64_t token = first; token < std::min<int64_t>(first + kSome, span.end); ++token) {
-        its = upper[token] > its ? upper[token] : its;
+    // The best bound of every kChunk tokens. At least kExact tokens have bounds at or above the kExact-th largest of
+    // these, `least`, so tokens below it need not be sorted.
+    constexpr int kChunk = 16;
+    std::vector<float> best;
+    for (int64_t first = span.first; first < span.end; first += kChunk) {
+      float chunk_best = kNothing;
+      for (int64_t token = first; token < std::min<int64_t>(first + kChunk, span.end); ++token) {
+        chunk_best = upper[token] > chunk_best ? upper[token] : chunk_best;
       }
-      best.push_back(its);
+      best.push_back(chunk_best);
     }
     float least = kNothing;
     if (best.size() > size_t{sketch::kExact}) {
@@ -267,10 +264,10 @@ class Selector {
     Query& query = queries_[head_index];
     if (!query.known || (entmax.is_softmax() && op_.seq_lens[row] <= op_.selection.max_selected)) return;
     std::vector<Bounded> highest;
-    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
-      const std::vector<Bounded>& its = highest_[span * group_ + head % group_];
-      highest.insert(highest.end(), its.begin(), its.end());
-    }
+    spans_.for_each_of(row_head, [&](int64_t span) {
+      const std::vector<Bounded>& of_span = highest_[span * group_ + head % group_];
+      highest.insert(highest.end(), of_span.begin(), of_span.end());
+    });
     leave_highest(highest);
     const auto count = static_cast<int>(highest.size());
 
@@ -290,7 +287,8 @@ class Selector {
       best = std::max<double>(best, scores[i]);
     }
     if (best == kNothing) return;
-    std::vector<double> x;  // of those that can have weight: no other key's rounding moves their threshold
+    // s - best of the tokens that can have weight. The rounding of other tokens' scores does not move the threshold.
+    std::vector<double> x;
     double most_squares = 0;
     for (int i = 0; i < count; ++i) {
       if (!(scores[i] > best - entmax.beta)) continue;
@@ -301,7 +299,7 @@ class Selector {
     }
     const double exact = best + (entmax.is_softmax() ? logsumexp(x) - sketch::kBelow : threshold(x, entmax));
     const double most_bias = std::fabs(double{op_.scoring.slope(head)}) * (op_.seq_lens[row] - 1);
-    // Scores of fp32, here and in decoding, are off by half of that each.
+    // Scores in fp32 have rounding errors, here and in sparse_decode. Half of the slack allows for each.
     const double slack = 0x1p-15 * query.norm * std::sqrt(most_squares) + 0x1p-20 * (std::fabs(exact) + most_bias);
     query.floor = std::nextafter(static_cast<float>(exact - slack), kNothing);
   }
@@ -312,20 +310,16 @@ class Selector {
     return std::log(sum);
   }
 
-  /// That of scores of which the best is 0.
+  /// The threshold, in units of s, of scores x of which the best is 0.
   static double threshold(const std::vector<double>& x, const Entmax<double>& entmax) {
-    double t = -1;
-    constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
-    for (int step = 0; step < kMostSteps; ++step) {
+    const auto solution = find_threshold(entmax, -1.0, kLeastMove, [&](double t) {
       Excess<double> excess;
       for (double value : x) {
         if (entmax.gap * value > t) excess.add(entmax.gap * value - t, entmax.beta);
       }
-      const double move = entmax.step(excess);
-      if (!(move > 1e-12)) break;
-      t += move;
-    }
-    return t / entmax.gap;
+      return excess;
+    });
+    return solution.threshold / entmax.gap;
   }
 
   void fine(int64_t index) {
@@ -342,21 +336,22 @@ class Selector {
     std::vector<int> sums(int64_t{group_} * op_.page_size);
     std::vector<float> steps(op_.page_size), distances(op_.page_size);
     const auto above = [&](int h, int token) { return !(upper[h][token] <= query[h].floor); };
-    std::vector<char> wanted(op_.page_size);
-    std::vector<Run> left;
+    // Runs without the tokens at either end that plane 0 rules out for every head.
+    std::vector<Run> shortened;
+    std::vector<char> is_candidate(op_.page_size);
     for (Run run : runs_of(span)) {
-      std::fill(wanted.begin(), wanted.end(), false);
+      std::fill(is_candidate.begin(), is_candidate.end(), false);
       for (int h = 0; h < group_; ++h) {
-        for (int i = 0; i < run.count; ++i) wanted[i] |= above(h, run.token + i);
+        for (int i = 0; i < run.count; ++i) is_candidate[i] |= above(h, run.token + i);
       }
       int skipped = 0;
-      while (skipped < run.count && !wanted[skipped]) ++skipped;
-      while (skipped < run.count && !wanted[run.count - 1]) --run.count;
+      while (skipped < run.count && !is_candidate[skipped]) ++skipped;
+      while (skipped < run.count && !is_candidate[run.count - 1]) --run.count;
       if (skipped < run.count) {
-        left.push_back({run.token + skipped, run.count - skipped, run.page_head, run.slot + skipped});
+        shortened.push_back({run.token + skipped, run.count - skipped, run.page_head, run.slot + skipped});
       }
     }
-    for_each(left, op_.fine ? 2 : 0, [&](const Run& run) {
+    for_each(shortened, op_.fine ? 2 : 0, [&](const Run& run) {
       if (op_.fine) {
         kernels_.dot_codes(codes(run.page_head, 0, run.slot), codes(run.page_head, 1, run.slot), run.count,
                            numbers(span), group_, dims_, sums.data(), op_.page_size);
@@ -364,7 +359,7 @@ class Selector {
       }
       for (int i = 0; i < run.count; ++i) {
         const int token = run.token + i;
-        int merit = -1;
+        int merit = -1;  // the token is a candidate of no head
         for (int h = 0; h < group_; ++h) {
           if (!above(h, token)) continue;
           float bound = upper[h][token];
@@ -382,35 +377,37 @@ class Selector {
 
   void choose(int64_t row_head) {
     int64_t counts[sketch::kMerits] = {};
-    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
+    spans_.for_each_of(row_head, [&](int64_t span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
-    }
-    int64_t left = op_.selection.max_selected;  // room behind the whole merits
-    int least = sketch::kMerits;                // the lowest merit that is taken whole
-    while (least > 0 && counts[least - 1] <= left) left -= counts[--least];
-    const bool part = left == op_.selection.max_selected;  // of the top merit only its first tokens fit
+    });
+    // From the largest merit down, all candidates of a merit are selected while there is room for them. If the largest
+    // merit alone has too many candidates, only its first ones are selected.
+    int64_t room = op_.selection.max_selected;
+    int least = sketch::kMerits;  // the lowest merit whose candidates are all selected
+    while (least > 0 && counts[least - 1] <= room) room -= counts[--least];
+    const bool cut = room == op_.selection.max_selected;
 
     int32_t* selected = op_.selection.row(row_head);
     int count = 0;
-    for (int64_t span = first_span_[row_head]; span < first_span_[row_head + 1]; ++span) {
+    spans_.for_each_of(row_head, [&](int64_t span) {
       for (const Candidate& candidate : candidates_[span]) {
-        const bool first = part && candidate.merit == least - 1 && left > 0;
-        if (candidate.merit < least && !first) continue;
-        if (first) {
-          --left;
+        const bool is_first = cut && candidate.merit == least - 1 && room > 0;
+        if (candidate.merit < least && !is_first) continue;
+        if (is_first) {
+          --room;
           --counts[candidate.merit];
         }
         selected[count++] = candidate.token;
       }
-    }
-    std::fill(selected + count, selected + op_.selection.max_selected, -1);
-    op_.selection.counts[row_head] = count;
+    });
+    end_list(op_.selection, row_head, count);
 
-    double lost = 0;
+    double lost = 0;  // an upper bound of the weight of the candidates that are not selected
     for (int merit = 0; merit < least; ++merit) {
       lost += static_cast<double>(counts[merit]) * sketch::most_weight(merit);
     }
-    // A token that is left out may be below the floor of one head, and owe its merit to another.
+    // A candidate's merit may come from one head, while it is below the floor of another. So every token that is not
+    // selected counts with most_below, too.
     const double others = op_.seq_lens[row_head / op_.kv_heads] - count;
     for (int h = 0; h < group_; ++h) {
       const int64_t head_index = row_head * group_ + h;
@@ -422,14 +419,13 @@ class Selector {
   const SelectSketch& op_;
   const RowKernels<T>& kernels_ = row_kernels<T>();
   const int group_, dims_, row_bytes_;
-  std::vector<Span> spans_;
-  std::vector<int64_t> first_span_;                 // of each (row, KV head), and behind the last
-  std::vector<int64_t> first_upper_;                // of each row
-  std::vector<float> uppers_;                       // per row [q_heads, seq_len]
-  std::vector<Query> queries_;                      // per (row, query head)
-  std::vector<int16_t> numbers_;                    // per (row, query head) [dims]
-  std::vector<std::vector<Bounded>> highest_;       // per (span, head of the group)
-  std::vector<std::vector<Candidate>> candidates_;  // per span
+  const Spans spans_;                               // of tokens
+  std::vector<Query> queries_;                      // [batch, q_heads]
+  std::vector<int16_t> numbers_;                    // [batch, q_heads, dims] of the queries
+  std::vector<float> uppers_;                       // the bounds, for each row [q_heads, seq_len]
+  std::vector<int64_t> first_upper_;                // [batch] where a row begins in uppers_
+  std::vector<std::vector<Bounded>> highest_;       // [spans, group] the tokens with the highest bounds
+  std::vector<std::vector<Candidate>> candidates_;  // [spans]
 };
 
 }  // namespace

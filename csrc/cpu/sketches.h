@@ -1,4 +1,4 @@
-// What the ops on key sketches share.
+// What the ops that write or read key sketches share.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace entmaxkv::cpu {
 
-/// x = H S x (sketch.h), in place.
+/// Rotates a key or query in place: x = H S x (sketch.h), by the fast Hadamard transform.
 inline void rotate(float* x, int dims) {
   for (int d = 0; d < dims; ++d) x[d] *= sketch::sign_of(d);
   const int size = sketch::rotation_of(dims);
@@ -25,7 +25,7 @@ inline void rotate(float* x, int dims) {
   for (int d = 0; d < dims; ++d) x[d] *= unit;
 }
 
-/// Renews the sketch of the key in a slot of a physical page.
+/// Computes the sketch of the key in a slot of a physical page, and writes it.
 template <typename T>
 void sketch_key(const Sizes& sizes, const Rows& k_pages, const Sketch& sketch, int64_t page, int kv_head, int slot);
 

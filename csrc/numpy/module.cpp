@@ -1,5 +1,5 @@
-// The core under numpy, without torch: enough of it to run every kernel in tests and under sanitizers.
-// Arrays are float32 and contiguous, and are trusted; this is no public interface.
+// The core as a numpy module, without torch. It has just enough functions for tests to run the CPU kernels under
+// sanitizers (tests/test_core.py), and is no public interface. Arrays are float32 and contiguous, and are not checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -21,7 +21,7 @@ Rows rows_of(Array<float>& array) {
   return rows;
 }
 
-/// A pool of pages with its table, statistics and lengths, filled by append_kv.
+/// A cache of pages with their statistics, which append_kv fills.
 class Cache {
  public:
   Cache(int batch, int max_tokens, int kv_heads, int head_dim, int page_size) {
@@ -43,9 +43,7 @@ class Cache {
   }
 
   void append(Array<float> k, Array<float> v) {
-    AppendKv op;
-    static_cast<Sizes&>(op) = sizes_;
-    op.dtype = Dtype::kFloat32;
+    auto op = on_cache<AppendKv>(sizes_);
     op.tokens = static_cast<int>(k.shape(1));
     op.k = rows_of(k);
     op.v = rows_of(v);
@@ -53,23 +51,18 @@ class Cache {
     op.k_pages = rows_of(k_pages_);
     op.v_pages = rows_of(v_pages_);
     op.statistics = statistics();
-    op.page_table = table();
-    op.seq_lens = op.new_seq_lens = seq_lens_.mutable_data();
+    op.new_seq_lens = seq_lens_.mutable_data();
     cpu::append_kv(op);
   }
 
   void renew_statistics() {
-    PageStats op;
-    static_cast<Sizes&>(op) = sizes_;
-    op.dtype = Dtype::kFloat32;
+    auto op = on_cache<PageStats>(sizes_);
     op.k_pages = rows_of(k_pages_);
     op.statistics = statistics();
-    op.page_table = table();
-    op.seq_lens = seq_lens_.data();
     cpu::page_stats(op);
   }
 
-  /// Decodes over every page, over the best pages (budget > 0), or over the Gaussian selection (budget < 0).
+  /// Decodes over every page (budget = 0), or over those that select_pages (> 0) or select_gaussian (< 0) selects.
   Array<float> decode(Array<float> q, double alpha, int64_t budget) {
     Sizes sizes = sizes_;
     sizes.q_heads = static_cast<int>(q.shape(1));
@@ -79,14 +72,10 @@ class Cache {
     const Selection selection{selected.mutable_data(), counts.mutable_data(), sizes.max_pages};
     Array<float> first({sizes.batch, sizes.q_heads, sizes.max_pages}), second(first.request().shape);
     if (budget > 0) {
-      ScorePages score;
-      static_cast<Sizes&>(score) = sizes;
-      score.dtype = Dtype::kFloat32;
+      auto score = on_cache<ScorePages>(sizes);
       score.q = rows_of(q);
       score.k_min = statistics().k_min;
       score.k_max = statistics().k_max;
-      score.page_table = table();
-      score.seq_lens = seq_lens_.data();
       score.scoring = scoring;
       score.lower = kRankLower;
       score.scores = first.mutable_data();
@@ -99,14 +88,10 @@ class Cache {
       select.selection = selection;
       cpu::select_pages(select);
     } else if (budget < 0) {
-      ScoreGaussian score;
-      static_cast<Sizes&>(score) = sizes;
-      score.dtype = Dtype::kFloat32;
+      auto score = on_cache<ScoreGaussian>(sizes);
       score.q = rows_of(q);
       score.k_mean = statistics().k_mean;
       score.k_std = statistics().k_std;
-      score.page_table = table();
-      score.seq_lens = seq_lens_.data();
       score.scoring = scoring;
       score.mean = first.mutable_data();
       score.std = second.mutable_data();
@@ -124,14 +109,10 @@ class Cache {
     }
     Array<float> out(q.request().shape), tau({sizes.batch, sizes.q_heads});
     Array<int32_t> support({sizes.batch, sizes.q_heads}), tokens({sizes.batch, sizes.kv_heads});
-    SparseDecode op;
-    static_cast<Sizes&>(op) = sizes;
-    op.dtype = Dtype::kFloat32;
+    auto op = on_cache<SparseDecode>(sizes);
     op.q = rows_of(q);
     op.k_pages = rows_of(k_pages_);
     op.v_pages = rows_of(v_pages_);
-    op.page_table = table();
-    op.seq_lens = seq_lens_.data();
     op.selection = budget ? selection : Selection{};
     op.alpha = {alpha, nullptr};
     op.scoring = scoring;
@@ -144,7 +125,16 @@ class Cache {
   }
 
  private:
-  PageTable table() const { return {page_table_.data(), sizes_.max_pages}; }
+  /// The params of an op, with what the ops on this cache have in common.
+  template <typename Op>
+  Op on_cache(const Sizes& sizes) const {
+    Op op;
+    static_cast<Sizes&>(op) = sizes;
+    op.dtype = Dtype::kFloat32;
+    op.page_table = {page_table_.data(), sizes.max_pages};
+    op.seq_lens = seq_lens_.data();
+    return op;
+  }
 
   PageStatistics statistics() {
     return {rows_of(statistics_[0]), rows_of(statistics_[1]), rows_of(statistics_[2]), rows_of(statistics_[3])};

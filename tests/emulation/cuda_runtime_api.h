@@ -249,46 +249,49 @@ namespace emulation {
 /// mma.sync.m16n8k16 with fp32 accumulation: fragments of A [16, 16], B [16, 8], C and D [16, 8] as PTX lays them out.
 template <typename T>
 void multiply_fragments(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1, const float (&c)[4]) {
-  float left[16][16], right[16][8];
+  float left[2][16], right[2][16];  // the rows of A and the columns of B that meet in this lane
   const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
   for (int word = 0; word < 6; ++word) {
     const uint64_t* values = exchange(Call::kMma, words[word]);
-    for (int i = 0; i < 64; ++i) {
-      const int group = i / 8, column = i % 8, row = word % 2 * 8 + group;
+    const auto value = [&](int i) {
       T element;
       const auto bits = static_cast<uint16_t>(values[i / 2] >> 16 * (i % 2));
       std::memcpy(&element, &bits, sizeof(element));
+      return emulated_value(element);
+    };
+    for (int k = 0; k < 8; ++k) {
       if (word < 4) {
-        left[row][word / 2 * 8 + column] = emulated_value(element);
+        left[word % 2][word / 2 * 8 + k] = value(lane() / 4 * 8 + k);
       } else {
-        right[word % 2 * 8 + column][group] = emulated_value(element);
+        for (int column : {0, 1}) right[column][word % 2 * 8 + k] = value((lane() % 4 * 2 + column) * 8 + k);
       }
     }
   }
   for (int i = 0; i < 4; ++i) {
     d[i] = c[i];
-    for (int k = 0; k < 16; ++k) d[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
+    for (int k = 0; k < 16; ++k) d[i] += left[i / 2][k] * right[i % 2][k];
   }
 }
 
 /// mma.sync.m16n8k32 of unsigned and signed bytes, in whole numbers: C [16, 8] += A [16, 32] B [32, 8].
 inline void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  int left[16][32], right[32][8];
+  int left[2][32], right[2][32];  // the rows of A and the columns of B that meet in this lane
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (int word = 0; word < 6; ++word) {
     const uint64_t* values = exchange(Call::kMma, words[word]);
-    for (int i = 0; i < 128; ++i) {
-      const int group = i / 16, column = i % 16, row = word % 2 * 8 + group;
-      const auto byte = static_cast<uint8_t>(values[i / 4] >> 8 * (i % 4));
+    const auto byte = [&](int i) { return static_cast<uint8_t>(values[i / 4] >> 8 * (i % 4)); };
+    for (int k = 0; k < 16; ++k) {
       if (word < 4) {
-        left[row][word / 2 * 16 + column] = byte;
+        left[word % 2][word / 2 * 16 + k] = byte(lane() / 4 * 16 + k);
       } else {
-        right[word % 2 * 16 + column][group] = static_cast<int8_t>(byte);
+        for (int column : {0, 1}) {
+          right[column][word % 2 * 16 + k] = static_cast<int8_t>(byte((lane() % 4 * 2 + column) * 16 + k));
+        }
       }
     }
   }
   for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 32; ++k) c[i] += left[lane() / 4 + i / 2 * 8][k] * right[k][lane() % 4 * 2 + i % 2];
+    for (int k = 0; k < 32; ++k) c[i] += left[i / 2][k] * right[i % 2][k];
   }
 }
 

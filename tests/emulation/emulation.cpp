@@ -25,16 +25,20 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kSavedRegisters = 6;
 
-struct Thread {
-  std::vector<char> stack = std::vector<char>(kStackBytes);
-  void* stack_pointer = nullptr;
-  bool done = false;
-};
-
 /// Threads that wait for each other; the last to arrive starts the next generation.
 struct Barrier {
   int members = 0, arrived = 0;
   long generation = 0;
+};
+
+struct Thread {
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  void* stack_pointer = nullptr;
+  bool done = false;
+  const Barrier* barrier = nullptr;  // what it waits for, until the generation is over
+  long generation = 0;
+
+  bool waits() const { return barrier && barrier->generation == generation; }
 };
 
 struct Warp : Barrier {
@@ -68,10 +72,12 @@ void pass_if_complete(Barrier& barrier) {
 }
 
 void wait(Barrier& barrier) {
-  const long generation = barrier.generation;
+  Thread& self = threads[threadIdx.x];
+  self.barrier = &barrier;
+  self.generation = barrier.generation;
   ++barrier.arrived;
   pass_if_complete(barrier);
-  while (barrier.generation == generation) pause();
+  if (self.waits()) pause();
 }
 
 void run_thread() {
@@ -102,12 +108,13 @@ void run_block(int size) {
   for (Warp& warp : warps) warp.members = 32;
   for (int i = 0; i < size; ++i) {
     threads[i].done = false;
+    threads[i].barrier = nullptr;
     threads[i].stack_pointer = fresh_stack(threads[i].stack);
   }
   while (block.members > 0) {
     const long before = progress;
     for (int i = 0; i < size; ++i) {
-      if (threads[i].done) continue;
+      if (threads[i].done || threads[i].waits()) continue;
       threadIdx = {i, 0, 0};
       emulation_switch(&scheduler, threads[i].stack_pointer);
     }

@@ -132,7 +132,7 @@ struct Numbers {
     }
     own_sum = __reduce_add_sync(kAllLanes, own_sum);
     const float distance = sqrtf(sum<32>(squares));
-    if (lane == 0) codes[h] = sketch::QueryCode(of_head, own_sum, norm, distance, dims, op.certain);
+    if (lane == 0) codes[h] = sketch::QueryCode(of_head, own_sum, norm, distance, dims, op.error_factor);
     __syncthreads();
   }
 };

@@ -67,12 +67,6 @@ struct NearScores {
   }
 };
 
-/// A threshold t, and over the tokens with y = x - t > 0: mass = sum y^beta, slope = sum y^(beta-1).
-template <typename Real>
-struct Solution {
-  Real threshold, mass, slope;  // the threshold is relative to (alpha-1) origin
-};
-
 /// Adds a token with x = (alpha-1)(score - origin) to the excess, if it is above the threshold. kSquare: beta is 2.
 template <bool kSquare, typename Real>
 __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
@@ -84,24 +78,8 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
   }
 }
 
-/// Newton's steps from the left (entmax.h), with a function that returns the excess of all tokens above a threshold.
-template <typename Real, typename ExcessAbove>
-__device__ Solution<Real> solve(const Entmax<Real>& entmax, ExcessAbove excess_above) {
-  constexpr int kMostSteps = 64;  // a guard: convergence is quadratic
-  Solution<Real> solution{0, 1, 1};
-  for (int step = 0; step < kMostSteps; ++step) {
-    const auto all = excess_above(solution.threshold);
-    solution.mass = static_cast<Real>(all.mass);
-    solution.slope = static_cast<Real>(all.slope);
-    const Real next = solution.threshold + entmax.step({solution.mass, solution.slope});
-    if (!(next > solution.threshold)) break;
-    solution.threshold = next;
-  }
-  return solution;
-}
-
-/// Solves with kSolvers threads, a block or a warp. Each thread holds up to kHeld near scores in registers. All these
-/// threads call and all get the result.
+/// Finds the threshold, relative to (alpha-1) origin, with kSolvers threads, a block or a warp. Each thread holds up to
+/// kHeld near scores in registers. All these threads call and all get the result.
 template <bool kSquare, int kSolvers, int kHeld>
 __device__ Solution<float> solve_held(const Entmax<float>& entmax, const NearScores& near) {
   float held[kHeld];
@@ -110,7 +88,7 @@ __device__ Solution<float> solve_held(const Entmax<float>& entmax, const NearSco
     const int entry = i * kSolvers + static_cast<int>(threadIdx.x);
     held[i] = entry < near.count ? entmax.gap * (near.scores[entry] - near.origin) : -1.0f;
   }
-  return solve(entmax, [&](float threshold) {
+  return find_threshold(entmax, 0.0f, 0.0f, [&](float threshold) {
     Excess<float> own;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -144,7 +122,7 @@ __device__ Solution<float> solve_few(const Entmax<float>& entmax, const NearScor
 /// Solves for any number of near tokens of all blocks of the team. All threads of the team call and all get the result.
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const NearScores& near) {
-  return solve(entmax, [&](Real threshold) {
+  return find_threshold(entmax, Real(0), Real(0), [&](Real threshold) {
     return team.sum_of_parts<Excess<double>>(near.parts, [&](int part) {
       Excess<double> own;
       near.visit(part, [&](const float (&run)[kRun]) {
