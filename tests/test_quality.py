@@ -179,7 +179,7 @@ def test_programs_say_what_they_expected(monkeypatch, capsys):
         ([ROOT], "expected a folder with a config.json"),
         ([MODEL, "--context", "2000000"], "expected less than the"),
         ([MODEL, "--longest", "2000000"], "--context, --longest: expected less than the"),
-        ([MODEL, "--source", ROOT / "docs"], "--source: expected a standard library with held-out files, got"),
+        ([MODEL, "--source", ROOT / "csrc"], "--source: expected a standard library with held-out files, got"),
         ([MODEL, "--context", "4100"], f"expected multiples of 16 of at least {suites.LEAST_CONTEXT}, got 4100"),
     ):
         for program in (quality, tune):
