@@ -39,7 +39,7 @@ from bench.authors import authors
 from bench.inputs import Case, Inputs, add_case_arguments, cases, drawn, filled, positive, rows
 from bench.model_text import ModelText
 from bench.peers import peers
-from bench.report.document import Row, check, machine, parser_of, report, wide_console
+from bench.program import Row, check, machine, parser_of, report, wide_console
 from bench.steps import Select, append_bytes, gaussian_reading, stage_bytes, stages, step
 from bench.timing import Time, medians, read_rate
 

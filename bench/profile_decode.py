@@ -16,7 +16,7 @@ from entmaxkv import Gaussian, KeySketch, TopPages
 sys.path.append(str(Path(__file__).parents[1]))
 from bench.inputs import add_case_arguments, cases, drawn, filled, positive, rows
 from bench.model_text import ModelText
-from bench.report.document import check, parser_of, wide_console
+from bench.program import check, parser_of, wide_console
 from bench.steps import stages
 
 WARM_UP = 3

@@ -36,10 +36,10 @@ class RowLocks {
   std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
-/// On the host: checks the pages that are written to, those of the tokens first(row) ... end(row) - 1. Each must be in
-/// use in that row only, and only once in it. Other pages, full ones of a shared prefix, may be in use in many rows. To
-/// look at the ids of all pages in use took 40 us for 16 rows of 32K tokens (one core of an AMD EPYC). The rest of the
-/// append took 330 us, and a dense decode step 370 ms.
+/// On the host: checks the pages of the tokens first(row) ... end(row) - 1, which are written to. Each must be in use
+/// in that row only, and only once in it. Other pages, full ones of a shared prefix, may be in use in many rows.
+/// Looking at the ids of all pages in use took 40 us for 16 rows of 32K tokens (one core of an AMD EPYC). The rest of
+/// the append took 330 us, and a dense decode step 370 ms.
 template <typename First, typename End>
 void check_own_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   const int page_size = args["page_size"], rows = args["batch"];

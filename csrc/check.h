@@ -57,6 +57,20 @@ Tensor new_values(const Tensor& like, const std::vector<int64_t>& sizes, T*& val
   return tensor;
 }
 
+/// What an error says of the page sizes that the kernels support.
+inline const std::string& page_size_text() {
+  static const std::string text =
+      "a power of two in " + std::to_string(kMinPageSize) + " ... " + std::to_string(kMaxPageSize);
+  return text;
+}
+
+/// What an error says of kMostTokens.
+inline const std::string& most_tokens_text() {
+  static const std::string text =
+      "room for at most 2^31 - " + std::to_string((int64_t{1} << 31) - kMostTokens) + " tokens";
+  return text;
+}
+
 /// The arguments of one call. Each tensor comes with a text, its name and the names of its dimensions: "k_pages [pages,
 /// kv_heads, page_size, head_dim]". The first tensor that names a dimension determines its size. Later ones must agree.
 class Arguments {
@@ -118,11 +132,11 @@ class Arguments {
     expect(sizes.kv_heads >= 1, "kv_heads", "at least 1", sizes.kv_heads);
     expect(sizes.page_size >= kMinPageSize && sizes.page_size <= kMaxPageSize &&
                (sizes.page_size & (sizes.page_size - 1)) == 0,
-           "page_size", "a power of two in 8 ... 128", sizes.page_size);
-    expect(int64_t{sizes.max_pages} * sizes.page_size <= kMostTokens, "max_pages",
-           "room for at most 2^31 - 4097 tokens", sizes.max_pages);
+           "page_size", page_size_text(), sizes.page_size);
+    expect(int64_t{sizes.max_pages} * sizes.page_size <= kMostTokens, "max_pages", most_tokens_text(), sizes.max_pages);
     if (find("head_dim")) {
-      expect(sizes.head_dim >= 1 && sizes.head_dim <= kMaxHeadDim, "head_dim", "1 ... 256", sizes.head_dim);
+      expect(sizes.head_dim >= 1 && sizes.head_dim <= kMaxHeadDim, "head_dim", "1 ... " + std::to_string(kMaxHeadDim),
+             sizes.head_dim);
     }
     if (find("q_heads")) {
       expect(sizes.q_heads >= 1 && sizes.q_heads % sizes.kv_heads == 0, "q_heads",
@@ -380,7 +394,8 @@ inline Scoring scoring_of(Arguments& args, std::optional<double> scale, const Op
 template <typename Op>
 void take_queries(Arguments& args, Op& op, const Tensor& q, const Tensor& page_table, const Tensor& seq_lens,
                   const Tensor& like, std::optional<double> scale, const Optional& alibi_slopes) {
-  args.shape(page_table, "page_table [batch, max_pages]");  // first: an error in the batch of q refers to it
+  // The page table comes before q, so that a wrong batch in q is reported against the page table.
+  args.shape(page_table, "page_table [batch, max_pages]");
   op.q = args.rows(q, "q [batch, q_heads, head_dim]", like);
   take_cache(args, op, page_table, seq_lens);
   op.scoring = scoring_of(args, scale, alibi_slopes);

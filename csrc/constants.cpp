@@ -1,5 +1,5 @@
-// constants: the numbers that Python shares with the kernels. They are written down in C++ alone. No tensor tells the
-// dispatcher of a device, so one kernel in _C serves all.
+// constants: the numbers that Python shares with the kernels. They are written down in C++ alone. The op takes
+// no tensor, so one kernel in _C serves every device.
 #include "check.h"
 
 #ifndef USE_CUDA

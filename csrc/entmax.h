@@ -33,7 +33,7 @@ ENTMAXKV_HOST_DEVICE ENTMAXKV_NOINLINE inline Real any_power(Real x, Real expone
   return std::pow(x, exponent);
 }
 
-/// The same, with the exponents of alpha = 1.5, beta = 2 and beta - 1 = 1, taken out of the function call.
+/// Like any_power, with exponents 1 and 2 (alpha = 1.5) inline.
 template <typename Real>
 ENTMAXKV_HOST_DEVICE inline Real power(Real x, Real exponent) {
   if (exponent == 1) return x;
@@ -92,7 +92,7 @@ struct Entmax {
   }
 
  private:
-  /// Some alphas, as 4/3, have a whole beta, which rounding has moved. Puts it back: power() of a whole beta is fast.
+  /// For alphas such as 4/3, beta is whole but rounding moves it. Restores it: power() is fast there.
   ENTMAXKV_HOST_DEVICE static Real snapped(Real beta) {
     const Real whole = std::floor(beta + Real(0.5));
     return std::fabs(beta - whole) <= 4 * std::numeric_limits<float>::epsilon() * beta ? whole : beta;

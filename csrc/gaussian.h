@@ -55,9 +55,9 @@ struct Search {
   }
 };
 
-/// Whether tokens are so far below the threshold that their expected weight does not count. Of a normal distribution,
-/// 1e-9 lies beyond 6 standard deviations. Where t >= 1, powers of y can make that part count. The limit is then where
-/// the density underflows.
+/// Whether tokens are so far below the threshold that their expected weight does not count. A normal variable exceeds 6
+/// standard deviations with probability 1e-9. Where t >= 1, powers of y can make that part count. The limit is then
+/// where the density underflows.
 template <typename Real>
 ENTMAXKV_HOST_DEVICE inline bool is_out_of_reach(Real m, Real t) {
   return m + (t < 1 ? 6 : sizeof(Real) == 4 ? 12 : 37) * t <= 0;

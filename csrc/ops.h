@@ -79,7 +79,7 @@ struct Sketch {
 /// The alpha of every query head. A front door checks that it is in 1 ... 2, except for values in a device's memory:
 /// there, a head whose alpha is outside has no right result, and decodes to NaN.
 struct Alpha {
-  double value;           // of all heads, where per_head is null
+  double value;           // alpha of all heads where per_head is null
   const float* per_head;  // [q_heads] or null
 
   /// The head's alpha, moved into 1 ... 2 if it is outside, so that every search for a threshold ends.
@@ -105,7 +105,7 @@ struct Scoring {
 /// append_kv writes the first lengths[b] new tokens of row b, and their sketch, behind its seq_lens[b] tokens. It also
 /// computes the statistics of every page that it wrote to. The new lengths are written last.
 struct AppendKv : Sizes {
-  Dtype dtype;             // of keys, values and statistics
+  Dtype dtype;             // dtype of keys, values and statistics
   Rows k, v;               // [batch, tokens, kv_heads, head_dim] new keys and values
   const int32_t* lengths;  // [batch] new tokens of each row; null: `tokens` in every row
   Rows k_pages, v_pages;   // [pages, kv_heads, page_size, head_dim]
@@ -118,7 +118,7 @@ struct AppendKv : Sizes {
 
 /// build_sketch computes the sketch of every key in the cache.
 struct BuildSketch : Sizes {
-  Dtype dtype;   // of the keys
+  Dtype dtype;   // dtype of the keys
   Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
   Sketch sketch;
   PageTable page_table;
@@ -127,7 +127,7 @@ struct BuildSketch : Sizes {
 
 /// page_stats computes the statistics of every page that holds tokens.
 struct PageStats : Sizes {
-  Dtype dtype;   // of the keys and the statistics
+  Dtype dtype;   // dtype of the keys and the statistics
   Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
   PageStatistics statistics;
   PageTable page_table;
@@ -143,7 +143,7 @@ constexpr float kRankLower = 0.25f;
 ///     U = scale sum_d max(q_d k_min_d, q_d k_max_d) + the largest ALiBi bias in the page,
 /// and L has the minima instead. Pages behind the last token get -inf.
 struct ScorePages : Sizes {
-  Dtype dtype;        // of q and the statistics
+  Dtype dtype;        // dtype of q and the statistics
   Rows q;             // [batch, q_heads, head_dim]
   Rows k_min, k_max;  // [pages, kv_heads, head_dim]
   PageTable page_table;
@@ -157,7 +157,7 @@ struct ScorePages : Sizes {
 ///     mean = scale q.k_mean + mean ALiBi bias,   std^2 = scale^2 sum_d q_d^2 k_std_d^2 + variance of the ALiBi bias,
 /// as if the coordinates of the keys were independent. Pages behind the last token get -inf and 0.
 struct ScoreGaussian : Sizes {
-  Dtype dtype;         // of q and the statistics
+  Dtype dtype;         // dtype of q and the statistics
   Rows q;              // [batch, q_heads, head_dim]
   Rows k_mean, k_std;  // [pages, kv_heads, head_dim]
   PageTable page_table;
@@ -184,23 +184,23 @@ struct Selection {
 /// select_pages selects the last page of each row, and the pages with the largest merit, until their tokens would
 /// exceed the budget. A page's merit is its largest page softmax for any head of the group (page_softmax.h).
 struct SelectPages : Sizes {
-  const float* scores;      // [batch, q_heads, max_pages] of score_pages
+  const float* scores;      // [batch, q_heads, max_pages] from score_pages
   const int32_t* seq_lens;  // [batch] tokens of each row
   int64_t budget;           // the most tokens in the selected pages of a row and KV head; the last page is always read
-  Selection selection;      // of pages
+  Selection selection;      // the selected pages
 };
 
 /// select_gaussian selects the last page of each row, and every page whose best token is expected to reach a head's
 /// threshold: (alpha-1) (mean + page_best std) > tau - margin. tau is the threshold that is expected if the scores of
 /// each page are normal with that mean and std (gaussian.h).
 struct SelectGaussian : Sizes {
-  const float* mean;        // [batch, q_heads, max_pages] of score_gaussian, in units of s
+  const float* mean;        // [batch, q_heads, max_pages] from score_gaussian, in units of s
   const float* std;         // [batch, q_heads, max_pages]
   const int32_t* seq_lens;  // [batch] tokens of each row
   Alpha alpha;
   double page_best;     // how many standard deviations above the mean the best of page_size tokens is taken to be
   double margin;        // in units of z
-  Selection selection;  // of pages
+  Selection selection;  // the selected pages
 };
 
 /// select_sketch selects every token that may have weight, as far as the bounds of the sketch tell. Each head has
@@ -212,7 +212,7 @@ struct SelectGaussian : Sizes {
 /// Where alpha = 1 every token has weight: the floor is -inf, and all tokens are candidates. Only in a row with more
 /// tokens than there is room for, the floor is sketch::kBelow less than the logsumexp of some tokens' exact scores.
 struct SelectSketch : Sizes {
-  Dtype dtype;   // of q and the keys
+  Dtype dtype;   // dtype of q and the keys
   Rows q;        // [batch, q_heads, head_dim]
   Rows k_pages;  // [pages, kv_heads, page_size, head_dim]
   Sketch sketch;
@@ -222,18 +222,18 @@ struct SelectSketch : Sizes {
   Scoring scoring;
   bool fine;            // refine with plane 1; otherwise bounds come from plane 0 alone
   float error_factor;   // 0 ... 1: bounds count this much of the sketch's proved error; below 1, a bound may be wrong
-  Selection selection;  // of tokens
+  Selection selection;  // the selected tokens
   float* delta_bound;   // [batch, q_heads] the tokens that were not selected have at most this weight together
 };
 
 /// sparse_decode computes exact alpha-entmax attention, out = sum_i p_i v_i, over the tokens of the selection.
 struct SparseDecode : Sizes {
-  Dtype dtype;            // of q, out, keys and values
+  Dtype dtype;            // dtype of q, out, keys and values
   Rows q;                 // [batch, q_heads, head_dim]
   Rows k_pages, v_pages;  // [pages, kv_heads, page_size, head_dim]
   PageTable page_table;
   const int32_t* seq_lens;  // [batch] tokens of each row
-  Selection selection;      // of pages or tokens; none: dense attention over all tokens
+  Selection selection;      // the pages or tokens to read; none: dense attention over all tokens
   Alpha alpha;
   Scoring scoring;
   Rows out;          // [batch, q_heads, head_dim]; 0 where no token is read, NaN where a score is NaN or infinite

@@ -38,7 +38,7 @@ constexpr float kNormUnit = 256;   // a coarse norm of n stands for a distance o
 constexpr float kFineUnit = 1024;  // a fine norm of n stands for a distance of n s sqrt(dims) / kFineUnit
 constexpr float kSpread = 1.13f;   // s = kSpread times the root mean square of r balances both distances for normal r
 /// Plane 0 tells a cell of width s in which x lies. The x of a normal r are on average nearer to 0 than the middle of
-/// their cell, by about this factor. This very value also puts the places of coarse values at multiples of kShrink.
+/// their cell, by about this factor. Exactly 15/16 also makes the places of coarse values multiples of kShrink.
 constexpr float kShrink = 0.9375f;
 constexpr float kSlack = 0x1p-15f;      // times ||k||: more than the rounding of rotations and products of 256 terms
 constexpr float kMostQuery = 0x1p100f;  // the largest coordinate of q or scale q: with larger ones, bounds may overflow
@@ -86,7 +86,7 @@ ENTMAXKV_HOST_DEVICE constexpr float sign_of(int d) {
 /// The step s of a scale, 2^(scale/8 - 14). Eight scales double it.
 ENTMAXKV_HOST_DEVICE inline float step_of(float scale) { return power_of_two(0.125f * scale - 14); }
 
-/// 1 / s: the inverse of step_of, so many steps make 1.
+/// 1 / s: how many steps fit into 1.
 ENTMAXKV_HOST_DEVICE inline float steps_of(float scale) { return power_of_two(14 - 0.125f * scale); }
 
 /// The scale whose s is nearest to `step` or, if at_least, the smallest scale whose s is at least `step`. kUnknown if
@@ -169,7 +169,7 @@ ENTMAXKV_HOST_DEVICE inline float distance_of(float scale, float norm) {
 /// A `product` is the sum over i of numbers_i times floor(c_i / 4), c_i or c_i & 3. A bound adds up, in units of s,
 ///     the product of the rounded query with the key's coarse or fine values,
 ///     the key's coarse or fine norm times `error` (the Cauchy-Schwarz inequality above),
-///     a slack for rounding: of the query to numbers, and of all arithmetic.
+///     a slack for rounding the query to numbers, and for the rounding errors of all arithmetic.
 /// What is the same for every key is in the `_start` members: the slack, and the 1.5 or 7.5 that a value subtracts from
 /// its code.
 struct QueryCode {

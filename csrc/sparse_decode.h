@@ -40,7 +40,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.selection.by_token = by_token;
   op.alpha = alpha_of(args, alpha, head_alpha);
   args.expect(int64_t{op.selection.max_selected} * (by_token ? 1 : op.page_size) <= kMostTokens, "max_selected",
-              "room for at most 2^31 - 4097 tokens", op.selection.max_selected);
+              most_tokens_text(), op.selection.max_selected);
   if (kOnHost && selected) check_selection(args, op);
 
   Tensor out = new_tensor(q, {op.batch, op.q_heads, op.head_dim}, q.scalar_type());

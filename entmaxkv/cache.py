@@ -12,7 +12,7 @@ from entmaxkv import check, ops
 
 MOST_INT32 = 2**31 - 1
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-DTYPES = torch.float32, torch.float16, torch.bfloat16  # of keys and values
+DTYPES = torch.float32, torch.float16, torch.bfloat16  # dtypes of keys and values
 MAX_HEAD_DIM = ops.CONSTANTS.max_head_dim
 PAGE_SIZES = tuple(2**n for n in range(16) if ops.CONSTANTS.min_page_size <= 2**n <= ops.CONSTANTS.max_page_size)
 

@@ -542,7 +542,7 @@ _UNNAMED = {"score_pages": "scores", "decode": "out"}  # the only result of an o
 
 
 class _Op:
-    """What the schema of an op says, and its kernel for tensors without memory.
+    """An op's schema, and the fake kernel made from it.
 
     Attributes:
         name: without the namespace.
@@ -653,10 +653,10 @@ def _register_autograd(op: _Op) -> None:
 
     def with_gradient(keys: Any, *arguments: Any) -> Any:
         if op.writes:
-            its = next(n for n, x in zip(op.arguments, arguments, strict=False) if any_requires_grad(x))
+            argument = next(n for n, x in zip(op.arguments, arguments, strict=False) if any_requires_grad(x))
             raise RuntimeError(
-                f"entmaxkv::{name}: {its}: expected a tensor that requires no gradient, or torch.no_grad(), got one "
-                "whose gradient would be lost; to train, see entmaxkv.hf"
+                f"entmaxkv::{name}: {argument}: expected a tensor that requires no gradient, or torch.no_grad(), got "
+                "one whose gradient would be lost; to train, see entmaxkv.hf"
             )
         if torch._C._are_functorch_transforms_active():  # they take no Function that they cannot transform
             raise NotImplementedError(_NO_GRADIENT)

@@ -48,7 +48,7 @@ class Selection(NamedTuple):
 
 
 class Selector(Protocol):
-    """What chooses the pages or tokens that a decode step reads.
+    """An object that chooses the pages or tokens that a decode step reads.
 
     `KeySketch`, `TopPages` and `Gaussian` are selectors. So is any object with these three members.
 
@@ -245,7 +245,7 @@ class TopPages(DenseBelow):
 
     needs: ClassVar[Set[Need]] = frozenset({"minmax"})
     DENSE_BELOW: ClassVar[Mapping[str, int]] = {"cuda": 4096}
-    LOWER: ClassVar[float] = ops.CONSTANTS.rank_lower  # of `score_pages`
+    LOWER: ClassVar[float] = ops.CONSTANTS.rank_lower  # the `lower` of `score_pages`
 
     def __post_init__(self) -> None:
         if not (is_count(self.budget) and self.budget > 0):

@@ -19,7 +19,7 @@ from entmaxkv import metrics
 sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.files import load
 from bench.inputs import DTYPES, positive
-from bench.report.document import Row, check, machine, parser_of, report, wide_console
+from bench.program import Row, check, machine, parser_of, report, wide_console
 
 
 def measure(activations: tuple[torch.Tensor, ...], dtype: str, budget: int, device: str, console: Console) -> list[Row]:

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from bench.evals.files import load
 from bench.inputs import DTYPES, Case, drawn, head_dim, positive
 from bench.model_text import ModelText
-from bench.report.document import Row, check, machine, parser_of, report, wide_console
+from bench.program import Row, check, machine, parser_of, report, wide_console
 
 STEPS, KV_HEADS, GROUP, PAGE_SIZE = 64, 8, 2, 16
 AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 26}  # float64 scores in memory at once

@@ -25,7 +25,7 @@ from bench.evals.decoding import Context, Stepper, load
 from bench.evals.options import check_contexts, decoding_parser
 from bench.evals.suites import haystacks, held_out_text, tensor
 from bench.inputs import positive
-from bench.report.document import Row, machine, report, wide_console
+from bench.program import Row, machine, report, wide_console
 
 SELECTORS: dict[str, Selector | None] = {
     "dense": None,

@@ -8,7 +8,7 @@ from typing import Any
 from bench.evals import suites
 from bench.examples import default_source
 from bench.inputs import positive
-from bench.report.document import check, parser_of
+from bench.program import check, parser_of
 
 
 def decoding_parser(

@@ -34,7 +34,7 @@ from bench.evals import suites
 from bench.evals.decoding import Context, Decoded, Stepper, load
 from bench.evals.options import check_contexts, chosen, comparing_parser
 from bench.evals.suites import Suite, answering, facts_of, held_out_text, probed, tensor
-from bench.report.document import Row, machine, report, wide_console
+from bench.program import Row, machine, report, wide_console
 
 BUDGETS = (64, 256, 1024, 4096)
 

@@ -27,7 +27,7 @@ STEPS = 256  # decoded bytes of each text
 FACTS, ASKED = 32, 8
 LEAST_CONTEXT = 2 * FACTS * LINE
 PROBED_ROWS, PROBED_STEPS = 8, 2
-SEED = 2**33  # of the facts; the seeds of training are smaller
+SEED = 2**33  # seed of the facts; the seeds of training are smaller
 
 
 def held_out_text(source: Path) -> Bytes:
@@ -58,7 +58,10 @@ def haystacks(text: Bytes, rows: int, context: int, longest: int) -> tuple[Bytes
 
 
 def asking(text: Bytes, rows: int, context: int, longest: int, facts: int, asked: int, seed: int = SEED) -> Suite:
-    """Contexts with facts spread over them, some of which are asked for. A single fact is elsewhere in each row."""
+    """Contexts with facts spread over them, some of which are asked for.
+
+    If there is one fact, its place differs from row to row.
+    """
     read = haystacks(text, rows, context, longest)[0].copy()
     follows: list[bytes] = []
     answers: list[list[bool]] = []

@@ -32,7 +32,7 @@ from bench.evals.decoding import Context, load
 from bench.evals.options import check_contexts, chosen, comparing_parser
 from bench.evals.suites import SEED, answering, facts_of, held_out_text, probed, tensor
 from bench.examples import SEPARATOR, files, held_out
-from bench.report.document import Row, machine, report, wide_console
+from bench.program import Row, machine, report, wide_console
 
 BUDGETS = (256, 1024)
 SEEDS = {"training": SEED + 1, "held-out": SEED}
@@ -148,11 +148,13 @@ SCORES: dict[str, Callable[[Pages], Tensor]] = {
     "mean to bound at 0.4": lambda p: p.between(0.4),
     "mean + 4 std": lambda p: p.raised(4),
 }
-# A score by itself; minus the best score of the head; as its page softmax; minus tau.
 MERITS: dict[str, Callable[[Pages], Tensor]] = {
-    **SCORES,
+    **SCORES,  # the score by itself
+    # minus the best score of the head
     **{f"{name} - best": lambda p, score=score: less_best(score(p)) for name, score in SCORES.items()},
+    # as its page softmax
     **{f"{name} - all": lambda p, score=score: log_softmax(score(p)) for name, score in SCORES.items()},
+    # minus tau
     **{f"{name} - tau": lambda p, score=score: score(p) - p.tau for name, score in SCORES.items()},
     "expected mass": lambda p: p.counts * expected_weight(p.mean - p.tau, p.std),
 }
@@ -161,7 +163,7 @@ MERITS: dict[str, Callable[[Pages], Tensor]] = {
 def gaussians() -> dict[str, Any]:
     """`Gaussian` with several quantiles and margins, by name.
 
-    The last quantile is that of the best token of 256 pages, 4096 tokens, together.
+    The last quantile treats 256 pages (4096 tokens) as one page.
     """
     found = {}
     for quantile in (0.8, 0.95, 0.99, 0.95 ** (1 / 256)):

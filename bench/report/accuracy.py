@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.report.document import Row
+from bench.program import Row
 from bench.report.tables import digits, machine_line, size, table
 
 ENTMAX, SOFTMAX, SHIPPED = "twin-entmax", "twin-softmax", "stdlib-entmax"
@@ -23,7 +23,7 @@ LONGEST = 131072
 KINDS = ("quality", "tune", "end to end", "training")
 COLORS = {"dense": "black", "KeySketch": "C3", "bits=2": "C4", "TopPages": "C0", "Gaussian": "C1"}
 RANKED = ", 1024"  # the end of the names of tune.py's merits with this budget
-QUANTILES, MARGINS = (0.95, 0.99), (0, 0.25)  # of `Gaussian`, in its table
+QUANTILES, MARGINS = (0.95, 0.99), (0, 0.25)  # the settings of `Gaussian` in its table
 CHOICE = (
     (ENTMAX, "dense"),
     (ENTMAX, "KeySketch()"),

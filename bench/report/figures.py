@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
-from bench.report.document import Row
+from bench.program import Row
 from bench.report.tables import (
     KEYS,
     OPS,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
-from bench.report.document import Help, Row
+from bench.program import Help, Row
 from bench.report.tables import (
     LOSSY,
     OWN,

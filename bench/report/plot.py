@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
-from bench.report.document import Help
+from bench.program import Help
 from bench.report.tables import TABLES, TABLES_OF_CERTIFIED, load, load_certified
 
 ROOT = Path(__file__).parents[2]

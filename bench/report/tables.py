@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.report.document import Row
+from bench.program import Row
 
-SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # of every figure and table
+SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 16}  # the shape in every figure and table
 CASE = (*SHAPE, "dtype", "keys", "batch", "context")
 KEYS = {
     "model": "model",
@@ -317,4 +317,5 @@ TABLES = {
     "authors": table_of_authors,
     "cpu": table_of_cpu,
 }
-TABLES_OF_CERTIFIED = {"certified": table_of_certified, "equal_bytes": table_of_equal_bytes}  # of `load_certified`
+# These tables are made from what `load_certified` returns.
+TABLES_OF_CERTIFIED = {"certified": table_of_certified, "equal_bytes": table_of_equal_bytes}

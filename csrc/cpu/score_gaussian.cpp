@@ -1,6 +1,6 @@
 // score_gaussian on the CPU. The formulas are in ops.h (ScoreGaussian). Two dot products per page: of q with the means,
 // and of the squares of q with the squared deviations. The ALiBi bias takes n equidistant values over the n tokens of a
-// page, slope apart: their mean is that of the first and the last, their variance slope^2 (n^2 - 1) / 12.
+// page, slope apart: their mean is the mean of the first and the last, their variance is slope^2 (n^2 - 1) / 12.
 #include <cmath>
 #include <vector>
 

@@ -1,8 +1,8 @@
 // select_pages on the CPU: one task per (row, KV head).
 //   1. A page's merit is the largest over the group's heads of score - best - excess (page_softmax.h): the largest log
 //      page softmax, plus a number that is the same for all pages of the row.
-//   2. The last page is selected. Of the others, those with the largest merit are, while their tokens fit the budget.
-//      Of equal merits the lower page comes first.
+//   2. The last page is selected. Other pages are selected in the order of falling merit, while their tokens fit the
+//      budget. If merits are equal, the lower page comes first.
 //   3. Selected pages are written in ascending order.
 #include <vector>
 

@@ -1,12 +1,12 @@
 // select_sketch on the CPU (ops.h, SelectSketch). The tokens of each row are cut into spans.
-//   1. code:   per (row, query head), round the query to whole numbers (sketch.h, QueryCode).
-//   2. coarse: per (row, KV head, span), bound every score with plane 0, and find the tokens with the highest bounds.
-//   3. floor:  per (row, query head), read the keys of the tokens with the highest bounds in the row. The threshold of
-//              their exact scores, rounded down, is the floor. Where alpha = 1 it comes from their logsumexp.
-//   4. fine:   per (row, KV head, span), refine the bounds above the floor with plane 1. The candidates are the tokens
-//              whose bound is still above the floor, for some head.
-//   5. choose: per (row, KV head), select the candidates, or those with the largest merit if there is not room for all,
-//              and bound the weight of the other tokens.
+//   1. code: per (row, query head), round the query to whole numbers (sketch.h, QueryCode).
+//   2. scan: per (row, KV head, span), bound every score with plane 0, and find the tokens with the highest bounds.
+//   3. floor: per (row, query head), read the keys of the tokens with the highest bounds in the row. The threshold of
+//      their exact scores, rounded down, is the floor. Where alpha = 1 it comes from their logsumexp.
+//   4. refine: per (row, KV head, span), tighten the bounds above the floor with plane 1. The candidates are the tokens
+//      whose bound is still above the floor, for some head.
+//   5. list: per (row, KV head), select the candidates, or those with the largest merit if there is not room for all,
+//      and bound the weight of the other tokens.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -89,10 +89,10 @@ class Selector {
 
   void run() {
     parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { code(head); });
-    parallel_for(spans_.count(), [&](int64_t span) { coarse(span); });
+    parallel_for(spans_.count(), [&](int64_t span) { scan(span); });
     parallel_for(static_cast<int64_t>(queries_.size()), [&](int64_t head) { floor(head); });
-    parallel_for(spans_.count(), [&](int64_t span) { fine(span); });
-    parallel_for(int64_t{op_.batch} * op_.kv_heads, [&](int64_t row_head) { choose(row_head); });
+    parallel_for(spans_.count(), [&](int64_t span) { refine(span); });
+    parallel_for(int64_t{op_.batch} * op_.kv_heads, [&](int64_t row_head) { list(row_head); });
   }
 
  private:
@@ -159,7 +159,7 @@ class Selector {
   struct Run {
     int token, count;   // the first token, and the number of tokens
     int64_t page_head;  // physical page * kv_heads + kv_head
-    int slot;           // of the first token in the page
+    int slot;           // slot of the first token in its page
   };
 
   std::vector<Run> runs_of(const Span& span) const {
@@ -174,7 +174,7 @@ class Selector {
   }
 
   /// Calls body(run) for each run. Runs lie scattered in memory, so the first `planes` planes of the codes of later
-  /// runs are prefetched. With planes = 0 nothing is.
+  /// runs are prefetched. If `planes` is 0, nothing is prefetched.
   template <typename Body>
   void for_each(const std::vector<Run>& runs, int planes, Body body) const {
     constexpr size_t kAhead = 4;    // runs
@@ -208,7 +208,7 @@ class Selector {
     }
   }
 
-  void coarse(int64_t index) {
+  void scan(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
     std::vector<int> sums(int64_t{group_} * op_.page_size);
@@ -310,7 +310,7 @@ class Selector {
     return std::log(sum);
   }
 
-  /// The threshold, in units of s, of scores x of which the best is 0.
+  /// The threshold, in units of s, of scores x, the best of which is 0.
   static double threshold(const std::vector<double>& x, const Entmax<double>& entmax) {
     const auto solution = find_threshold(entmax, -1.0, kLeastMove, [&](double t) {
       Excess<double> excess;
@@ -322,7 +322,7 @@ class Selector {
     return solution.threshold / entmax.gap;
   }
 
-  void fine(int64_t index) {
+  void refine(int64_t index) {
     const Span& span = spans_[index];
     const Query* query = queries(span);
     std::vector<sketch::Worth> worth(group_);
@@ -375,7 +375,7 @@ class Selector {
     });
   }
 
-  void choose(int64_t row_head) {
+  void list(int64_t row_head) {
     int64_t counts[sketch::kMerits] = {};
     spans_.for_each_of(row_head, [&](int64_t span) {
       for (const Candidate& candidate : candidates_[span]) ++counts[candidate.merit];
@@ -419,9 +419,9 @@ class Selector {
   const SelectSketch& op_;
   const RowKernels<T>& kernels_ = row_kernels<T>();
   const int group_, dims_, row_bytes_;
-  const Spans spans_;                               // of tokens
+  const Spans spans_;                               // spans of tokens
   std::vector<Query> queries_;                      // [batch, q_heads]
-  std::vector<int16_t> numbers_;                    // [batch, q_heads, dims] of the queries
+  std::vector<int16_t> numbers_;                    // [batch, q_heads, dims] the queries' numbers
   std::vector<float> uppers_;                       // the bounds, for each row [q_heads, seq_len]
   std::vector<int64_t> first_upper_;                // [batch] where a row begins in uppers_
   std::vector<std::vector<Bounded>> highest_;       // [spans, group] the tokens with the highest bounds

@@ -245,7 +245,7 @@ class Decoder {
   const RowKernels<T>& kernels_ = row_kernels<T>();
   const int group_;
   const int unit_tokens_;          // tokens of a unit
-  const Spans spans_;              // of units
+  const Spans spans_;              // spans of units
   std::vector<Candidates> found_;  // [spans, group]
   std::vector<Candidates> heads_;  // [batch, q_heads]
   std::vector<float> sums_;        // [spans, group, head_dim]

@@ -1,19 +1,19 @@
 // append_kv on the GPU.
 //   k, v [batch, tokens, kv_heads, head_dim] -> slots seq_lens[row] ... of the row's pages, and their statistics
 // Two threads per dimension of a page and KV head: one for keys, k_min and k_max, the other for values, k_mean and
-// k_std. Instruction fetches bound so small a kernel; the two halves of its code are fetched at the same time.
+// k_std. Fetching instructions limits this small kernel, so two groups of threads fetch the halves of its code at once.
 //   1. copy: each new key and value is read once and written once, coalesced over the dimensions.
 //   2. summarise: all keys of the page are read back, so the statistics depend only on the page's content.
 //   3. advance: new_seq_lens is written when all threads have read the old length.
 // A sketch of the new keys is written before that, by a launch of its own (build_sketch.cu).
 // Up to page_size tokens, append_row: one launch, a cluster of blocks per row.
 // More tokens: append_pages, a block per page and KV head; then `advance`, a thread per row.
-#include "append_kv/new_tokens.cuh"
 #include "common/cluster.cuh"
 #include "common/copy.cuh"
 #include "common/element.cuh"
+#include "common/new_tokens.cuh"
+#include "common/page_column.cuh"
 #include "kernels.h"
-#include "page_stats/page_column.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -5,8 +5,8 @@
 //   1. rotate: the rotated key, from tensor cores.
 //   2. code: the step for the key, the code of each coordinate, and the norms of the distances.
 //   3. store: the two planes of the codes, and the norms.
-#include "append_kv/new_tokens.cuh"
 #include "build_sketch/key_coder.cuh"
+#include "common/new_tokens.cuh"
 #include "kernels.h"
 
 namespace entmaxkv::cuda {

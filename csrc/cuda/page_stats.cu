@@ -4,9 +4,9 @@
 // statistic is written once. k_min and k_max take one pass over the page's keys, k_mean and k_std two; the second of
 // these reads from registers if the page has at most 16 tokens.
 #include "common/launch.cuh"
+#include "common/page_column.cuh"
 #include "common/sizes.cuh"
 #include "kernels.h"
-#include "page_stats/page_column.cuh"
 
 namespace entmaxkv::cuda {
 

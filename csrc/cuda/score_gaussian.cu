@@ -7,8 +7,8 @@
 // k_std of the pages in use are read once per 8 heads. Every page gets a mean and a std. A square of a bf16 is the sum
 // of two bf16, which tensor cores multiply; other squares are multiplied in fp32.
 #include "common/fast_math.cuh"
+#include "common/page_tiles.cuh"
 #include "kernels.h"
-#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -6,8 +6,8 @@
 // queries are exact in their type.
 // Grid (HeadGroup, part of the pages, row); a warp scores tiles of 32 pages for up to 8 heads of a group, so k_min and
 // k_max of the pages in use are read once per 8 heads. Every page gets a score.
+#include "common/page_tiles.cuh"
 #include "kernels.h"
-#include "score_pages/page_tiles.cuh"
 
 namespace entmaxkv::cuda {
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kHeadThreads = 256, kWarps = kHeadThreads / 32;
 constexpr int kListThreads = 512;
-constexpr int kSample = 1024;  // pages of the sample; all pages, if there are no more
+constexpr int kSample = 1024;  // pages of the sample; a head with fewer pages uses them all
 constexpr int kSlice = 4096;   // most pages of a slice, unless the cluster cannot have more blocks
 
 constexpr int kPageBytes = 2 * sizeof(float);
@@ -124,8 +124,8 @@ struct Mixture {
 /// then solves for all pages, of which each block has a slice, from the sample's tau on. All threads of the cluster
 /// call; the result is valid in all threads.
 template <int kBeta, typename Real>
-__device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entmax, const Mixture sample,
-                                                   const Mixture& own, bool sample_is_all) {
+__device__ ENTMAXKV_NOINLINE double solve_mixture(const Entmax<double> any_entmax, const Mixture sample,
+                                                  const Mixture& own, bool sample_is_all) {
   __shared__ Search<Real> s_search;
   __shared__ Expected<Real> s_parts[2][kWarps];
   __shared__ bool s_goes_on;
@@ -165,18 +165,18 @@ __device__ ENTMAXKV_NOINLINE double find_threshold(const Entmax<double> any_entm
   }
 }
 
-/// Calls find_threshold with the fastest kBeta and Real for the head's alpha.
+/// Calls solve_mixture with the fastest kBeta and Real for the head's alpha.
 template <bool kInFloat>
-__device__ double find_threshold(const Entmax<double>& entmax, const Mixture& sample, const Mixture& own,
-                                 bool sample_is_all) {
+__device__ double solve_mixture(const Entmax<double>& entmax, const Mixture& sample, const Mixture& own,
+                                bool sample_is_all) {
   if constexpr (!kInFloat) {
-    if (!in_float(entmax)) return find_threshold<0, double>(entmax, sample, own, sample_is_all);
+    if (!in_float(entmax)) return solve_mixture<0, double>(entmax, sample, own, sample_is_all);
   }
-  if (entmax.beta == 1) return find_threshold<1, float>(entmax, sample, own, sample_is_all);
-  if (entmax.beta == 2) return find_threshold<2, float>(entmax, sample, own, sample_is_all);
-  if (entmax.beta == 3) return find_threshold<3, float>(entmax, sample, own, sample_is_all);
-  if (entmax.beta == 4) return find_threshold<4, float>(entmax, sample, own, sample_is_all);
-  return find_threshold<0, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 1) return solve_mixture<1, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 2) return solve_mixture<2, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 3) return solve_mixture<3, float>(entmax, sample, own, sample_is_all);
+  if (entmax.beta == 4) return solve_mixture<4, float>(entmax, sample, own, sample_is_all);
+  return solve_mixture<0, float>(entmax, sample, own, sample_is_all);
 }
 
 /// Starts to copy mean and std of the pages page(i), i < count, to shared memory, as one group of copies. All threads
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kHeadThreads, kInFloat ? 4 : 2)
     for (int i = threadIdx.x; i < sample.count; i += kHeadThreads) best = fmaxf(best, sample.mean[i]);
     best = reduce<kHeadThreads>(best, [](float a, float b) { return fmaxf(a, b); });
     sample.centre = own.centre = best;
-    const double tau = find_threshold<kInFloat>(entmax, sample, own, sample_is_all);
+    const double tau = solve_mixture<kInFloat>(entmax, sample, own, sample_is_all);
     least = static_cast<float>(own.centre + (tau - op.margin) * entmax.beta);
   }
   cluster::arrive();  // this block no longer reads other blocks' memory

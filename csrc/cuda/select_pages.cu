@@ -4,9 +4,9 @@
 // once, if the shared memory holds those of a slice.
 //   1. rate: merit of a page = max_h (score_h - best_h - excess_h). This is the logarithm of its page softmax
 //      (page_softmax.h) in the best head, up to a constant. The last page is always selected: its merit is infinite.
-//   2. find_threshold: finds the worst selected page, which has rank `count` in the order of falling merit.
-//      a. In each slice, pages no worse than the page of that rank among the threads' best pages are candidates. Other
-//         pages cannot be selected. All blocks send each other their candidates.
+//   2. find_worst_selected: finds the worst selected page, which has rank `count` in the order of falling merit.
+//      a. Each thread has a best page. A page is a candidate if it is no worse than the page of rank `count` among
+//         these. Other pages cannot be selected. All blocks send each other their candidates.
 //      b. Each block finds the page of that rank among the candidates (page_ranks.cuh). If there are too many
 //         candidates, the blocks first narrow all pages down together.
 //   3. collect: writes the pages up to the threshold in ascending order.
@@ -310,8 +310,8 @@ struct Threshold {
 };
 
 /// Step 2: finds the page of rank target_rank. All threads of the cluster call and all get the result.
-__device__ Threshold find_threshold(const Slice& slice, Order* s_orders, Shared& s, int target_rank,
-                                    const Rating& rating) {
+__device__ Threshold find_worst_selected(const Slice& slice, Order* s_orders, Shared& s, int target_rank,
+                                         const Rating& rating) {
   const int size = cluster::size(), rank = cluster::rank(), thread = threadIdx.x;
   const Steps steps(rating.range);
   if (size == 1 && slice.end <= kSlice) {  // counting all pages is as fast as finding candidates
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   }
   if (choice) {
     const Rating rating = scores.rate<kAligned>(slice, last, s);
-    const Threshold threshold = find_threshold(slice, s_orders, s, count, rating);
+    const Threshold threshold = find_worst_selected(slice, s_orders, s, count, rating);
     const float worst = merit_of(threshold.order);
     const int worst_page = static_cast<int>(threshold.order);
     int32_t* to = selected + threshold.before;

@@ -19,7 +19,7 @@ namespace {
 /// Returns the factor that turns sums relative to the score `from` into sums relative to the score `to`.
 __device__ inline float rescaling(float from, float to) { return from == to ? 1 : expf(from - to); }
 
-/// Best score, least score and mass of some tokens of a head. The sum of two is that of the tokens of both.
+/// Best score, least score and mass of some tokens of a head. Adding two gives the Scores of all their tokens.
 struct Scores {
   float best, least;
   float mass;  // sum_i exp(s_i - best)
@@ -229,12 +229,12 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
     const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
 #pragma unroll 8
     for (int n = thread / kWords; n < chunks; n += kAtOnce) {
-      const float4 its = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
+      const float4 chunk_sums = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
       const float factor = rescaling(scores[n].best, best);
-      total[0] += factor * its.x;
-      total[1] += factor * its.y;
-      total[2] += factor * its.z;
-      total[3] += factor * its.w;
+      total[0] += factor * chunk_sums.x;
+      total[1] += factor * chunk_sums.y;
+      total[2] += factor * chunk_sums.z;
+      total[3] += factor * chunk_sums.w;
     }
   }
 #pragma unroll

@@ -8,7 +8,8 @@
 //   1. score: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores
 //      of candidates, and for each token a bit that says whether it is a candidate (candidates.cuh).
 //   2. solve: a block or a cluster per (row, query head) finds the near tokens among the candidates and then the
-//      threshold, and adds up the values of the tokens with p > 0. Few near tokens are left to one block.
+//      threshold, and adds up the values of the tokens with p > 0. If at most kFewTokens tokens are near, one block
+//      handles them.
 // Which tokens are candidates depends on timing. But every near token is a candidate, and the sums depend neither on
 // other candidates, nor on other rows, nor on the number of blocks per head. So a row always gets the same bits.
 #include "common/work_split.cuh"

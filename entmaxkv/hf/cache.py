@@ -102,7 +102,7 @@ class EntmaxCache(Cache):
         self._touched: set[tuple[Any, ...]] = set()  # states of linear layers that took part in the last step
         self._linear: set[int] = set()  # linear layers that took part in any step
         self._at = -1  # the layer that was called last
-        self._appends = 0  # of the first paged layer, before the last step
+        self._appends = 0  # appends of the first paged layer before the last step
         super().__init__(layers=layers)
         self._attention_layers = self._layers_of_attention()
 

@@ -111,8 +111,8 @@ def check_when_built(module: nn.Module, name: str, submodule: nn.Module | None) 
 def refuse_config(config: PreTrainedConfig) -> None:
     """Refuses the configs of models that never call `attention`, or call it too late.
 
-    The former have attention of their own, and got the implementation after they were built. The latter choose keys,
-    and compute with the mask before they call `attention`.
+    Models that never call `attention` have attention of their own, and got the implementation after they were built.
+    Models that call it too late choose keys, and compute with the mask before.
     """
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(

@@ -14,7 +14,7 @@ ADASPLASH_ITERATIONS = 2
 
 
 def lacks(query: Tensor, alpha: float) -> str | None:
-    """What `whole` lacks to take this query, as the end of a message; None if it lacks nothing."""
+    """Why `whole` cannot take this query, worded as the end of a message; None if it can."""
     if alpha == 1:
         return None
     if not query.is_cuda:

@@ -222,13 +222,13 @@ class KeyCoder {
     for (int step = 2; step < kOwn; step *= 2) {
       if (step == 4 * kPieces || (step == kOwnOfRow && !kTopRotates)) continue;
 #pragma unroll
-      for (auto& its : x) {
+      for (auto& coordinates : x) {
 #pragma unroll
         for (int i = 0; i < kParts * kOwnOfRow; ++i) {
           if (i & step) continue;
-          const float sum = its[i] + its[i | step];
-          its[i | step] = its[i] - its[i | step];
-          its[i] = sum;
+          const float sum = coordinates[i] + coordinates[i | step];
+          coordinates[i | step] = coordinates[i] - coordinates[i | step];
+          coordinates[i] = sum;
         }
       }
     }

@@ -46,18 +46,18 @@ struct WorkSplit {
     int first = item, left = items;
 #pragma unroll 1
     for (int at = list; left > 0; ++at, first = 0) {
-      const int its = min(count(at) - first, left);
-      if (its <= 0) continue;
-      body(at, first, its);
-      left -= its;
+      const int taken = min(count(at) - first, left);
+      if (taken <= 0) continue;
+      body(at, first, taken);
+      left -= taken;
     }
   }
 };
 
 /// Returns a list that a block of kBlock threads should help with once its own lists have no tiles left, or -1.
-/// tiles_of(list) is the number of a list's tiles and taken_of(list) how many of them warps have taken. Eligible are
-/// lists with at least kWorthIt tiles left and lists that no block has begun; weights that differ between blocks make
-/// them choose different lists. All threads call and all get the result.
+/// tiles_of(list) is the number of a list's tiles and taken_of(list) how many of them warps have taken. A list is
+/// eligible if it has at least kWorthIt tiles left or no block has begun it. Blocks weigh lists differently, so they
+/// choose different ones. All threads call and all get the result.
 template <int kBlock, typename Tiles, typename Taken>
 __device__ int list_with_work_left(int lists, Tiles tiles_of, Taken taken_of) {
   constexpr int kWorthIt = 16;  // least number of tiles for which help pays

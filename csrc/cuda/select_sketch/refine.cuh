@@ -103,9 +103,9 @@ struct Segment {
 #pragma unroll 1
       for (int word = 0; word < kWords; ++word) {
         uint8_t& all = scratch.merits[at + word * 32 + lane];
-        uint8_t& its = merits[word * 32 + lane];
-        all = first_part ? its : max(its, all);
-        its = 0;
+        uint8_t& own = merits[word * 32 + lane];
+        all = first_part ? own : max(own, all);
+        own = 0;
         if (last_part && __shfl_sync(kAllLanes, mask, word) >> lane & 1) {
           atomicAdd(scratch.at_merit + list * kBins + all, 1);
         }

@@ -216,7 +216,7 @@ template <int kWords>
 struct SketchPages {
   static constexpr int kRowBytes = 16 * kWords;
 
-  const uint8_t *codes, *norms;  // those of page 0
+  const uint8_t *codes, *norms;  // codes and norms of page 0
   const int32_t* table;
   uint32_t page_codes, page_norms;  // bytes from one page to the next
   int page_size, page_bits;

@@ -149,9 +149,8 @@ class CandidateScan {
 
   /// Raises the best scores and floors by the best scores of all blocks. Let n of these be at most `depth` below the
   /// best. If all n were exactly that deep, their mass would be 1 at some threshold: the true threshold is at least
-  /// that one. The floor is kMargin lower, because the solver searches from a level (class Levels) that may be two
-  /// steps and what kEnough adds below the threshold, and every token above that level must be a candidate. All lanes
-  /// call.
+  /// that one. The floor is lower by kMargin: the solver's level (class Levels) may be two steps, plus the effect of
+  /// kEnough, below the threshold. Every token above that level must be a candidate. All lanes call.
   __device__ void read_bests() const {
     constexpr int kHeads = 4, kLanes = 32 / kHeads;  // heads at once, and lanes for each
     constexpr int kOwn = Scratch::kBests / kLanes / 4;

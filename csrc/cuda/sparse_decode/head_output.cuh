@@ -62,10 +62,10 @@ struct Chunk {
       uint4 words[kAtOnce][kWords];
 #pragma unroll
       for (int nth = 0; nth < kAtOnce; ++nth) {
-        const T* its = values[min(i + nth * step, count - 1)];
+        const T* value = values[min(i + nth * step, count - 1)];
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
-          words[nth][word] = load_word<kVectors>(its, d + word * kCount, head_dim);
+          words[nth][word] = load_word<kVectors>(value, d + word * kCount, head_dim);
         }
       }
 #pragma unroll

@@ -85,8 +85,8 @@ __device__ inline float reach_of(const Entmax<double>& entmax) {
 /// A histogram of scores that gives a lower bound of the threshold. kLevels levels divide the range from the best score
 /// to beta below it, where weights end. The bound is the first level at which the tokens above it have a mass of 1, if
 /// each token is moved down from its score to the next level. Moving tokens down lowers the threshold, so the bound
-/// holds. The threshold is less than two steps and what kEnough adds above the bound. More tokens only raise the
-/// threshold.
+/// holds. The threshold is above the bound by less than two steps plus the effect of kEnough. More tokens only raise
+/// the threshold.
 class Levels {
  public:
   static constexpr int kLevels = 32;              // one per lane

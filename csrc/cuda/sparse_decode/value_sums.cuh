@@ -56,9 +56,9 @@ struct Sums {
   __device__ void multiply_by(float factor) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float its = __shfl_sync(kAllLanes, factor, 4 * Products::head(j));
+      const float head_factor = __shfl_sync(kAllLanes, factor, 4 * Products::head(j));
 #pragma unroll
-      for (int i = j; i < kCount; i += 2) of[i] *= its;
+      for (int i = j; i < kCount; i += 2) of[i] *= head_factor;
     }
   }
 
@@ -121,9 +121,9 @@ struct Sums<float, Layout> {
   __device__ void multiply_by(float factor) {
 #pragma unroll
     for (int h = 0; h < kTileHeads; ++h) {
-      const float its = __shfl_sync(kAllLanes, factor, 4 * h);
+      const float head_factor = __shfl_sync(kAllLanes, factor, 4 * h);
 #pragma unroll
-      for (int i = 0; i < kParts * 4; ++i) of[(i / 4 * kTileHeads + h) * 4 + i % 4] *= its;
+      for (int i = 0; i < kParts * 4; ++i) of[(i / 4 * kTileHeads + h) * 4 + i % 4] *= head_factor;
     }
   }
 

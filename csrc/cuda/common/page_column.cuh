@@ -1,12 +1,12 @@
 // The statistics of one dimension of one page, by one thread: for append_kv and page_stats.
 #pragma once
 
-#include "../common/element.cuh"
+#include "element.cuh"
 
 namespace entmaxkv::cuda {
 
-/// One dimension of the keys of a page. kRun keys are loaded at once. Of a page of at most kRun tokens the keys stay in
-/// registers, so that a second visit does not read them again.
+/// One dimension of the keys of a page. kRun keys are loaded at once. If the page has at most kRun tokens, its keys
+/// stay in registers, so that a second visit does not read them again.
 template <typename T>
 class PageColumn {
  public:

@@ -1,7 +1,7 @@
 // The range of tokens that append_kv adds to a row.
 #pragma once
 
-#include "../common/sizes.cuh"
+#include "sizes.cuh"
 
 namespace entmaxkv::cuda {
 

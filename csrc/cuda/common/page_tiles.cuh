@@ -1,7 +1,7 @@
 // How score_pages and score_gaussian divide their work among warps, and read two statistics of every page.
 #pragma once
 
-#include "../common/matrix_product.cuh"
+#include "matrix_product.cuh"
 
 namespace entmaxkv::cuda {
 
