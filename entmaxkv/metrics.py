@@ -70,7 +70,7 @@ def measure(
         >>> measure(torch.randn(1, 4, 64), cache, select=None).dropped_mass.tolist()
         [[0.0, 0.0, 0.0, 0.0]]
     """
-    scoring = Scoring(alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, caller="measure")
+    scoring = Scoring(alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, caller="decode")
     out, info = decode(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, select=select, return_info=True)
     attention = partial(reference.attention, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     chosen = info.selection

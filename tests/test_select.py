@@ -95,7 +95,7 @@ COUNTS = torch.ones(2, 2, dtype=torch.int32)
         ),
         (Pages(0, dense_up_to=None), r"Pages.dense_up_to: expected a number of tokens, at least 0, got None"),
     ],
-    ids=str,
+    ids=["class", "needs", "select", "dense_up_to", "tuple", "None", "selected", "counts", "delta_bound", "number"],
 )
 def test_says_what_is_wrong_with_a_selector(select, text):
     cache = entmaxkv.PagedKVCache(2, 16, 2, 64)
