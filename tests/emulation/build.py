@@ -69,7 +69,10 @@ def main(op: str, *arguments: str) -> int:
     if op not in OPS:
         print(f"expected OP among {', '.join(OPS)}, got {op!r}", file=sys.stderr)
         return 2
-    environment = build()
+    try:
+        environment = build()
+    except subprocess.CalledProcessError as failed:  # the compiler has said why
+        return failed.returncode
     test = str(HERE.parent / f"test_{op}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", test, *arguments]
     return subprocess.run(command, env=environment, cwd=BUILD).returncode
