@@ -3,12 +3,18 @@
 An object is compiled again when its source, a file that it includes, its command or its compiler has changed.
 """
 
+import fcntl
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from torch.utils import cpp_extension
+
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+TORCH = [f"-I{path}" for path in cpp_extension.include_paths()] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10
 
 
 class NinjaFile:
@@ -17,13 +23,29 @@ class NinjaFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines = ["ninja_required_version = 1.10"]
-        self.programs: dict[str, str] = {}  # the compiler of each rule
+        self.programs: dict[str, list[Sequence[str]]] = {}  # the compilers of each rule
         self.logged: set[str] = set()
 
-    def compiler(self, rule: str, command: Sequence[str], keep_log: bool = False) -> None:
-        """A rule that compiles. With keep_log, x.o.log holds what the compiler said of x.o; only warnings are shown."""
-        self.programs[rule] = command[0]
-        line = f"{_command(command)} -MD -MF $out.d -c $in -o $out"
+    def compiler(
+        self,
+        rule: str,
+        program: Sequence[str],
+        flags: Sequence[str],
+        *,
+        calls: Sequence[Sequence[str]] = (),
+        keep_log: bool = False,
+    ) -> None:
+        """Adds a rule that compiles.
+
+        Args:
+            rule: its name.
+            program: the compiler, perhaps behind others as in "ccache c++".
+            flags: its flags.
+            calls: other compilers that it calls.
+            keep_log: whether x.o.log is to hold what the compiler said of x.o. Only warnings are shown then.
+        """
+        self.programs[rule] = [program, *calls]
+        line = f"{_command([*program, *flags])} -MD -MF $out.d -c $in -o $out"
         if keep_log:
             self.logged.add(rule)
             line += " >$out.log 2>&1 || { cat $out.log; exit 1; }; grep -A 3 warning $out.log || true"
@@ -54,8 +76,15 @@ class NinjaFile:
     def run(self) -> None:
         """Builds what is out of date; MAX_JOBS limits how many compilers run at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for rule, program in self.programs.items():
-            version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+        with (self.folder / "ninja.lock").open("w") as lock:  # two builds may run at once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._run()
+
+    def _run(self) -> None:
+        for rule, programs in self.programs.items():
+            commands = [[*program, "--version"] for program in programs]
+            said = [subprocess.run(command, check=True, capture_output=True, text=True) for command in commands]
+            version = "".join(each.stdout for each in said)
             stamp = self.folder / f"{rule}.version"
             if not stamp.exists() or stamp.read_text() != version:
                 stamp.write_text(version)

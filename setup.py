@@ -19,16 +19,16 @@ from torch.utils import cpp_extension
 
 sys.path.append(str(Path(__file__).resolve().parent))  # a build backend does not look there
 
-from ninja_file import NinjaFile
+from ninja_file import CXX, TORCH, NinjaFile
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build"
-CXX = shlex.split(os.environ.get("CXX", "c++"))
-TORCH = [f"-I{path}" for path in cpp_extension.include_paths()] + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10
 HOST_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fwrapv", "-ffp-contract=fast", "-fvisibility=hidden"]
 HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized", *shlex.split(os.environ.get("CXXFLAGS", ""))]
 LINK_FLAGS = shlex.split(os.environ.get("LDFLAGS", ""))
+# A kernel has to say where it converts numbers of 16 bits.
+NO_OPERATORS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0"]
 
 
@@ -81,18 +81,19 @@ class Library(Extension):
 def cpu_library() -> Library:
     library = Library("_C")
     sources = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])
-    library.ninja.compiler("cxx", [*CXX, *HOST_FLAGS, *TORCH])
+    library.ninja.compiler("cxx", CXX, [*HOST_FLAGS, *TORCH])
     library.link(library.ninja.compile("cxx", [source for source in sources if source.name != "parallel_std.cpp"]), [])
     return library
 
 
 def cuda_library(cuda: Path) -> Library:
     library = Library("_cuda")
-    host_compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
-    nvcc = [str(cuda / "bin" / "nvcc"), *host_compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC"]
-    nvcc += ["--expt-relaxed-constexpr", "-Xptxas=-v", *gencode(cuda)]  # the tests read what ptxas says
-    library.ninja.compiler("nvcc", nvcc, keep_log=True)
-    library.ninja.compiler("cxx", [*CXX, *HOST_FLAGS, "-DUSE_CUDA", f"-I{cuda}/include", *TORCH])
+    host_compiler = os.environ.get("CC", "gcc")
+    flags = ["-ccbin", host_compiler, "-std=c++20", "-O3", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"]
+    flags += [f"-D__CUDA_NO_{what}__" for what in NO_OPERATORS]
+    flags += ["-Xptxas=-v", *gencode(cuda)]  # the tests read what ptxas says
+    library.ninja.compiler("nvcc", [str(cuda / "bin" / "nvcc")], flags, calls=[[host_compiler]], keep_log=True)
+    library.ninja.compiler("cxx", CXX, [*HOST_FLAGS, "-DUSE_CUDA", f"-I{cuda}/include", *TORCH])
     doors = sorted(source for source in CSRC.glob("*.cpp") if source.name != "parallel_torch.cpp")
     objects = library.ninja.compile("nvcc", sorted(CSRC.glob("cuda/*.cu"))) + library.ninja.compile("cxx", doors)
     # The current stream comes from libtorch_cuda. Where torch has none, an empty library of that name makes the

@@ -55,7 +55,7 @@ def delta_bound(chosen: Selection | None, q: Tensor, cache: PagedKVCache, tau: T
     if chosen is None:
         return torch.zeros_like(tau)
     if chosen.delta_bound is not None:
-        return chosen.delta_bound.to(tau.dtype)
+        return chosen.delta_bound.nan_to_num(nan=1.0).clamp(min=0, max=1)
     group = q.shape[1] // cache.kv_heads
     if chosen.by_token:
         all_read = chosen.counts >= cache.seq_lens.clamp(max=cache.max_tokens)[:, None]

@@ -70,7 +70,7 @@ def measure(
         >>> measure(torch.randn(1, 4, 64), cache, select=None).dropped_mass.tolist()
         [[0.0, 0.0, 0.0, 0.0]]
     """
-    scoring = Scoring(alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, caller="measure")
+    scoring = Scoring(alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, caller="decode")
     out, info = decode(q, cache, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes, select=select, return_info=True)
     attention = partial(reference.attention, alpha=alpha, scale=scale, alibi_slopes=alibi_slopes)
     chosen = info.selection
@@ -121,7 +121,8 @@ def index(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: Scor
         return refined, 0
     if not isinstance(select, KeySketch) or cache.codes is None:
         pages = sum(-(-seq_len // cache.page_size) for seq_len in seq_lens)
-        return refined, 2 * pages * cache.kv_heads * row_bytes
+        statistics = 2 * len(select.needs & {"minmax", "moments"})
+        return refined, statistics * pages * cache.kv_heads * row_bytes
     group, plane_bytes = q.shape[1] // cache.kv_heads, cache.codes.shape[-1]
     if select.bits == 4:  # plane 1 is read of the tokens that plane 0 alone would select
         refined = KeySketch(certainty=select.certainty, bits=2).select(q, cache, scoring).counts

@@ -54,18 +54,22 @@ def _load() -> None:
     """Loads _C, and _cuda where this torch has CUDA."""
     here = Path(__file__).parent
     names = ["_C", "_cuda"] if torch.version.cuda else ["_C"]
-    for name in names:
-        library = here / f"{name}.abi3.so"
-        if library.exists():
-            torch.ops.load_library(str(library))
+    loaded = [name for name in names if (here / f"{name}.abi3.so").exists()]
+    for name in loaded:
+        torch.ops.load_library(str(here / f"{name}.abi3.so"))
     build = "run `pip install --no-build-isolation --editable .` in its source tree"
     if not hasattr(torch.ops.entmaxkv, "append_kv"):
         raise ImportError(
             f"entmaxkv is not built: no _C library in {here}; {build}, or, where it is installed without --editable, "
             "start Python elsewhere"
         )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not hasattr(torch.ops.entmaxkv, "constants"):
         raise ImportError(f"entmaxkv: expected a _C library of this version in {here}, got an older one; {build}")
+    if "_cuda" in loaded and not has_kernel("entmaxkv::build_sketch", "CUDA"):
+        raise ImportError(
+            f"entmaxkv: expected a _cuda library of this version in {here}, got an older one; {build}, or remove it"
+        )
 
 
 _load()

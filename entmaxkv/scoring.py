@@ -8,7 +8,7 @@ from torch import Tensor
 from entmaxkv import check
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # tensors are not compared
 class Scoring:
     """How a decode step scores tokens, and how it turns the scores into weights.
 
@@ -22,7 +22,7 @@ class Scoring:
         alibi_slopes: [q_heads] float32, the slope of each head; None for none.
 
     Args:
-        caller: whose argument a complaint names.
+        caller: the name with which error messages begin.
 
     Raises:
         ValueError: a field is not of the kind that the ops take. The ops check ranges and sizes.

@@ -18,8 +18,8 @@ class Selection(NamedTuple):
     """What a selector chose for a query. The other tokens are not read.
 
     Attributes:
-        selected: [batch, kv_heads, max_selected] int32, logical pages or token positions in ascending order. What
-            stands behind the first `counts` of them does not matter.
+        selected: [batch, kv_heads, max_selected] int32, logical pages or token positions, each once, in ascending
+            order. What stands behind the first `counts` of them does not matter.
         counts: [batch, kv_heads] int32, how many of them are chosen.
         by_token: whether `selected` holds token positions.
         delta_bound: [batch, q_heads] float32, a proved upper bound of the dense weight of all other tokens: 0 where
@@ -102,8 +102,10 @@ class Selector(Protocol):
         ...
 
 
-def check_step(name: str, q: Tensor, cache: PagedKVCache) -> None:
-    """Refuses a query or a cache that is none."""
+def check_step(name: str, q: Tensor, cache: PagedKVCache, scoring: Scoring | None = None) -> None:
+    """Refuses a query, a cache or a scoring that is none."""
+    if scoring is not None and not isinstance(scoring, Scoring):
+        raise ValueError(f"{name}: scoring: expected a Scoring, got {check.described(scoring)}")
     if not isinstance(cache, PagedKVCache):
         raise ValueError(f"{name}: cache: expected a PagedKVCache, got {check.described(cache)}")
     check.tensor(f"{name}: q", q, "[batch, q_heads, head_dim]")
@@ -120,7 +122,7 @@ def check_select(name: str, select: Selector | None) -> None:
         raise ValueError(f"{name}: select: {expected}, got {check.described(select)}, {why}")
 
 
-def kept_for(name: str, select: Selector | None) -> dict[str, bool]:
+def kept_for(name: str, select: Selector | None) -> dict[Need, bool]:
     """What a cache has to keep for a selector, as keywords of `PagedKVCache`."""
     needs: Set[str] = frozenset() if select is None else select.needs
     if not (isinstance(needs, Set) and needs <= NEEDS.keys()):
@@ -139,13 +141,24 @@ def selection(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: 
         raise ValueError(f"{type(select).__name__}.dense_up_to: {expected}, got {check.described(dense_up_to)}")
     if cache.max_tokens <= dense_up_to:
         return None
+    who = type(select).__name__
+    for need, needed in kept_for("decode", select).items():
+        if needed:
+            cache.kept(need, by=who)
     found = select.select(q, cache, scoring)
     if not isinstance(found, Selection):
-        raise ValueError(f"{type(select).__name__}.select: expected a Selection, got {check.described(found)}")
-    for name, value in (("selected", found.selected), ("counts", found.counts), ("delta_bound", found.delta_bound)):
-        if not (isinstance(value, Tensor) or (value is None and name == "delta_bound")):
-            expected = f"expected a tensor {name}"
-            raise ValueError(f"{type(select).__name__}.select: {expected}, got {check.described(value)}")
+        raise ValueError(f"{who}.select: expected a Selection, got {check.described(found)}")
+    for name, value in (("selected", found.selected), ("counts", found.counts)):  # sparse_decode looks at them closely
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{who}.select: expected a tensor {name}, got {check.described(value)}")
+    if not isinstance(found.by_token, bool):
+        raise ValueError(f"{who}.select: expected a bool by_token, got {check.described(found.by_token)}")
+    bound = found.delta_bound
+    if bound is not None:
+        right = isinstance(bound, Tensor) and bound.shape == q.shape[:2] and bound.dtype == torch.float32
+        if not right:
+            expected = f"expected a tensor delta_bound {list(q.shape[:2])} float32"
+            raise ValueError(f"{who}.select: {expected}, got {check.described(bound)}")
     return found
 
 
@@ -205,7 +218,7 @@ class KeySketch(DenseBelow):
 
     def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
         """See `Selector.select`."""
-        check_step("KeySketch", q, cache)
+        check_step("KeySketch", q, cache, scoring)
         codes, norms = cache.kept("sketch", by="KeySketch")
         scoring = scoring.for_ops(q)
         selected, counts, delta_bound = ops.select_sketch(
@@ -254,7 +267,7 @@ class TopPages(DenseBelow):
 
     def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
         """See `Selector.select`."""
-        check_step("TopPages", q, cache)
+        check_step("TopPages", q, cache, scoring)
         k_min, k_max = cache.kept("minmax", by="TopPages")
         scores = ops.score_pages(
             q,
@@ -302,7 +315,7 @@ class Gaussian(DenseBelow):
 
     def select(self, q: Tensor, cache: PagedKVCache, scoring: Scoring) -> Selection:
         """See `Selector.select`."""
-        check_step("Gaussian", q, cache)
+        check_step("Gaussian", q, cache, scoring)
         k_mean, k_std = cache.kept("moments", by="Gaussian")
         scoring = scoring.for_ops(q)
         mean, std = ops.score_gaussian(

@@ -8,8 +8,11 @@ against float64 on the inputs as rounded to the kernel's type, and each is the l
 import functools
 import itertools
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +20,13 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+import entmaxkv
 from entmaxkv import reference
+
+# Tests import bench from here, and the package from wherever PYTHONPATH says: the emulation's is a copy.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+if "ENTMAXKV_EMULATION" in os.environ:
+    assert Path(entmaxkv.__file__).is_relative_to(os.environ["ENTMAXKV_EMULATION"]), entmaxkv.__file__
 
 settings.register_profile("entmaxkv", derandomize=True, deadline=None, max_examples=20, database=None)
 settings.load_profile("entmaxkv")

@@ -140,6 +140,9 @@ def outputs(case: Case, device: str) -> Named:
                 results = op(q, *pages, *selection, alpha, None, slope, per_head, *by_token)
                 for name, result in zip(("out", "tau", "support", "tokens"), results, strict=True):
                     yield f"{at} decode {read} {name}", result
+            budget = 5 * page
+            bounds = cache.k_min, cache.k_max
+            yield f"{at} decode op", OPS.decode(q, *pages[:2], *bounds, *table, budget, alpha, 0.2, slope, per_head)
 
 
 def hashed(tensor: Tensor) -> str:

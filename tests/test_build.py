@@ -47,7 +47,8 @@ with_nvcc = pytest.mark.skipif(
 with_cuda = pytest.mark.skipif(len(LIBRARIES) < 2, reason="no CUDA library")
 with_make = pytest.mark.skipif(not shutil.which("make"), reason="no make")
 built_here = pytest.mark.skipif(
-    LIBRARIES[0].resolve().parent != ROOT / "entmaxkv", reason="the libraries were built elsewhere"
+    LIBRARIES[0].resolve().parent != ROOT / "entmaxkv" or not (ROOT / "build" / "_C" / "build.ninja").exists(),
+    reason="the libraries were built elsewhere",
 )
 
 
@@ -134,7 +135,7 @@ def toy(tmp_path):
     def build(*flags: str) -> set[str]:
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.o")}
         ninja = NinjaFile(folder)
-        ninja.compiler("cxx", ["c++", "-fPIC", *flags], keep_log=True)
+        ninja.compiler("cxx", ["env", "c++"], ["-fPIC", *flags], keep_log=True)
         objects = ninja.compile("cxx", [tmp_path / "one.cpp", tmp_path / "two.cpp"], into="objects/")
         ninja.link("toy.so", objects, ["c++"], [])
         ninja.run()
@@ -248,10 +249,9 @@ def test_nothing_keeps_cuda_from_being_used(built, capability):
         ("demo", "13.0", {}, "1 for []"),
         ("demo", None, {"ENTMAXKV_CUDA": "1"}, "1 for []"),
         ("demo", "13.0", {"ENTMAXKV_CUDA": "0"}, "0 for []"),
-        ("test", None, {}, "1 for [8.0;9.0a;12.0]"),
-        ("test", None, {"TORCH_CUDA_ARCH_LIST": ""}, "1 for []"),
+        ("test", None, {}, "1 for []"),
         ("test", None, {"TORCH_CUDA_ARCH_LIST": "9.0a"}, "1 for [9.0a]"),
-        ("test", None, {"ENTMAXKV_CUDA": "0"}, "0 for [8.0;9.0a;12.0]"),
+        ("test", None, {"ENTMAXKV_CUDA": "0"}, "0 for []"),
         ("test", "13.0", {}, "1 for []"),
     ],
 )
@@ -276,17 +276,6 @@ def test_make_builds_cuda_where_it_is_needed(tmp_path, extra, torch_cuda, asked,
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[-1] == f"{builds} -m pip install --no-build-isolation --editable .[{extra}]"
     assert [path.name for path in tmp_path.glob("*.installed")] == [f"entmaxkv-{extra}.installed"]
-
-
-@with_make
-def test_the_tests_compile_every_line_of_the_kernels():
-    """Their architectures meet every condition of csrc on __CUDA_ARCH__, and miss it."""
-    (listed,) = re.findall("^TEST_ARCHITECTURES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    built = [int(float(arch.rstrip("a")) * 100) for arch in listed.split(";")]
-    compare = {">=": int.__ge__, "!=": int.__ne__, "==": int.__eq__, "<": int.__lt__}
-    for path in CSRC.rglob("*"):
-        for sign, number in re.findall(r"__CUDA_ARCH__ (\S+) (\d+)", path.read_text() if path.is_file() else ""):
-            assert {compare[sign](arch, int(number)) for arch in built} == {True, False}, f"{path}: {sign} {number}"
 
 
 @with_make

@@ -91,11 +91,29 @@ COUNTS = torch.ones(2, 2, dtype=torch.int32)
         (returning(Selection(COUNTS[..., None], None)), r"Pages.select: expected a tensor counts, got None"),
         (
             returning(Selection(COUNTS[..., None], COUNTS, True, 0.5)),
-            r"Pages.select: expected a tensor delta_bound, got",
+            r"Pages.select: expected a tensor delta_bound \[2, 8\] float32, got 0.5",
         ),
+        (
+            returning(Selection(COUNTS[..., None], COUNTS, True, torch.zeros(3))),
+            r"Pages.select: expected a tensor delta_bound \[2, 8\] float32, got a tensor \[3\] float32",
+        ),
+        (returning(Selection(COUNTS[..., None], COUNTS, "no")), r"Pages.select: expected a bool by_token, got 'no'"),
         (Pages(0, dense_up_to=None), r"Pages.dense_up_to: expected a number of tokens, at least 0, got None"),
     ],
-    ids=str,
+    ids=[
+        "class",
+        "no needs",
+        "no select",
+        "no dense_up_to",
+        "a tuple",
+        "None",
+        "selected",
+        "counts",
+        "delta_bound",
+        "shape of delta_bound",
+        "by_token",
+        "room",
+    ],
 )
 def test_says_what_is_wrong_with_a_selector(select, text):
     cache = entmaxkv.PagedKVCache(2, 16, 2, 64)
@@ -109,6 +127,29 @@ def test_a_cache_cannot_keep_what_it_does_not_know(needs):
     selector.needs = needs
     with pytest.raises(ValueError, match=r"^It: select: Pages.needs: expected a set of any of minmax, moments, sketch"):
         entmaxkv.select.kept_for("It", selector)
+
+
+@pytest.mark.parametrize("select", [entmaxkv.TopPages(), entmaxkv.Gaussian(), entmaxkv.KeySketch()], ids=str)
+def test_a_selector_takes_a_scoring(select, cache):
+    with pytest.raises(ValueError, match=rf"^{type(select).__name__}: scoring: expected a Scoring, got 1.5"):
+        select.select(make_query(2, 8, 64), cache, 1.5)
+
+
+def test_a_cache_without_what_a_selector_needs_is_refused(device):
+    cache = entmaxkv.PagedKVCache(2, 16, 2, 64, sketch=False, device=device)
+    selector = Pages(0)
+    selector.needs = frozenset({"sketch"})
+    with pytest.raises(ValueError, match=r"^Pages: cache: expected a key sketch, got a cache made with sketch=False"):
+        entmaxkv.decode(make_query(2, 8, 64, device=device), cache, select=selector)
+
+
+def test_what_a_selector_says_of_the_others_is_a_weight(device, cache):
+    """Its bound is taken for what a weight can be; NaN says nothing."""
+    said = torch.tensor([[0.0, 0.5, 1.0, 2.0, torch.inf, -1.0, torch.nan, 0.25]] * 2, device=device)
+    counts = COUNTS.to(device)
+    selector = returning(Selection(counts[..., None], counts, by_token=True, delta_bound=said))
+    _, info = entmaxkv.decode(make_query(2, 8, 64, device=device), cache, select=selector, return_info=True)
+    assert info.delta_bound[0].tolist() == [0, 0.5, 1, 1, 1, 0, 1, 0.25]
 
 
 def test_a_cache_keeps_what_selectors_need(cache):
