@@ -82,7 +82,7 @@ def delta_bound(chosen: Selection | None, q: Tensor, cache: PagedKVCache, tau: T
     else:
         gap = scoring.per_head.double()[:, None] - 1  # [q_heads, 1]
     softmax = gap <= ops.CONSTANTS.softmax_gap
-    unit = torch.where(softmax, 1.0, gap)  # of tau in units of s
+    unit = torch.where(softmax, 1.0, gap)  # of tau, for one of s
     threshold = tau.double()[..., None]
     # A mass that is off by m moves tau by at most (alpha - 1) m. Rounding alpha by UNIT moves z by UNIT s, and tau by
     # another UNIT log(tokens) through the exponent.

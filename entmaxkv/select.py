@@ -122,7 +122,7 @@ def check_select(name: str, select: Selector | None) -> None:
         raise ValueError(f"{name}: select: {expected}, got {check.described(select)}, {why}")
 
 
-def kept_for(name: str, select: Selector | None) -> dict[Need, bool]:
+def kept_for(name: str, select: Selector | None) -> dict[str, bool]:
     """What a cache has to keep for a selector, as keywords of `PagedKVCache`."""
     needs: Set[str] = frozenset() if select is None else select.needs
     if not (isinstance(needs, Set) and needs <= NEEDS.keys()):
@@ -142,8 +142,9 @@ def selection(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: 
     if cache.max_tokens <= dense_up_to:
         return None
     who = type(select).__name__
-    for need, needed in kept_for("decode", select).items():
-        if needed:
+    keeps = kept_for("decode", select)
+    for need in NEEDS:
+        if keeps[need]:
             cache.kept(need, by=who)
     found = select.select(q, cache, scoring)
     if not isinstance(found, Selection):
