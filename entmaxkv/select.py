@@ -142,9 +142,8 @@ def selection(select: Selector | None, q: Tensor, cache: PagedKVCache, scoring: 
     if cache.max_tokens <= dense_up_to:
         return None
     who = type(select).__name__
-    keeps = kept_for("decode", select)
     for need in NEEDS:
-        if keeps[need]:
+        if need in select.needs:
             cache.kept(need, by=who)
     found = select.select(q, cache, scoring)
     if not isinstance(found, Selection):
