@@ -2,9 +2,7 @@
 //   s_i = scale q . k_i + bias,  p_i = [(alpha-1) s_i - tau]_+^beta with sum p_i = 1,  out = sum_i p_i v_i
 //   q, out [batch, q_heads, head_dim], k_pages, v_pages [pages, kv_heads, page_size, head_dim]
 // A (row, KV head) reads a list of tokens in tiles of 32: each key once per 8 query heads, a value only where p > 0.
-// Short lists (at most kShort tokens), decode_short: a cluster per list; its warps score tiles and send the scores of a
-// head to one of its blocks, which finds the threshold and the output.
-// Long lists:
+// Short lists (at most kShort tokens) are decoded in one launch: short_decode.cu. Long lists:
 //   1. score: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores
 //      of candidates, and for each token a bit that says whether it is a candidate (candidates.cuh).
 //   2. solve: a block or a cluster per (row, query head) finds the near tokens among the candidates and then the
@@ -16,98 +14,12 @@
 #include "kernels.h"
 #include "sparse_decode/candidates.cuh"
 #include "sparse_decode/head_output.cuh"
+#include "sparse_decode/short_decode.cuh"
 #include "sparse_decode/softmax_decode.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
-
-constexpr int kBlocks = 2;  // blocks of kTeamThreads threads that share a multiprocessor
-
-// Short lists.
-
-template <typename T, typename Layout>
-using ShortRing = Ring<T, Layout, kTeamThreads / 32>;
-
-/// Returns how many blocks the cluster of a short list has: fewer than the most, if all clusters would not fit the GPU
-/// at once.
-int blocks_of_short(const SparseDecode& op) {
-  int blocks = cluster::most_blocks();
-  while (blocks > 2 && int64_t{blocks} * HeadGroup::per_row(op) * op.batch > multiprocessors()) blocks /= 2;
-  return blocks;
-}
-
-/// Returns how many bytes a block needs for the scores of its heads.
-int score_bytes(const SparseDecode& op, int blocks) {
-  return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
-}
-
-template <typename T, typename Layout>
-__global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
-  wait_for_previous_kernel();
-  using Slots = ShortRing<T, Layout>;
-  __shared__ Queries<T, Layout> s_q;
-  __shared__ NearMemory s_near;
-  float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [its heads, capacity]
-  __shared__ cluster::Mailbox s_box;
-  if (threadIdx.x == 0) s_box.open();
-  cluster::arrive();
-  const int64_t row = blockIdx.z;
-  const HeadGroup group(op, blockIdx.y);
-  const QueryLoad<T, Layout, kTeamThreads> queries(op.q, row, group, op.head_dim);
-  const TokenList list(op, row, group.kv_head);
-  const LaneScoring scoring(op, group);
-  const int warp = threadIdx.x / 32, rank = cluster::rank(), blocks = cluster::size();
-  const int first = rank * Slots::kWarps + warp, step = blocks * Slots::kWarps;
-  const auto tile = [=](int n) { return first + n * step; };
-  const int tiles = warp < Slots::kWarps ? max(0, ceil_div(list.tiles() - first, step)) : 0;
-  Products scores;
-  auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, Upto{tiles}, tile);
-  stream.run(
-      [&] {
-        queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
-        __syncthreads();
-        cluster::wait();  // all blocks run and have opened their mailboxes
-      },
-      [&](int, const Slot<T, Layout>& slot) {
-        scores = {};
-        multiply(slot, s_q, group.heads, scores);
-      },
-      [&](int n) {
-        scoring.score(list, tile(n), scores);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int h = Products::head(j);
-          if (h >= group.heads) continue;
-          float* to = s_scores + h / blocks * capacity + tile(n) * kTileRows + Products::row(0);
-          s_box.send(h % blocks, *reinterpret_cast<float4*>(to),
-                     float4{scores.of[0][j], scores.of[1][j], scores.of[2][j], scores.of[3][j]});
-        }
-      });
-  const int to = threadIdx.x;
-  if (to < min(blocks, group.heads)) {
-    const int left = list.tiles() % step - rank * Slots::kWarps;
-    const int own_tiles = list.tiles() / step * Slots::kWarps + max(0, min(left, Slots::kWarps));
-    const int its_heads = ceil_div(group.heads - to, blocks);
-    s_box.announce(to, own_tiles * its_heads * kTileRows * static_cast<int>(sizeof(float)));
-  }
-  if (rank >= group.heads) return;
-  s_box.wait(0);
-  for (int h = rank; h < group.heads; h += blocks) {
-    const int head = group.first_head + h;
-    const Entmax<double> entmax(op.alpha.of(head));
-    auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // in the ring, which is free now
-    auto& s_chunk = *reinterpret_cast<Chunk<T>*>(s_places + kShort);
-    static_assert(kShort * sizeof(int32_t) + sizeof(Chunk<T>) <= Slots::kBytes);
-    Team team = Team::block();
-    const NearTokens near =
-        near_of_short(team, entmax, list.tokens, s_scores + h / blocks * capacity, s_places, s_near.few);
-    HeadOutput<T>{op, list, row, head, group.kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
-    __syncthreads();  // before the next head
-  }
-}
-
-// Long lists.
 
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>)
@@ -162,7 +74,7 @@ __global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kTeamThreads, kBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
+__global__ void __launch_bounds__(kTeamThreads, kTeamBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
   __shared__ NearMemory s_near;
   __shared__ Chunk<T> s_chunk;
@@ -187,15 +99,6 @@ __global__ void __launch_bounds__(kTeamThreads, kBlocks) solve(SparseDecode op, 
   HeadOutput<T>{op, list, row, head, kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
 }
 
-/// Returns whether decode_short takes the lists. It needs clusters, as otherwise one block would work for a list, and
-/// shared memory for the scores of a block's heads, which some GPUs do not have.
-bool is_short(const SparseDecode& op) {
-  constexpr int kOthers = 19 << 10;  // most bytes of shared memory beside the ring and the scores
-  if (!is_hopper_or_later() || capacity_of(op) > kShort) return false;
-  const int bytes = kRingBytes + score_bytes(op, blocks_of_short(op)) + kOthers;
-  return bytes <= device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-}
-
 /// Returns whether alpha = 1 in every head. Then all tokens have weight.
 bool is_softmax(const SparseDecode& op) { return !op.alpha.per_head && Entmax<double>(op.alpha.value).is_softmax(); }
 
@@ -209,40 +112,27 @@ int64_t workspace_bytes(const SparseDecode& op) {
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream) {
   if (op.batch == 0) return;
   if (is_softmax(op)) return softmax_decode(op, workspace, stream);
+  const char* name = op.selection ? "sparse_decode" : "dense_decode";
+  const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
+  if (is_short(op)) return short_decode(name, op, value_vectors, stream);
   Scratch scratch{capacity_of(op)};
   scratch.place(op, workspace);
-  const char* name = op.selection ? "sparse_decode" : "dense_decode";
-  const bool key_vectors = in_vectors(op.k_pages, op.dtype, op.head_dim);
-  const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
-  const bool short_lists = is_short(op);
-  if (!short_lists) {
-    const int words = Scratch::kCounterStride + Scratch::kBests + 1;
-    check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
-  }
+  const int words = Scratch::kCounterStride + Scratch::kBests + 1;
+  check(name, cudaMemsetAsync(scratch.taken, 0, int64_t{op.batch} * op.q_heads * words * 4, stream));
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
-    dispatch_layout(op.head_dim, key_vectors, [&](auto layout) {
+    dispatch_layout(op.head_dim, in_vectors(op.k_pages, op.dtype, op.head_dim), [&](auto layout) {
       using Layout = decltype(layout);
-      if (short_lists) {
-        const int blocks = blocks_of_short(op), shared = ShortRing<T, Layout>::kBytes + score_bytes(op, blocks);
-        launch(name, decode_short<T, Layout>,
-               {dim3(blocks, HeadGroup::per_row(op), op.batch), kTeamThreads, blocks, shared}, stream, op,
-               scratch.capacity, value_vectors);
-      } else {
-        using Slots = ScanRing<T, Layout>;
-        launch(name, score<T, Layout>,
-               {dim3(kScanBlocks<Layout> * multiprocessors()), 32 * Slots::kWarps, 1, Slots::kBytes}, stream, op,
-               scratch);
-      }
+      using Slots = ScanRing<T, Layout>;
+      launch(name, score<T, Layout>,
+             {dim3(kScanBlocks<Layout> * multiprocessors()), 32 * Slots::kWarps, 1, Slots::kBytes}, stream, op,
+             scratch);
     });
-    if (!short_lists) {
-      const int64_t most =
-          2 * kBlocks * multiprocessors();  // twice as many as run at once, because some end right away
-      int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
-      while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
-      launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, CandidateList::kBytes}, stream,
-             op, scratch, value_vectors);
-    }
+    const int64_t most = 2 * kTeamBlocks * multiprocessors();  // twice as many as run at once: some end right away
+    int blocks = std::min(parts_of(scratch.capacity), cluster::most_blocks());
+    while (blocks > 1 && int64_t{blocks} * op.q_heads * op.batch > most) blocks /= 2;
+    launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, CandidateList::kBytes}, stream,
+           op, scratch, value_vectors);
   });
 }
 

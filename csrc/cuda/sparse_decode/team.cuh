@@ -7,6 +7,7 @@
 namespace entmaxkv::cuda {
 
 constexpr int kTeamThreads = 256;  // threads of each block of a team
+constexpr int kTeamBlocks = 2;     // blocks of a team's threads that share a multiprocessor
 
 /// Most parts that a list is divided into. Each block of a team takes one or more parts.
 constexpr int kMostParts = 8;
