@@ -99,7 +99,7 @@ struct Entmax {
   }
 };
 
-/// Where the search for a threshold ended, and the sums of Excess there.
+/// Tells where the search for a threshold ended, and the sums of Excess there.
 template <typename Real>
 struct Solution {
   Real threshold, mass, slope;

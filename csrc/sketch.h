@@ -67,7 +67,7 @@ void dispatch_blocks(int head_dim, Body body) {
 /// Bytes of one token in one plane: 2 bits for each coordinate.
 ENTMAXKV_HOST_DEVICE constexpr int row_bytes(int head_dim) { return dims_of(head_dim) / 4; }
 
-/// Which coordinate the bits 2 nth and 2 nth + 1 of a byte of a plane belong to, nth = 0 ... 3. A block of 64
+/// Returns which coordinate the bits 2 nth and 2 nth + 1 of a byte of a plane belong to, nth = 0 ... 3. A block of 64
 /// coordinates takes 16 bytes: byte b of them holds the coordinates b, 16 + b, 32 + b and 48 + b of the block.
 ENTMAXKV_HOST_DEVICE constexpr int coordinate(int byte, int nth) { return byte / 16 * kBlock + 16 * nth + byte % 16; }
 

@@ -42,8 +42,8 @@ struct Part {
   }
 };
 
-/// For each block `rank` of the cluster, threads of this block call send(rank, i) for each i < count, and one thread
-/// calls announce(rank). All threads call.
+/// Tells all blocks: for each block `rank` of the cluster, threads of this block call send(rank, i) for each i < count,
+/// and one thread calls announce(rank). All threads call.
 template <typename Send, typename Announce>
 __device__ void tell_all(int count, Send send, Announce announce) {
   const Part part;
