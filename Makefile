@@ -30,7 +30,7 @@ test: $(VENV)/entmaxkv-test.installed ## lint, types, build (CUDA too where ther
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not cuda" -n $(WORKERS) --dist worksteal
 
 kernel: $(VENV)/entmaxkv-kernel.ready ## an op's CUDA kernels, run by the CPU, put to its tests: OP=select_pages ARGS="-k ties"
-	OMP_NUM_THREADS=1 $(RUN) tests/emulation/build.py $(OP) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) tests/emulation/build.py $(OP) -n $(WORKERS) $(ARGS)
 
 gpu: ## the commands for a machine with a GPU: tests, sanitizer, profile and benchmark of an op: OP=select_pages
 	@$(PYTHON) tests/gpu_commands.py $(OP)
