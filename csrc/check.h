@@ -129,6 +129,7 @@ class Arguments {
     sizes.head_dim = (*this)["head_dim"];
     sizes.page_size = (*this)["page_size"];
     sizes.max_pages = (*this)["max_pages"];
+    sizes.pages = (*this)["pages"];
     expect(sizes.kv_heads >= 1, "kv_heads", "at least 1", sizes.kv_heads);
     expect(sizes.page_size >= kMinPageSize && sizes.page_size <= kMaxPageSize &&
                (sizes.page_size & (sizes.page_size - 1)) == 0,

@@ -28,6 +28,7 @@ struct Sizes {
   int head_dim = 0;   // coordinates of a query, a key or a value
   int page_size = 0;  // tokens of a page
   int max_pages = 0;  // pages of a row for which the page table has room
+  int pages = 0;      // physical pages, to which the page table's ids point
 };
 
 /// An array of vectors, each of head_dim contiguous elements, that up to three indices reach.

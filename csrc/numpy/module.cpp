@@ -30,7 +30,7 @@ class Cache {
     sizes_.head_dim = head_dim;
     sizes_.page_size = page_size;
     sizes_.max_pages = (max_tokens + page_size - 1) / page_size;
-    const py::ssize_t pages = batch * sizes_.max_pages;
+    const py::ssize_t pages = sizes_.pages = batch * sizes_.max_pages;
     k_pages_ = Array<float>({pages, py::ssize_t{kv_heads}, py::ssize_t{page_size}, py::ssize_t{head_dim}});
     v_pages_ = Array<float>({pages, py::ssize_t{kv_heads}, py::ssize_t{page_size}, py::ssize_t{head_dim}});
     for (auto& statistic : statistics_) {

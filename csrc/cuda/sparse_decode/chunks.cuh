@@ -121,8 +121,8 @@ class Loader {
   __device__ void load(Slot& slot) {
     const ListChunk& chunk = s_plan_[chunk_];
     if (tile_ < chunk.last) {
-      const Rows& pages = values_ ? op_.v_pages : op_.k_pages;
-      slot.load(pages.at<typename Slots::T>(page_, chunk.group.kv_head, in_page_), op_.head_dim);
+      const Rows& rows = values_ ? op_.v_pages : op_.k_pages;
+      slot.load(chunk.list.row<typename Slots::T>(rows, chunk.group.kv_head, page_, in_page_), op_.head_dim);
     }
     commit_copies();
     if (values_ && chunk.is_there()) {

@@ -6,19 +6,34 @@
 
 namespace entmaxkv::cuda {
 
-/// The list of one (row, KV head). A place is an index in the list, a position is an index in the row.
+/// A row of NaN for every type of element and every head_dim.
+struct UndefinedRow {
+  static constexpr int kWords = kMaxHeadDim;
+  uint32_t words[kWords];
+};
+__host__ __device__ constexpr UndefinedRow undefined_row() {
+  UndefinedRow row{};
+  for (uint32_t& word : row.words) word = ~0u;
+  return row;
+}
+alignas(16) static __device__ const UndefinedRow kUndefinedRow = undefined_row();
+
+/// The list of one (row, KV head). A place is an index in the list, a position is an index in the row. Selections and
+/// page tables come from outside: a token whose page is not in the row, or not in the pool, has a key and a value of
+/// NaN.
 struct TokenList {
   const int32_t* selected;  // selected pages or tokens; null: all pages
   const int32_t* table;
   int page_size, page_bits;
   int entry_bits;  // log2 of the tokens per entry of `selected`: page_bits, or 0 if entries are tokens
   int seq_len;
+  int pages;  // physical pages
   int tokens;
 
   __device__ TokenList() {}  // for shared memory
 
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
-      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), tokens(0) {
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), pages(op.pages), tokens(0) {
     page_bits = entry_bits = log2_of(page_size);
     seq_len = length_of(op, row);
     int entries = (seq_len + page_size - 1) >> page_bits;
@@ -28,23 +43,34 @@ struct TokenList {
       entries = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], op.selection.max_selected));
     }
     if (entries == 0) return;
-    const int of_last = min(1 << entry_bits, seq_len - (entry(entries - 1) << entry_bits));
-    tokens = max(0, ((entries - 1) << entry_bits) + of_last);
+    const int of_entry = 1 << entry_bits;
+    const int64_t of_last = seq_len - int64_t{entry(entries - 1)} * of_entry;
+    tokens = (entries - 1) * of_entry + static_cast<int>(max(int64_t{0}, min(of_last, int64_t{of_entry})));
   }
 
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }
 
-  /// Position, page and slot of the token at a place of the list.
+  /// Position, physical page and slot of the token at a place of the list.
   __device__ int position(int place) const {
     return (entry(place >> entry_bits) << entry_bits) + (place & ((1 << entry_bits) - 1));
   }
-  __device__ int page(int place) const { return table[position(place) >> page_bits]; }
+  __device__ int page(int place) const {
+    const int at = position(place);
+    return at >= 0 && at < seq_len ? table[at >> page_bits] : -1;
+  }
   __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
 
-  /// Returns the row in `pages` [pages, kv_heads, page_size, head_dim] of the token at a place of the list.
+  /// Returns a row of `rows` [pages, kv_heads, page_size, head_dim], of NaN if there is no such page.
   template <typename T>
-  __device__ const T* row(const Rows& pages, int kv_head, int place) const {
-    return pages.at<T>(page(place), kv_head, slot(place));
+  __device__ const T* row(const Rows& rows, int kv_head, int physical, int slot) const {
+    const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
+    return there ? rows.at<T>(physical, kv_head, slot) : reinterpret_cast<const T*>(kUndefinedRow.words);
+  }
+
+  /// Returns the row of the token at a place of the list.
+  template <typename T>
+  __device__ const T* row(const Rows& rows, int kv_head, int place) const {
+    return row<T>(rows, kv_head, page(place), slot(place));
   }
 
   /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
@@ -56,7 +82,7 @@ struct TokenList {
     };
     const auto lookup = [*this, place](int n) { return page(place(n)); };
     const auto row_of = [*this, place, k_pages, kv_head](int n, int physical) {
-      return k_pages.at<typename Slots::T>(physical, kv_head, slot(place(n)));
+      return row<typename Slots::T>(k_pages, kv_head, physical, slot(place(n)));
     };
     return TileStream(Slots{}, more, head_dim, lookup, row_of);
   }
