@@ -3,11 +3,12 @@
 //   out = sum_i p_i v_i
 // Every key and every value is read once per group of up to 8 query heads. Values of tokens with weight 0 are read,
 // too: if one is infinite, the output is NaN.
-//   1. attend: the blocks of a fixed grid divide the chunks of all lists (chunks.cuh) evenly. A warp multiplies tiles
-//      of 32 tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the
-//      value sums relative to that score. The block adds up its warps' results for each chunk.
-//   2. merge: a block per (row, query head, 32 dimensions) adds up the chunks in order, and counts the tokens with
-//      weight. It scores a chunk's tokens again if only some of them have weight.
+//   1. attend: the warps of a fixed grid share the chunks of all lists (chunks.cuh). A warp multiplies tiles of 32
+//      tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the value sums
+//      relative to that score.
+//   2. merge: a block per (row, query head, 16 dimensions) adds up the chunks in a fixed order, and counts the tokens
+//      with weight. It scores a chunk's tokens again if only some of them have weight.
+#include "common/fast_math.cuh"
 #include "sparse_decode/chunks.cuh"
 #include "sparse_decode/softmax_decode.cuh"
 #include "sparse_decode/value_sums.cuh"
@@ -16,24 +17,29 @@ namespace entmaxkv::cuda {
 
 namespace {
 
+/// e^x with a relative error that grows with |x|, which does not matter: the result is added to 1.
+__device__ inline float exponential(float x) { return power_of_two(1.4426950408889634f * x); }
+
 /// Returns the factor that turns sums relative to the score `from` into sums relative to the score `to`.
-__device__ inline float rescaling(float from, float to) { return from == to ? 1 : expf(from - to); }
+__device__ inline float rescaling(float from, float to) { return from == to ? 1 : exponential(from - to); }
 
-/// Best score, least score and mass of some tokens of a head. Adding two gives the Scores of all their tokens.
+/// Best score, least score and mass of some tokens of a head.
 struct Scores {
-  float best, least;
-  float mass;  // sum_i exp(s_i - best)
+  float best = kNothing, least = -kNothing;
+  float mass = 0;  // sum_i exp(s_i - best)
+};
 
-  static __device__ Scores none() { return {kNothing, -kNothing, 0}; }
+/// How the results of tokens b are added to those of tokens a. attend and merge do this in the same arithmetic.
+struct Fold {
+  Scores scores;
+  float of_a, of_b;  // a sum over all tokens is fmaf(sum over b, of_b, sum over a * of_a)
 
-  friend __device__ Scores operator+(const Scores& a, const Scores& b) {
-    const float best = fmaxf(a.best, b.best);
-    return {best, fminf(a.least, b.least), a.mass * rescaling(a.best, best) + b.mass * rescaling(b.best, best)};
-  }
-
-  friend __device__ Scores shuffle_xor(const Scores& scores, int distance) {
-    return {cuda::shuffle_xor(scores.best, distance), cuda::shuffle_xor(scores.least, distance),
-            cuda::shuffle_xor(scores.mass, distance)};
+  __device__ Fold(const Scores& a, const Scores& b) {
+    scores.best = fmaxf(a.best, b.best);
+    scores.least = fminf(a.least, b.least);
+    of_a = rescaling(a.best, scores.best);
+    of_b = rescaling(b.best, scores.best);
+    scores.mass = fmaf(b.mass, of_b, a.mass * of_a);
   }
 };
 
@@ -42,6 +48,7 @@ struct Scratch {
   int chunks, dims;  // most chunks of a list; head_dim rounded up to whole float4
   float* sums;       // [batch, q_heads, chunks, dims] value sums relative to the chunk's best score
   Scores* scores;    // [batch, q_heads, chunks]
+  uint32_t* taken;   // the chunks that warps have taken beyond their first
 
   explicit Scratch(const SparseDecode& op) : chunks(most_chunks(capacity_of(op))), dims(ceil_div(op.head_dim, 4) * 4) {}
 
@@ -50,26 +57,22 @@ struct Scratch {
     const int64_t all = int64_t{op.batch} * op.q_heads * chunks;
     sums = static_cast<float*>(memory);
     scores = reinterpret_cast<Scores*>(sums + all * dims);
-    return all * (dims * sizeof(float) + sizeof(Scores));
+    taken = reinterpret_cast<uint32_t*>(scores + all);
+    return all * (dims * sizeof(float) + sizeof(Scores)) + sizeof(*taken);
   }
 };
 
-/// The scores of a warp's tokens of a chunk so far. A lane has tokens 8 i + 2 (lane % 4) and 8 i + 2 (lane % 4) + 1 of
-/// each tile, and head lane / 4.
+/// The scores of a chunk's tokens so far: those that a lane has in each tile (TileScores).
 struct Running : Scores {
-  __device__ Running() : Scores(none()) {}
-
   /// Adds a tile's scores and replaces them by weights relative to the new best score. Returns the factor by which the
   /// value sums so far must be multiplied. Scores behind the first `tokens` repeat the last token's; their weight is 0.
   /// A NaN score makes the mass NaN. All lanes call.
-  __device__ float take(TileScores& s_tile, int tokens) {
-    const int lane = threadIdx.x % 32;
-    float own[8], top = best;
+  __device__ float take(TileScores& scores, int tokens) {
+    float top = best;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      own[i] = s_tile.of[lane / 4][i / 2 * 8 + lane % 4 * 2 + i % 2];
-      least = fminf(least, own[i]);
-      top = fmaxf(top, own[i]);
+    for (const float score : scores.of) {
+      least = fminf(least, score);
+      top = fmaxf(top, score);
     }
     top = fmaxf(top, shuffle_xor(top, 1));
     top = fmaxf(top, shuffle_xor(top, 2));
@@ -79,15 +82,14 @@ struct Running : Scores {
     const float level = best == kNothing ? 0 : best;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
-      const float weight = token < tokens ? expf(own[i] - level) : 0;
-      mass += weight;
-      s_tile.of[lane / 4][token] = weight;
+      const float weight = exponential(scores.of[i] - level);
+      scores.of[i] = TileScores::token(i) < tokens ? weight : 0;
+      mass += scores.of[i];
     }
     return factor;
   }
 
-  /// Returns the scores of all tokens of the warp for head lane / 4. All lanes call.
+  /// Returns the scores of all tokens for head lane / 4. All lanes call.
   __device__ Scores total() const {
     Scores total = *this;
 #pragma unroll
@@ -99,166 +101,226 @@ struct Running : Scores {
   }
 };
 
-/// The shared memory of `attend` for tiles, and for the sums of a block's warps over one chunk.
-template <typename T, typename Layout>
-struct Total {
-  using Slots = ScanRing<T, Layout>;
-  Scores scores[Slots::kWarps][kTileHeads];
-  union {
-    TileScores tiles[Slots::kWarps];
-    float sums[Sums<T, Layout>::kCount * 32];
-  };
+/// Turns the products of a list's tiles with head lane / 4 into scores: scale and ALiBi bias.
+struct HeadScoring {
+  float scale, slope = 0;
+  bool biased;
 
-  /// Adds up the warps' results of a chunk and writes the sum to `scratch`. All threads call.
-  __device__ void write(const Scratch& scratch, int64_t first_head, int heads, int chunk, const Running& running,
-                        Sums<T, Layout>& own) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto at = [&](int h) { return (first_head + h) * scratch.chunks + chunk; };
-    const Scores of_warp = running.total();
-    if (lane % 4 == 0) scores[warp][lane / 4] = of_warp;
-    __syncthreads();
-    Scores all = scores[0][lane / 4];
-    for (int other = 1; other < Slots::kWarps; ++other) all = all + scores[other][lane / 4];
-    if (warp == 0 && lane % 4 == 0 && lane / 4 < heads) scratch.scores[at(lane / 4)] = all;
-    own.multiply_by(rescaling(running.best, all.best) / Sums<T, Layout>::kUnit);
-#pragma unroll 1
-    for (int turn = 0; turn < Slots::kWarps; ++turn) {
-      if (warp == turn) {
+  __device__ HeadScoring(const SparseDecode& op, const HeadGroup& group)
+      : scale(op.scoring.scale), biased(op.scoring.alibi_slopes) {
+    const int head = threadIdx.x % 32 / 4;
+    if (head < group.heads) slope = op.scoring.slope(group.first_head + head);
+  }
+
+  __device__ void score(const TokenList& list, int tile, TileScores& scores) const {
 #pragma unroll
-        for (int i = 0; i < own.kCount; ++i) {
-          if (turn > 0) own.of[i] += sums[i * 32 + lane];
-          if (turn < Slots::kWarps - 1) sums[i * 32 + lane] = own.of[i];
-        }
-      }
-      __syncthreads();
+    for (float& score : scores.of) score *= scale;
+    if (!biased) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int place = min(tile * kTileRows + TileScores::token(i), list.tokens - 1);
+      scores.of[i] += slope * static_cast<float>(list.position(place) - (list.seq_len - 1));
     }
-    if (warp < Slots::kWarps - 1) return;
-    own.visit([&](int h, int d, float sum) {
-      if (h < heads && d < scratch.dims) scratch.sums[at(h) * scratch.dims + d] = sum;
-    });
+  }
+};
+
+/// Loads the queries of a chunk, with zeros where there is no head or dimension. All lanes of a warp call.
+template <typename T, typename Layout>
+__device__ void load_queries(const SparseDecode& op, const Chunk& chunk, Queries<T, Layout>& s_q) {
+  constexpr int kAtOnce = 16;
+#pragma unroll 1
+  for (int first = threadIdx.x % 32; first < kTileHeads * Layout::kDims; first += kAtOnce * 32) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int h = (first + i * 32) / Layout::kDims, d = (first + i * 32) % Layout::kDims;
+      const bool there = h < chunk.group.heads && d < op.head_dim;
+      values[i] = there ? op.q.at<T>(chunk.row, chunk.group.first_head + h)[d] : from_float<T>(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) s_q.values[first + i * 32] = values[i];
+  }
+}
+
+/// What a warp knows of the chunks that it has taken together.
+template <typename T, typename Layout>
+struct Results {
+  /// Folding needs registers for two sums.
+  static constexpr bool kFolds = Sums<T, Layout>::kCount <= 32;
+  Scores scores;
+  Sums<T, Layout> sums;
+
+  /// Adds the results of a chunk. All lanes call.
+  __device__ void add(const Scores& of_chunk, Sums<T, Layout>& sums_of_chunk, bool is_first) {
+    if (Sums<T, Layout>::kUnit != 1) sums_of_chunk.multiply_by(1 / Sums<T, Layout>::kUnit);
+    if (!kFolds || is_first) {
+      scores = of_chunk;
+      sums = sums_of_chunk;
+    } else {
+      const Fold fold(scores, of_chunk);
+      sums.fold(fold.of_a, sums_of_chunk, fold.of_b);
+      scores = fold.scores;
+    }
+  }
+
+  /// Writes the results where those of the first chunk belong. All lanes call.
+  __device__ void write(const Scratch& scratch, const SparseDecode& op, const Chunk& chunk) const {
+    const int lane = threadIdx.x % 32;
+    const int64_t at = (chunk.row * op.q_heads + chunk.group.first_head) * scratch.chunks + chunk.begin;
+    if (lane % 4 == 0 && lane / 4 < chunk.group.heads) scratch.scores[at + lane / 4 * scratch.chunks] = scores;
+    sums.write(scratch.sums + at * scratch.dims, int64_t{scratch.chunks} * scratch.dims, chunk.group.heads,
+               scratch.dims);
   }
 };
 
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * ScanRing<T, Layout>::kWarps, kScanOccupancy<Layout>)
-    attend(SparseDecode op, Scratch scratch) {
+__global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
+    attend(SparseDecode op, Scratch scratch, bool by_counter, int folded) {
   wait_for_previous_kernel();
-  using Slots = ScanRing<T, Layout>;
-  constexpr int kBlock = 32 * Slots::kWarps;
-  __shared__ Plan s_plan;
-  __shared__ Queries<T, Layout> s_q;
-  __shared__ Total<T, Layout> s_total;
-  const int thread = threadIdx.x, warp = thread / 32, groups = HeadGroup::per_row(op);
-  TileScores& s_tile = s_total.tiles[warp];
-  for (int i = blockIdx.x * kBlock + thread; i < op.batch * op.q_heads; i += gridDim.x * kBlock) op.support[i] = 0;
-  const auto work = WorkSplit::of_block<kBlock>(op.batch * groups, [&](int index) {
-    return units_of(TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head));
-  });
-  Loader<Slots> loader(op, s_plan);
+  using Memory = WarpMemory<T, Layout>;
+  Memory& s_warp = reinterpret_cast<Memory*>(dynamic_shared())[threadIdx.x / 32];
+  Loader<Memory> loader(op, folded, by_counter ? scratch.taken : nullptr, s_warp);
   int nth_slot = 0, queries_of = -1;
+  Results<T, Layout> results;
 #pragma unroll 1  // one copy of the code of each step
-  for (int n = -Plan::kAhead;; ++n) {
-    if (thread == 0) s_plan.add(op, work, n + Plan::kAhead);
-    if (n < 0) continue;
-    if (n == 0) {
-      __syncthreads();
-      loader.begin();
-    }
-    const ListChunk& chunk = s_plan[n];
+  for (int n = 0;; ++n) {
+    const Chunk& chunk = s_warp.chunk(n);
     if (!chunk.is_there()) break;
-    const LaneScoring scoring(op, chunk.group);
+    const HeadScoring scoring(op, chunk.group);
     Running running;
     Sums<T, Layout> sums;
-    const int steps = 2 * ceil_div(chunk.last - chunk.first, Slots::kWarps);
+    TileScores scores;  // of the tile whose keys were read last
+    const int steps = 2 * (chunk.last - chunk.first);
 #pragma unroll 1
-    for (int step = n == 0 ? -Slots::kSlots : 0; step < steps; ++step) {
-      auto& slot = Slots::slot(nth_slot);
-      const int tile = chunk.first + step / 2 * Slots::kWarps + warp;
-      const bool there = step >= 0 && tile < chunk.last, values = step % 2;
-      Products scores;
+    for (int step = n == 0 ? -Memory::kSlots : 0; step < steps; ++step) {
+      auto& slot = s_warp.slots[nth_slot];
+      const int tile = chunk.first + step / 2;
+      const bool keys = step >= 0 && step % 2 == 0;
       if (step == 0 && queries_of != chunk.index) {
-        const QueryLoad<T, Layout, kBlock> queries(op.q, chunk.row, chunk.group, op.head_dim);
-        queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
+        load_queries(op, chunk, s_warp.q);
         queries_of = chunk.index;
-        __syncthreads();
       }
-      if (step >= 0) wait_for_copies<Slots::kSlots - 1>();
+      if (step >= 0) wait_for_copies<Memory::kSlots - 1>();
       __syncwarp();  // the other lanes' copies have arrived, too
-      if (there && values) sums.add(slot, s_tile);
-      if (there && !values) multiply(slot, s_q, chunk.group.heads, scores);
+      if (keys) {
+        scores = tile_products(slot, s_warp.q, chunk.group.heads, s_warp.exchange);
+      } else if (step >= 0) {
+        sums.add(slot, scores, s_warp.exchange);
+      }
       __syncwarp();  // all lanes have read the slot
       loader.load(slot);
-      if (++nth_slot == Slots::kSlots) nth_slot = 0;
-      if (!there || values) continue;
+      if (++nth_slot == Memory::kSlots) nth_slot = 0;
+      if (!keys) continue;
       scoring.score(chunk.list, tile, scores);
-      s_tile.set(scores);
-      const float factor = running.take(s_tile, chunk.list.tokens - tile * kTileRows);
+      const float factor = running.take(scores, chunk.list.tokens - tile * kTileRows);
       if (__ballot_sync(kAllLanes, factor != 1)) sums.multiply_by(factor);
-      __syncwarp();  // all lanes have written their weights
     }
-    s_total.write(scratch, chunk.row * op.q_heads + chunk.group.first_head, chunk.group.heads, chunk.nth, running,
-                  sums);
+    results.add(running.total(), sums, chunk.nth == chunk.begin);
+    if (chunk.nth + 1 == chunk.end) results.write(scratch, op, chunk);
+  }
+  if (threadIdx.x < 32) {
+    for (int i = blockIdx.x * 32 + threadIdx.x; i < op.batch * op.q_heads; i += gridDim.x * 32) op.support[i] = 0;
   }
 }
 
-constexpr int kMergeThreads = 256, kMergeDims = 32;
+/// Where warps have so many chunks, they take them from a counter, or several at once.
+constexpr int kEvenParts = 2, kManyChunks = 8;
+
+constexpr int kMergeThreads = 128, kMergeDims = 16;
+
+/// The scores of some chunks of a head, and their value sums in four dimensions.
+struct Part : Scores {
+  float sums[4] = {};
+
+  friend __device__ Part operator+(const Part& a, const Part& b) {
+    const Fold fold(a, b);
+    Part part{fold.scores};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part.sums[i] = fmaf(b.sums[i], fold.of_b, a.sums[i] * fold.of_a);
+    return part;
+  }
+};
 
 template <typename T>
-__global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scratch scratch) {
-  wait_for_previous_kernel();
+__global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scratch scratch, int folded) {
   constexpr int kWarps = kMergeThreads / 32;
-  constexpr int kWords = kMergeDims / 4, kAtOnce = kMergeThreads / kWords;  // chunks that the block adds at once
-  __shared__ float s_sums[kWarps][kMergeDims];
+  constexpr int kWords = kMergeDims / 4, kAcross = kMergeThreads / kWords;  // the block adds kAcross chunks at once
+  constexpr int kBatch = 8;
+  __shared__ Part s_parts[kWarps][kWords];
   __shared__ uint32_t s_divided[kWarps];
   const int64_t row = blockIdx.z;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = blockIdx.x;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
+  // attend has waited for what wrote the lists before it let this kernel start.
   const TokenList list(op, row, kv_head);
-  const int size = chunk_size(list.tokens), chunks = chunks_of(list.tokens);
+  const int size = chunk_size(list.tokens), chunks = ceil_div(list.tokens, size);
   const Scores* scores = scratch.scores + at * scratch.chunks;
-  Scores own = Scores::none();
-  for (int n = thread; n < chunks; n += kMergeThreads) own = own + scores[n];
-  const Scores all = reduce<kMergeThreads>(own, [](const Scores& a, const Scores& b) { return a + b; });
-  const float best = all.best, mass = all.mass;
-  const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is NaN
-
   const int first_dim = part * kMergeDims + thread % kWords * 4;
-  float total[4] = {};
-  if (first_dim < scratch.dims) {
-    const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
-#pragma unroll 8
-    for (int n = thread / kWords; n < chunks; n += kAtOnce) {
-      const float4 chunk_sums = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
-      const float factor = rescaling(scores[n].best, best);
-      total[0] += factor * chunk_sums.x;
-      total[1] += factor * chunk_sums.y;
-      total[2] += factor * chunk_sums.z;
-      total[3] += factor * chunk_sums.w;
+  const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
+  wait_for_previous_kernel();
+
+  // Each thread adds up sequences of kFold chunks, which attend has done before in the first lists.
+  const int group_index = static_cast<int>(row) * HeadGroup::per_row(op) + kv_head * HeadGroup::per_kv_head(op) +
+                          head % op.group / kTileHeads;
+  const int together = group_index < folded ? kFold : 1;  // chunks that one result is of
+  const int across = kFold / together, sequences = ceil_div(chunks, kFold);
+  Part own, sequence;
+#pragma unroll 1
+  for (int first = thread / kWords; first < sequences; first += kBatch / across * kAcross) {
+    Part parts[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {  // all loads come before the first use
+      const int n = (first + i / across * kAcross) * kFold + i % across;
+      if (n < chunks) static_cast<Scores&>(parts[i]) = scores[n];
+      if (n < chunks && first_dim < scratch.dims) {
+        const float4 four = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
+        memcpy(parts[i].sums, &four, sizeof(four));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      sequence = i % across == 0 ? parts[i] : sequence + parts[i];
+      if (i % across == across - 1) own = own + sequence;
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    for (int distance = kWords; distance < 32; distance *= 2) total[i] += shuffle_xor(total[i], distance);
-    if (lane < kWords) s_sums[warp][lane * 4 + i] = total[i];
-  }
+  for (int distance = kWords; distance < 32; distance *= 2) own = own + shuffle_xor(own, distance);
+  if (lane < kWords) s_parts[warp][lane] = own;
   __syncthreads();
-  if (const int d = part * kMergeDims + lane; warp == 0 && d < op.head_dim) {
-    float out = 0;
-    for (int other = 0; other < kWarps; ++other) out += s_sums[other][lane];
-    op.out.at<T>(row, head)[d] = from_float<T>(undefined ? kUndefined : list.tokens > 0 ? out / mass : 0);
+  Part all = s_parts[0][thread % kWords];
+#pragma unroll
+  for (int other = 1; other < kWarps; ++other) all = all + s_parts[other][thread % kWords];
+  const float best = all.best, mass = all.mass;
+  const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is NaN
+  if (thread < kWords) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float out = undefined ? kUndefined : list.tokens > 0 ? all.sums[i] / mass : 0;
+      if (first_dim + i < op.head_dim) op.out.at<T>(row, head)[first_dim + i] = from_float<T>(out);
+    }
+  }
+  if (part == 0 && thread == 0) {
+    op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? best + logf(mass) : 0;
+    if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
   }
 
-  // In most chunks either all tokens have p > 0 or none has. Other chunks are scored again. The rounding differs from
-  // the first time, so `rounding` is added to a score: a token in doubt counts.
   const auto has_weight = [&](float score) { return expf(score - best) / mass > 0; };
+  if (list.tokens == 0 || has_weight(all.least)) {  // nearly always
+    if (part == 0 && thread == 0) op.support[at] = list.tokens;
+    return;
+  }
+  // In most results either all tokens have p > 0 or none has. The tokens of other results are scored again. The
+  // rounding differs from the first time, so `rounding` is added to a score: a token in doubt counts.
   const T* q = op.q.at<T>(row, head);
   const float slope = op.scoring.slope(head);
+  const int tokens = size * together, results = ceil_div(chunks, together);
   int support = 0;
-  for (int first = 0; first < chunks; first += kMergeThreads) {
+  for (int first = 0; first < results; first += kMergeThreads) {
     const int n = first + thread;
-    const bool some = n < chunks && has_weight(scores[n].best), each = some && has_weight(scores[n].least);
-    if (each && part == 0) support += min(size, list.tokens - n * size);
+    const bool some = n < results && has_weight(scores[n * together].best);
+    const bool each = some && has_weight(scores[n * together].least);
+    if (each && part == 0) support += min(tokens, list.tokens - n * tokens);
     const uint32_t divided = __ballot_sync(kAllLanes, some && !each);
     __syncthreads();
     if (lane == 0) s_divided[warp] = divided;
@@ -266,7 +328,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
 #pragma unroll 1
     for (int word = 0; word < kWarps; ++word) {
       for (uint32_t mask = s_divided[word]; mask; mask &= mask - 1) {
-        const int begin = (first + word * 32 + __ffs(mask) - 1) * size, end = min(begin + size, list.tokens);
+        const int begin = (first + word * 32 + __ffs(mask) - 1) * tokens, end = min(begin + tokens, list.tokens);
         for (int place = begin + part * kWarps + warp; place < end; place += gridDim.x * kWarps) {
           const T* k = list.row<T>(op.k_pages, kv_head, place);
           float product = 0, size_of_terms = 0;
@@ -283,11 +345,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge(SparseDecode op, Scrat
     }
   }
   support = sum<kMergeThreads>(support);
-  if (thread > 0) return;
-  if (support > 0) atomicAdd(op.support + at, support);
-  if (part > 0) return;
-  op.tau[at] = undefined ? kUndefined : list.tokens > 0 ? best + logf(mass) : 0;
-  if (head % op.group == 0) op.tokens[row * op.kv_heads + kv_head] = list.tokens;
+  if (thread == 0 && support > 0) atomicAdd(op.support + at, support);
 }
 
 }  // namespace
@@ -299,17 +357,25 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   const bool vectors = in_vectors(op.k_pages, op.dtype, op.head_dim) && in_vectors(op.v_pages, op.dtype, op.head_dim);
   Scratch scratch(op);
   scratch.place(op, workspace);
+  // The memset of the counter takes as long as even parts lose where a warp has few chunks.
+  const int lists = op.batch * HeadGroup::per_row(op);
+  const int64_t chunks = int64_t{lists} * scratch.chunks;
+  int folded = 0;
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      using Layout = decltype(layout);
-      using Slots = ScanRing<T, Layout>;
-      const int64_t units = int64_t{op.batch} * HeadGroup::per_row(op) * ceil_div(capacity_of(op), kLeastChunk);
-      const auto blocks = static_cast<int>(std::clamp<int64_t>(units, 1, kScanBlocks<Layout> * multiprocessors()));
-      launch(name, attend<T, Layout>, {dim3(blocks), 32 * Slots::kWarps, 1, Slots::kBytes}, stream, op, scratch);
+      using Memory = WarpMemory<T, decltype(layout)>;
+      const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
+      const int warps = std::min(most, kMostWarps<Memory>);
+      const auto blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
+      const int64_t each = chunks / (blocks * warps);  // most chunks of a warp, if all lists are long
+      if (Results<T, decltype(layout)>::kFolds && each >= kManyChunks) folded = lists / 4 * 3;
+      if (each >= kEvenParts) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
+      launch(name, attend<T, decltype(layout)>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op,
+             scratch, each >= kEvenParts, folded);
     });
     launch(name, merge<T>, {dim3(ceil_div(op.head_dim, kMergeDims), op.q_heads, op.batch), kMergeThreads}, stream, op,
-           scratch);
+           scratch, folded);
   });
 }
 

@@ -1,4 +1,5 @@
-// Weighted sums of the values of a warp's tiles, for up to 8 query heads of a group.
+// Scores of a warp's tiles of keys, and weighted sums of its tiles of values, for up to 8 query heads of a group.
+//   scores[h, i] = q[h] . k[i]
 //   out[h, d] = sum_i weight[h, i] v[i, d]
 #pragma once
 
@@ -7,21 +8,62 @@
 
 namespace entmaxkv::cuda {
 
-/// The scores of a warp's tile in shared memory, which the warp then replaces by weights. kTileRows + 4 puts
-/// neighbouring heads into different banks.
+/// The scores of a tile, and then the weights: a lane has those of head lane / 4 and tokens token(0) ... token(7).
 struct TileScores {
+  float of[8] = {};
+
+  static __device__ int token(int i) { return i / 2 * 8 + i % 2 * 4 + static_cast<int>(threadIdx.x % 4); }
+};
+
+/// Shared memory in which fp32 kernels exchange the scores of a tile. kTileRows + 4 puts neighbouring heads into
+/// different banks. For 16-bit keys, tensor cores leave each score with the lane that needs it.
+template <typename T>
+struct Exchange {};
+template <>
+struct Exchange<float> {
   alignas(16) float of[kTileHeads][kTileRows + 4];
 
-  /// Stores the lanes' scores. All lanes call; all may read the result.
-  __device__ void set(const Products& scores) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      *reinterpret_cast<float4*>(&of[Products::head(j)][Products::row(0)]) = {scores.of[0][j], scores.of[1][j],
-                                                                              scores.of[2][j], scores.of[3][j]};
-    }
-    __syncwarp();
-  }
+  __device__ float& own(int i) { return of[threadIdx.x % 32 / 4][TileScores::token(i)]; }
 };
+
+/// Returns row 0 ... 7 of a tile for n = 0 ... 7, in such an order that neither every second lane of tile_products nor
+/// the lanes of load_transposed read the same banks.
+__device__ inline int spread(int n) { return n / 2 + n % 2 * 4; }
+
+/// Returns the products of a tile with the queries. Tensor cores multiply Q K^T, with heads as M and tokens as N; half
+/// of M is not used. All lanes call.
+template <typename T, typename Layout>
+__device__ TileScores tile_products(const Slot<T, Layout>& slot, const Queries<T, Layout>& q, int heads,
+                                    [[maybe_unused]] Exchange<T>& s_exchange) {
+  TileScores scores;
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 4) {
+    Products products;
+    multiply(slot, q, heads, products);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s_exchange.of[Products::head(i % 2)][Products::row(i / 2)] = products.of[i / 2][i % 2];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores.of[i] = s_exchange.own(i);
+  } else {
+    const auto* queries = reinterpret_cast<const uint4*>(q.values) + lane / 4 * (Layout::kDims / 8) + lane % 4;
+#pragma unroll 1
+    for (int round = 0; round < Layout::kRounds; ++round) {
+      const uint4 of_round = queries[4 * round];
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const uint4& keys = slot.word(i * 4 + spread(lane / 4), round);
+        float d[2][4];
+        multiply_fragments<T>(d[0], {of_round.x, 0, of_round.y, 0}, keys.x, keys.y);
+        multiply_fragments<T>(d[1], {of_round.z, 0, of_round.w, 0}, keys.z, keys.w);
+        // A tensor core truncates its accumulator. So it adds to 0, and the sum is taken in fp32.
+#pragma unroll
+        for (int k = 0; k < 2; ++k) scores.of[i + k] += d[0][k] + d[1][k];
+      }
+    }
+  }
+  return scores;
+}
 
 /// A warp's sums sum_i weight_i v_i, for 16-bit values: tensor cores multiply V^T P^T with dimensions as M, heads as N
 /// and tokens as K. A tensor core truncates its accumulator; the error is below the rounding of a 16-bit output.
@@ -34,14 +76,14 @@ struct Sums {
   float of[kCount] = {};  // of[2 i + j]: dimension 8 i + lane / 4 and head 2 (lane % 4) + j
 
   /// Adds a tile's values times their weights. All lanes call.
-  __device__ void add(const Slot<T, Layout>& slot, const TileScores& s_weights) {
+  __device__ void add(const Slot<T, Layout>& slot, const TileScores& weights, Exchange<T>&) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int first = 0; first < kTileRows; first += 16) {
+    for (int i = 0; i < 8; i += 4) {
       uint32_t high[2], low[2];  // weight = high + low, with twice the bits of T
 #pragma unroll
-      for (int i = 0; i < 2; ++i) split(s_weights.of[lane / 4] + first + lane % 4 * 2 + 8 * i, high[i], low[i]);
-      const int row = first + lane % 8 + lane / 16 * 8, word = lane / 8 % 2;
+      for (int k = 0; k < 2; ++k) split(weights.of + i + 2 * k, high[k], low[k]);
+      const int row = i * 4 + lane / 16 * 8 + spread(lane % 8), word = lane / 8 % 2;
 #pragma unroll
       for (int fragment = 0; fragment < kFragments; ++fragment) {
         const uint4 values = load_transposed(slot.words[slot.index(row, 2 * fragment ^ word)]);
@@ -62,22 +104,39 @@ struct Sums {
     }
   }
 
-  /// Calls body(head, dimension, sum) for this lane's sums. All lanes call.
-  template <typename Body>
-  __device__ void visit(Body body) const {
+  /// Adds other sums: each becomes own f + other g, where lane 4 h passes the factors of head h. All lanes call.
+  __device__ void fold(float own_factor, const Sums& other, float other_factor) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      body(Products::head(i % 2), i / 2 * 8 + static_cast<int>(threadIdx.x % 32) / 4, of[i]);
+    for (int j = 0; j < 2; ++j) {
+      const float f = __shfl_sync(kAllLanes, own_factor, 4 * Products::head(j));
+      const float g = __shfl_sync(kAllLanes, other_factor, 4 * Products::head(j));
+#pragma unroll
+      for (int i = j; i < kCount; i += 2) of[i] = fmaf(other.of[i], g, of[i] * f);
+    }
+  }
+
+  /// Writes the sums of the first `heads` heads and `dims` dimensions; those of head h begin at to + h stride. All
+  /// lanes call.
+  __device__ void write(float* to, int64_t stride, int heads, int dims) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (Products::head(j) >= heads) continue;
+      float* of_head = to + Products::head(j) * stride;
+#pragma unroll
+      for (int i = j; i < kCount; i += 2) {
+        if (const int d = i / 2 * 8 + lane / 4; d < dims) of_head[d] = of[i];
+      }
     }
   }
 
  private:
   /// Splits two neighbouring weights into high and low parts of type T, two to a word.
-  static __device__ void split(const float* s_weights, uint32_t& high, uint32_t& low) {
+  static __device__ void split(const float* weights, uint32_t& high, uint32_t& low) {
     alignas(4) T highs[2], lows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float weight = kUnit * s_weights[i];
+      const float weight = kUnit * weights[i];
       highs[i] = from_float<T>(weight);
       lows[i] = from_float<T>(weight - to_float(highs[i]));
     }
@@ -87,7 +146,7 @@ struct Sums {
 };
 
 /// A warp's sums for fp32 values, with the same methods. A lane has words lane % kAcross + 32 part of all heads. Where
-/// a row has only kAcross = 16 words, half of the lanes take every other four tokens, and visit adds the halves.
+/// a row has only kAcross = 16 words, half of the lanes take every other four tokens, and write adds the halves.
 template <typename Layout>
 struct Sums<float, Layout> {
   static constexpr int kWords = Slot<float, Layout>::kWords, kAcross = std::min(kWords, 32);
@@ -96,8 +155,11 @@ struct Sums<float, Layout> {
   static constexpr float kUnit = 1;
   float of[kCount] = {};
 
-  __device__ void add(const Slot<float, Layout>& slot, const TileScores& s_weights) {
+  __device__ void add(const Slot<float, Layout>& slot, const TileScores& weights, Exchange<float>& s_exchange) {
     const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s_exchange.own(i) = weights.of[i];
+    __syncwarp();
 #pragma unroll 1
     for (int row = lane / kAcross * 4; row < kTileRows; row += 32 / kAcross * 4) {
       float values[kParts][4][4];
@@ -107,7 +169,7 @@ struct Sums<float, Layout> {
       }
 #pragma unroll
       for (int h = 0; h < kTileHeads; ++h) {
-        const float4 four = *reinterpret_cast<const float4*>(s_weights.of[h] + row);
+        const float4 four = *reinterpret_cast<const float4*>(s_exchange.of[h] + row);
         const float weights[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int i = 0; i < kParts * 16; ++i) {
@@ -127,14 +189,26 @@ struct Sums<float, Layout> {
     }
   }
 
-  template <typename Body>
-  __device__ void visit(Body body) const {
+  __device__ void fold(float own_factor, const Sums& other, float other_factor) {
+#pragma unroll
+    for (int h = 0; h < kTileHeads; ++h) {
+      const float f = __shfl_sync(kAllLanes, own_factor, 4 * h), g = __shfl_sync(kAllLanes, other_factor, 4 * h);
+#pragma unroll
+      for (int i = 0; i < kParts * 4; ++i) {
+        float& sum = of[(i / 4 * kTileHeads + h) * 4 + i % 4];
+        sum = fmaf(other.of[(i / 4 * kTileHeads + h) * 4 + i % 4], g, sum * f);
+      }
+    }
+  }
+
+  __device__ void write(float* to, int64_t stride, int heads, int dims) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       float sum = of[i];
       if (kAcross < 32) sum += shuffle_xor(sum, kAcross % 32);
-      if (lane < kAcross) body(i / 4 % kTileHeads, 4 * (lane + i / 4 / kTileHeads * 32) + i % 4, sum);
+      const int h = i / 4 % kTileHeads, d = 4 * (lane + i / 4 / kTileHeads * 32) + i % 4;
+      if (lane < kAcross && h < heads && d < dims) to[h * stride + d] = sum;
     }
   }
 };
