@@ -29,20 +29,6 @@ struct Scores {
   float mass = 0;  // sum_i exp(s_i - best)
 };
 
-/// How the results of tokens b are added to those of tokens a. attend and merge do this in the same arithmetic.
-struct Fold {
-  Scores scores;
-  float of_a, of_b;  // a sum over all tokens is fmaf(sum over b, of_b, sum over a * of_a)
-
-  __device__ Fold(const Scores& a, const Scores& b) {
-    scores.best = fmaxf(a.best, b.best);
-    scores.least = fminf(a.least, b.least);
-    of_a = rescaling(a.best, scores.best);
-    of_b = rescaling(b.best, scores.best);
-    scores.mass = fmaf(b.mass, of_b, a.mass * of_a);
-  }
-};
-
 /// Intermediate results in global memory that `attend` writes and `merge` reads.
 struct Scratch {
   int chunks, dims;  // most chunks of a list; head_dim rounded up to whole float4
@@ -142,47 +128,15 @@ __device__ void load_queries(const SparseDecode& op, const Chunk& chunk, Queries
   }
 }
 
-/// What a warp knows of the chunks that it has taken together.
-template <typename T, typename Layout>
-struct Results {
-  /// Folding needs registers for two sums.
-  static constexpr bool kFolds = Sums<T, Layout>::kCount <= 32;
-  Scores scores;
-  Sums<T, Layout> sums;
-
-  /// Adds the results of a chunk. All lanes call.
-  __device__ void add(const Scores& of_chunk, Sums<T, Layout>& sums_of_chunk, bool is_first) {
-    if (Sums<T, Layout>::kUnit != 1) sums_of_chunk.multiply_by(1 / Sums<T, Layout>::kUnit);
-    if (!kFolds || is_first) {
-      scores = of_chunk;
-      sums = sums_of_chunk;
-    } else {
-      const Fold fold(scores, of_chunk);
-      sums.fold(fold.of_a, sums_of_chunk, fold.of_b);
-      scores = fold.scores;
-    }
-  }
-
-  /// Writes the results where those of the first chunk belong. All lanes call.
-  __device__ void write(const Scratch& scratch, const SparseDecode& op, const Chunk& chunk) const {
-    const int lane = threadIdx.x % 32;
-    const int64_t at = (chunk.row * op.q_heads + chunk.group.first_head) * scratch.chunks + chunk.begin;
-    if (lane % 4 == 0 && lane / 4 < chunk.group.heads) scratch.scores[at + lane / 4 * scratch.chunks] = scores;
-    sums.write(scratch.sums + at * scratch.dims, int64_t{scratch.chunks} * scratch.dims, chunk.group.heads,
-               scratch.dims);
-  }
-};
-
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
-    attend(SparseDecode op, Scratch scratch, bool by_counter, int folded) {
+    attend(SparseDecode op, Scratch scratch, bool by_counter) {
   wait_for_previous_kernel();
   using Memory = WarpMemory<T, Layout>;
   Memory& s_warp = reinterpret_cast<Memory*>(dynamic_shared())[threadIdx.x / 32];
-  Loader<Memory> loader(op, folded, by_counter ? scratch.taken : nullptr, s_warp);
-  int nth_slot = 0, queries_of = -1;
-  Results<T, Layout> results;
-#pragma unroll 1  // one copy of the code of each step
+  Loader<Memory> loader(op, by_counter ? scratch.taken : nullptr, s_warp);
+  int nth_slot = 0, first_head = -1;  // of the queries in shared memory, counted over all rows
+#pragma unroll 1                      // one copy of the code of each step
   for (int n = 0;; ++n) {
     const Chunk& chunk = s_warp.chunk(n);
     if (!chunk.is_there()) break;
@@ -196,9 +150,10 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
       auto& slot = s_warp.slots[nth_slot];
       const int tile = chunk.first + step / 2;
       const bool keys = step >= 0 && step % 2 == 0;
-      if (step == 0 && queries_of != chunk.index) {
+      const int needed = static_cast<int>(chunk.row) * op.q_heads + chunk.group.first_head;
+      if (step == 0 && first_head != needed) {
         load_queries(op, chunk, s_warp.q);
-        queries_of = chunk.index;
+        first_head = needed;
       }
       if (step >= 0) wait_for_copies<Memory::kSlots - 1>();
       __syncwarp();  // the other lanes' copies have arrived, too
@@ -215,34 +170,53 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
       const float factor = running.take(scores, chunk.list.tokens - tile * kTileRows);
       if (__ballot_sync(kAllLanes, factor != 1)) sums.multiply_by(factor);
     }
-    results.add(running.total(), sums, chunk.nth == chunk.begin);
-    if (chunk.nth + 1 == chunk.end) results.write(scratch, op, chunk);
+    const int lane = threadIdx.x % 32;
+    const int64_t at = (chunk.row * op.q_heads + chunk.group.first_head) * scratch.chunks + chunk.nth;
+    const Scores total = running.total();
+    if (lane % 4 == 0 && lane / 4 < chunk.group.heads) scratch.scores[at + lane / 4 * scratch.chunks] = total;
+    sums.write(scratch.sums + at * scratch.dims, int64_t{scratch.chunks} * scratch.dims, chunk.group.heads,
+               scratch.dims);
   }
   if (threadIdx.x < 32) {
     for (int i = blockIdx.x * 32 + threadIdx.x; i < op.batch * op.q_heads; i += gridDim.x * 32) op.support[i] = 0;
   }
 }
 
-/// Where warps have so many chunks, they take them from a counter, or several at once.
-constexpr int kEvenParts = 2, kManyChunks = 8;
+/// Where warps have more chunks than this, they take chunks from a counter.
+constexpr int kEvenParts = 2;
 
 constexpr int kMergeThreads = 128, kMergeDims = 16;
 
-/// The scores of some chunks of a head, and their value sums in four dimensions.
+/// The scores of some chunks of a head, and their value sums in four dimensions relative to the best score.
 struct Part : Scores {
   float sums[4] = {};
 
-  friend __device__ Part operator+(const Part& a, const Part& b) {
-    const Fold fold(a, b);
-    Part part{fold.scores};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) part.sums[i] = fmaf(b.sums[i], fold.of_b, a.sums[i] * fold.of_a);
-    return part;
+  /// Makes mass and sums relative to a score that is at least the best.
+  __device__ void move_to(float score) {
+    const float factor = rescaling(best, score);
+    best = score;
+    mass *= factor;
+    for (float& sum : sums) sum *= factor;
+  }
+
+  /// Adds a part that is relative to the same score.
+  __device__ void add(const Part& other) {
+    least = fminf(least, other.least);
+    mass += other.mass;
+    for (int i = 0; i < 4; ++i) sums[i] += other.sums[i];
+  }
+
+  friend __device__ Part operator+(Part a, Part b) {
+    const float score = fmaxf(a.best, b.best);
+    a.move_to(score);
+    b.move_to(score);
+    a.add(b);
+    return a;
   }
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scratch scratch, int folded) {
+__global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scratch scratch) {
   constexpr int kWarps = kMergeThreads / 32;
   constexpr int kWords = kMergeDims / 4, kAcross = kMergeThreads / kWords;  // the block adds kAcross chunks at once
   constexpr int kBatch = 8;
@@ -260,32 +234,31 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
   wait_for_previous_kernel();
 
-  // Each thread adds up sequences of kFold chunks, which attend has done before in the first lists.
-  const int group_index = static_cast<int>(row) * HeadGroup::per_row(op) + kv_head * HeadGroup::per_kv_head(op) +
-                          head % op.group / kTileHeads;
-  const int together = group_index < folded ? kFold : 1;  // chunks that one result is of
-  const int across = kFold / together, sequences = ceil_div(chunks, kFold);
-  Part own, sequence;
+  Part own;
 #pragma unroll 1
-  for (int first = thread / kWords; first < sequences; first += kBatch / across * kAcross) {
+  for (int first = thread / kWords; first < chunks; first += kBatch * kAcross) {
     Part parts[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // all loads come before the first use
-      const int n = (first + i / across * kAcross) * kFold + i % across;
+      const int n = first + i * kAcross;
       if (n < chunks) static_cast<Scores&>(parts[i]) = scores[n];
       if (n < chunks && first_dim < scratch.dims) {
         const float4 four = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
         memcpy(parts[i].sums, &four, sizeof(four));
       }
     }
+    float score = own.best;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      sequence = i % across == 0 ? parts[i] : sequence + parts[i];
-      if (i % across == across - 1) own = own + sequence;
+    for (const Part& chunk : parts) score = fmaxf(score, chunk.best);
+    own.move_to(score);
+#pragma unroll
+    for (Part& chunk : parts) {
+      chunk.move_to(score);
+      own.add(chunk);
     }
   }
 #pragma unroll
-  for (int distance = kWords; distance < 32; distance *= 2) own = own + shuffle_xor(own, distance);
+  for (int distance = kWords; distance < 32; distance *= 2) own = own + cuda::shuffle_xor(own, distance);
   if (lane < kWords) s_parts[warp][lane] = own;
   __syncthreads();
   Part all = s_parts[0][thread % kWords];
@@ -310,17 +283,15 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
     if (part == 0 && thread == 0) op.support[at] = list.tokens;
     return;
   }
-  // In most results either all tokens have p > 0 or none has. The tokens of other results are scored again. The
-  // rounding differs from the first time, so `rounding` is added to a score: a token in doubt counts.
+  // In most chunks either all tokens have p > 0 or none has. Other chunks are scored again. The rounding differs from
+  // the first time, so `rounding` is added to a score: a token in doubt counts.
   const T* q = op.q.at<T>(row, head);
   const float slope = op.scoring.slope(head);
-  const int tokens = size * together, results = ceil_div(chunks, together);
   int support = 0;
-  for (int first = 0; first < results; first += kMergeThreads) {
+  for (int first = 0; first < chunks; first += kMergeThreads) {
     const int n = first + thread;
-    const bool some = n < results && has_weight(scores[n * together].best);
-    const bool each = some && has_weight(scores[n * together].least);
-    if (each && part == 0) support += min(tokens, list.tokens - n * tokens);
+    const bool some = n < chunks && has_weight(scores[n].best), each = some && has_weight(scores[n].least);
+    if (each && part == 0) support += min(size, list.tokens - n * size);
     const uint32_t divided = __ballot_sync(kAllLanes, some && !each);
     __syncthreads();
     if (lane == 0) s_divided[warp] = divided;
@@ -328,7 +299,7 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
 #pragma unroll 1
     for (int word = 0; word < kWarps; ++word) {
       for (uint32_t mask = s_divided[word]; mask; mask &= mask - 1) {
-        const int begin = (first + word * 32 + __ffs(mask) - 1) * tokens, end = min(begin + tokens, list.tokens);
+        const int begin = (first + word * 32 + __ffs(mask) - 1) * size, end = min(begin + size, list.tokens);
         for (int place = begin + part * kWarps + warp; place < end; place += gridDim.x * kWarps) {
           const T* k = list.row<T>(op.k_pages, kv_head, place);
           float product = 0, size_of_terms = 0;
@@ -358,24 +329,22 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   Scratch scratch(op);
   scratch.place(op, workspace);
   // The memset of the counter takes as long as even parts lose where a warp has few chunks.
-  const int lists = op.batch * HeadGroup::per_row(op);
-  const int64_t chunks = int64_t{lists} * scratch.chunks;
-  int folded = 0;
+  const int64_t chunks = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks;
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
       using Memory = WarpMemory<T, decltype(layout)>;
       const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
-      const int warps = std::min(most, kMostWarps<Memory>);
-      const auto blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
-      const int64_t each = chunks / (blocks * warps);  // most chunks of a warp, if all lists are long
-      if (Results<T, decltype(layout)>::kFolds && each >= kManyChunks) folded = lists / 4 * 3;
-      if (each >= kEvenParts) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
+      const int blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
+      const int warps =
+          static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
+      const bool by_counter = chunks >= int64_t{kEvenParts} * blocks * warps;
+      if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
       launch(name, attend<T, decltype(layout)>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op,
-             scratch, each >= kEvenParts, folded);
+             scratch, by_counter);
     });
     launch(name, merge<T>, {dim3(ceil_div(op.head_dim, kMergeDims), op.q_heads, op.batch), kMergeThreads}, stream, op,
-           scratch, folded);
+           scratch);
   });
 }
 

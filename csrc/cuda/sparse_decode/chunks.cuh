@@ -27,74 +27,47 @@ constexpr int most_chunks(int tokens) {
   return std::max(std::min(ceil_div(tokens, kLeastChunk), kTargetChunks), ceil_div(tokens, kMostChunk));
 }
 
-/// The results of kFold successive chunks of a list are added to each other before they are added to others. A warp
-/// that takes all of them writes only their sum, with the same bits.
-constexpr int kFold = 4;
-
 /// A stretch of a list. There is one list per row and HeadGroup.
 struct Chunk {
   TokenList list;
   HeadGroup group;
   int64_t row;
-  int index;        // index of the list
   int nth;          // index of the chunk in the list
-  int begin, end;   // the warp takes chunks begin ... end - 1 of the list
   int first, last;  // its tiles are first ... last - 1
 
   /// Returns whether this is a chunk, and not the end of the work.
   __device__ bool is_there() const { return first < last; }
-
-  /// Sets the tiles to those of the nth chunk.
-  __device__ void set_tiles() {
-    const int tiles = chunk_size(list.tokens) / kTileRows;
-    first = nth * tiles;
-    last = min(first + tiles, list.tiles());
-  }
 };
 
-/// Returns the value that lane `source` passes, a struct of 4-byte words. All lanes call.
-template <typename Value>
-__device__ Value shuffle(Value value, int source) {
-  constexpr int kWords = sizeof(Value) / sizeof(uint32_t);
-  uint32_t words[kWords];
-  memcpy(words, &value, sizeof(Value));
-#pragma unroll
-  for (uint32_t& word : words) word = __shfl_sync(kAllLanes, word, source);
-  memcpy(&value, words, sizeof(Value));
-  return value;
-}
-
-/// What warps take at once, numbered in sequence: kFold chunks of the first `folded` lists, single chunks of the
-/// others.
+/// The chunks of all lists, numbered in sequence. First come the nth chunks of all lists of a row, then the next ones:
+/// warps that run at the same time then read neighbouring memory, which is faster. Not every number has a chunk, since
+/// the lists of a row may differ in length.
 class Work {
  public:
-  __device__ Work(const SparseDecode& op, int folded) : op_(op), groups_(HeadGroup::per_row(op)), folded_(folded) {}
+  __device__ explicit Work(const SparseDecode& op) : op_(op), lists_(HeadGroup::per_row(op)) {}
 
-  /// Returns the first chunk of the part with this number, or one without tiles if there are fewer parts. Numbers of
-  /// successive calls must ascend. All lanes of a warp call.
+  /// Returns whether find has gone beyond the last chunk.
+  __device__ bool is_over() const { return begin_ >= op_.batch; }
+
+  /// Returns the chunk with this number, without tiles if there is none. Numbers of successive calls must ascend. All
+  /// lanes of a warp call.
   __device__ Chunk find(int number) {
     Chunk chunk;
-    chunk.nth = chunk.end = chunk.first = chunk.last = 0;
-    const int lists = op_.batch * groups_;
+    chunk.first = chunk.last = 0;
 #pragma unroll 1
-    for (; begin_ < lists; begin_ += 32) {  // each lane looks at a list
-      const int index = begin_ + static_cast<int>(threadIdx.x % 32);
-      TokenList list;
-      list.tokens = 0;
-      if (index < lists) list = TokenList(op_, index / groups_, HeadGroup(op_, index % groups_).kv_head);
-      const int each = index < folded_ ? kFold : 1;
-      const int parts = ceil_div(chunks_of(list.tokens), each), upto = before_ + sum_upto(parts);
+    for (; begin_ < op_.batch; begin_ += 32) {  // each lane looks at a row
+      const int row = begin_ + static_cast<int>(threadIdx.x % 32);
+      const int own = row < op_.batch ? lists_ * most_chunks_of(row) : 0, upto = before_ + sum_upto(own);
       const uint32_t beyond = __ballot_sync(kAllLanes, number < upto);
       if (beyond) {
-        const int source = __ffs(beyond) - 1;
-        chunk.list = shuffle(list, source);
-        chunk.index = begin_ + source;
-        chunk.row = chunk.index / groups_;
-        chunk.group = HeadGroup(op_, chunk.index % groups_);
-        const int taken = chunk.index < folded_ ? kFold : 1;
-        chunk.begin = chunk.nth = (number - __shfl_sync(kAllLanes, upto - parts, source)) * taken;
-        chunk.end = min(chunk.begin + taken, chunks_of(chunk.list.tokens));
-        chunk.set_tiles();
+        const int source = __ffs(beyond) - 1, in_row = number - __shfl_sync(kAllLanes, upto - own, source);
+        chunk.row = begin_ + source;
+        chunk.group = HeadGroup(op_, in_row % lists_);
+        chunk.list = TokenList(op_, chunk.row, chunk.group.kv_head);
+        chunk.nth = in_row / lists_;
+        const int tiles = chunk_size(chunk.list.tokens) / kTileRows;
+        chunk.first = chunk.nth * tiles;
+        chunk.last = min(chunk.first + tiles, chunk.list.tiles());
         break;
       }
       before_ = __shfl_sync(kAllLanes, upto, 31);
@@ -103,9 +76,18 @@ class Work {
   }
 
  private:
+  __device__ int most_chunks_of(int row) const {
+    int most = 0;
+#pragma unroll 1
+    for (int kv_head = 0; kv_head < (op_.selection ? op_.kv_heads : 1); ++kv_head) {
+      most = max(most, chunks_of(TokenList(op_, row, kv_head).tokens));
+    }
+    return most;
+  }
+
   const SparseDecode& op_;
-  int groups_, folded_;
-  int begin_ = 0, before_ = 0;  // the first list that successive calls look at, and the parts of the lists before it
+  int lists_;                   // of a row
+  int begin_ = 0, before_ = 0;  // the first row that successive calls look at, and the numbers of the rows before it
 };
 
 /// What a warp of `attend` has in shared memory.
@@ -157,19 +139,19 @@ __device__ void load_rows(Slot<T, Layout>& slot, const T* row, int head_dim) {
 template <typename Memory>
 class Loader {
  public:
-  /// Takes the first chunk. `taken` counts the parts of the work that all warps have taken beyond their first. If it is
-  /// null, each warp takes every nth part. All lanes call.
-  __device__ Loader(const SparseDecode& op, int folded, uint32_t* taken, Memory& s_warp)
-      : op_(op), s_warp_(s_warp), work_(op, folded), taken_(taken) {
-    next_ = static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
-    enter(work_.find(next_));
+  /// Takes the first chunk. `taken` counts the numbers that all warps have taken beyond their first. If it is null,
+  /// each warp takes every nth number. All lanes call.
+  __device__ Loader(const SparseDecode& op, uint32_t* taken, Memory& s_warp)
+      : op_(op), s_warp_(s_warp), work_(op), taken_(taken) {
+    next_ = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
+    take();
   }
 
   /// Starts to copy the next 32 rows into a slot. All lanes call.
   template <typename Slot>
   __device__ void load(Slot& slot) {
     const Chunk& chunk = s_warp_.chunk(chunk_);
-    if (!values_ && tile_ + 1 == chunk.last && chunk.nth + 1 == chunk.end) ask();
+    if (!values_ && tile_ + 1 == chunk.last) ask();
     if (tile_ < chunk.last) {
       const Rows& rows = values_ ? op_.v_pages : op_.k_pages;
       load_rows(slot, chunk.list.template row<typename Memory::T>(rows, chunk.group.kv_head, page_, in_page_),
@@ -178,6 +160,7 @@ class Loader {
     commit_copies();
     if (values_ && chunk.is_there()) {
       if (++tile_ == chunk.last) {
+        ++chunk_;
         take();
       } else {
         look_up();
@@ -187,8 +170,8 @@ class Loader {
   }
 
  private:
-  /// Asks for the number of the next part. To ask later than this would wait for the answer; to ask earlier would give
-  /// the last parts to warps that are not the first to end.
+  /// Asks for the next number. To ask later would mean to wait for the answer; to ask earlier would give the last
+  /// chunks to warps that are not the first to end.
   __device__ void ask() {
     const int warps = static_cast<int>(gridDim.x * blockDim.x / 32);
     if (!taken_) {
@@ -198,18 +181,13 @@ class Loader {
     }
   }
 
-  /// Goes on to the next chunk.
   __device__ void take() {
-    Chunk chunk = s_warp_.chunk(chunk_++);
-    if (++chunk.nth < chunk.end) {
-      chunk.set_tiles();
-      enter(chunk);
-    } else {
-      enter(work_.find(__shfl_sync(kAllLanes, next_, 0)));
+    Chunk chunk;
+#pragma unroll 1
+    for (;; ask()) {
+      chunk = work_.find(__shfl_sync(kAllLanes, next_, 0));
+      if (chunk.is_there() || work_.is_over()) break;
     }
-  }
-
-  __device__ void enter(const Chunk& chunk) {
     s_warp_.chunk(chunk_) = chunk;
     __syncwarp();
     tile_ = chunk.first;

@@ -104,17 +104,6 @@ struct Sums {
     }
   }
 
-  /// Adds other sums: each becomes own f + other g, where lane 4 h passes the factors of head h. All lanes call.
-  __device__ void fold(float own_factor, const Sums& other, float other_factor) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float f = __shfl_sync(kAllLanes, own_factor, 4 * Products::head(j));
-      const float g = __shfl_sync(kAllLanes, other_factor, 4 * Products::head(j));
-#pragma unroll
-      for (int i = j; i < kCount; i += 2) of[i] = fmaf(other.of[i], g, of[i] * f);
-    }
-  }
-
   /// Writes the sums of the first `heads` heads and `dims` dimensions; those of head h begin at to + h stride. All
   /// lanes call.
   __device__ void write(float* to, int64_t stride, int heads, int dims) const {
@@ -125,7 +114,7 @@ struct Sums {
       float* of_head = to + Products::head(j) * stride;
 #pragma unroll
       for (int i = j; i < kCount; i += 2) {
-        if (const int d = i / 2 * 8 + lane / 4; d < dims) of_head[d] = of[i];
+        if (const int d = i / 2 * 8 + lane / 4; d < dims) of_head[d] = of[i] * (1 / kUnit);
       }
     }
   }
@@ -186,18 +175,6 @@ struct Sums<float, Layout> {
       const float head_factor = __shfl_sync(kAllLanes, factor, 4 * h);
 #pragma unroll
       for (int i = 0; i < kParts * 4; ++i) of[(i / 4 * kTileHeads + h) * 4 + i % 4] *= head_factor;
-    }
-  }
-
-  __device__ void fold(float own_factor, const Sums& other, float other_factor) {
-#pragma unroll
-    for (int h = 0; h < kTileHeads; ++h) {
-      const float f = __shfl_sync(kAllLanes, own_factor, 4 * h), g = __shfl_sync(kAllLanes, other_factor, 4 * h);
-#pragma unroll
-      for (int i = 0; i < kParts * 4; ++i) {
-        float& sum = of[(i / 4 * kTileHeads + h) * 4 + i % 4];
-        sum = fmaf(other.of[(i / 4 * kTileHeads + h) * 4 + i % 4], g, sum * f);
-      }
     }
   }
 
