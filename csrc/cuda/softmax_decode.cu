@@ -17,7 +17,7 @@ namespace entmaxkv::cuda {
 
 namespace {
 
-/// e^x with a relative error that grows with |x|, which does not matter: the result is added to 1.
+/// Returns e^x. The relative error grows with |x|, but the result is added to others of which one is 1.
 __device__ inline float exponential(float x) { return power_of_two(1.4426950408889634f * x); }
 
 /// Returns the factor that turns sums relative to the score `from` into sums relative to the score `to`.
@@ -25,8 +25,10 @@ __device__ inline float rescaling(float from, float to) { return from == to ? 1 
 
 /// Best score, least score and mass of some tokens of a head.
 struct Scores {
-  float best = kNothing, least = -kNothing;
-  float mass = 0;  // sum_i exp(s_i - best)
+  float best, least;
+  float mass;  // sum_i exp(s_i - best)
+
+  static __device__ Scores none() { return {kNothing, -kNothing, 0}; }
 };
 
 /// Intermediate results in global memory that `attend` writes and `merge` reads.
@@ -34,7 +36,7 @@ struct Scratch {
   int chunks, dims;  // most chunks of a list; head_dim rounded up to whole float4
   float* sums;       // [batch, q_heads, chunks, dims] value sums relative to the chunk's best score
   Scores* scores;    // [batch, q_heads, chunks]
-  uint32_t* taken;   // the chunks that warps have taken beyond their first
+  uint32_t* taken;   // a counter of the chunks that warps have taken (Loader)
 
   explicit Scratch(const SparseDecode& op) : chunks(most_chunks(capacity_of(op))), dims(ceil_div(op.head_dim, 4) * 4) {}
 
@@ -50,6 +52,8 @@ struct Scratch {
 
 /// The scores of a chunk's tokens so far: those that a lane has in each tile (TileScores).
 struct Running : Scores {
+  __device__ Running() : Scores(none()) {}
+
   /// Adds a tile's scores and replaces them by weights relative to the new best score. Returns the factor by which the
   /// value sums so far must be multiplied. Scores behind the first `tokens` repeat the last token's; their weight is 0.
   /// A NaN score makes the mass NaN. All lanes call.
@@ -135,8 +139,9 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
   using Memory = WarpMemory<T, Layout>;
   Memory& s_warp = reinterpret_cast<Memory*>(dynamic_shared())[threadIdx.x / 32];
   Loader<Memory> loader(op, by_counter ? scratch.taken : nullptr, s_warp);
-  int nth_slot = 0, first_head = -1;  // of the queries in shared memory, counted over all rows
-#pragma unroll 1                      // one copy of the code of each step
+  int nth_slot = 0;
+  int64_t queries_of = -1;  // the first query head in shared memory, counted over all rows
+#pragma unroll 1            // one copy of the code of each step
   for (int n = 0;; ++n) {
     const Chunk& chunk = s_warp.chunk(n);
     if (!chunk.is_there()) break;
@@ -144,16 +149,16 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
     Running running;
     Sums<T, Layout> sums;
     TileScores scores;  // of the tile whose keys were read last
+    const int64_t first_head = chunk.row * op.q_heads + chunk.group.first_head;
     const int steps = 2 * (chunk.last - chunk.first);
 #pragma unroll 1
     for (int step = n == 0 ? -Memory::kSlots : 0; step < steps; ++step) {
       auto& slot = s_warp.slots[nth_slot];
       const int tile = chunk.first + step / 2;
       const bool keys = step >= 0 && step % 2 == 0;
-      const int needed = static_cast<int>(chunk.row) * op.q_heads + chunk.group.first_head;
-      if (step == 0 && first_head != needed) {
+      if (step == 0 && queries_of != first_head) {
         load_queries(op, chunk, s_warp.q);
-        first_head = needed;
+        queries_of = first_head;
       }
       if (step >= 0) wait_for_copies<Memory::kSlots - 1>();
       __syncwarp();  // the other lanes' copies have arrived, too
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
       if (__ballot_sync(kAllLanes, factor != 1)) sums.multiply_by(factor);
     }
     const int lane = threadIdx.x % 32;
-    const int64_t at = (chunk.row * op.q_heads + chunk.group.first_head) * scratch.chunks + chunk.nth;
+    const int64_t at = first_head * scratch.chunks + chunk.nth;
     const Scores total = running.total();
     if (lane % 4 == 0 && lane / 4 < chunk.group.heads) scratch.scores[at + lane / 4 * scratch.chunks] = total;
     sums.write(scratch.sums + at * scratch.dims, int64_t{scratch.chunks} * scratch.dims, chunk.group.heads,
@@ -182,14 +187,13 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
   }
 }
 
-/// Where warps have more chunks than this, they take chunks from a counter.
-constexpr int kEvenParts = 2;
-
 constexpr int kMergeThreads = 128, kMergeDims = 16;
 
 /// The scores of some chunks of a head, and their value sums in four dimensions relative to the best score.
 struct Part : Scores {
-  float sums[4] = {};
+  float sums[4];
+
+  static __device__ Part none() { return {Scores::none(), {}}; }
 
   /// Makes mass and sums relative to a score that is at least the best.
   __device__ void move_to(float score) {
@@ -226,7 +230,7 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = blockIdx.x;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
-  // attend has waited for what wrote the lists before it let this kernel start.
+  // This may be read before attend has ended: attend let this kernel start when the kernels before attend had ended.
   const TokenList list(op, row, kv_head);
   const int size = chunk_size(list.tokens), chunks = ceil_div(list.tokens, size);
   const Scores* scores = scratch.scores + at * scratch.chunks;
@@ -234,13 +238,14 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
   wait_for_previous_kernel();
 
-  Part own;
+  Part own = Part::none();
 #pragma unroll 1
   for (int first = thread / kWords; first < chunks; first += kBatch * kAcross) {
     Part parts[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // all loads come before the first use
       const int n = first + i * kAcross;
+      parts[i] = Part::none();
       if (n < chunks) static_cast<Scores&>(parts[i]) = scores[n];
       if (n < chunks && first_dim < scratch.dims) {
         const float4 four = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
@@ -328,7 +333,6 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   const bool vectors = in_vectors(op.k_pages, op.dtype, op.head_dim) && in_vectors(op.v_pages, op.dtype, op.head_dim);
   Scratch scratch(op);
   scratch.place(op, workspace);
-  // The memset of the counter takes as long as even parts lose where a warp has few chunks.
   const int64_t chunks = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks;
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
@@ -338,7 +342,7 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
       const int blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
       const int warps =
           static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
-      const bool by_counter = chunks >= int64_t{kEvenParts} * blocks * warps;
+      const bool by_counter = chunks >= 2 * int64_t{blocks} * warps;  // else even parts lose less than the memset takes
       if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
       launch(name, attend<T, decltype(layout)>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op,
              scratch, by_counter);

@@ -11,7 +11,7 @@ namespace entmaxkv::cuda {
 /// Tokens of a chunk, and the number of chunks of a list up to which chunks do not grow. Chunks are small enough that
 /// all warps get some and end at nearly the same time, and large enough that the results of chunks are little memory
 /// traffic.
-constexpr int kLeastChunk = 128, kMostChunk = 512, kTargetChunks = 128;
+constexpr int kLeastChunk = 128, kMostChunk = 1024, kTargetChunks = 128;
 
 /// Returns the number of tokens of a chunk of a list with `tokens` tokens.
 __host__ __device__ constexpr int chunk_size(int tokens) {
@@ -34,6 +34,8 @@ struct Chunk {
   int64_t row;
   int nth;          // index of the chunk in the list
   int first, last;  // its tiles are first ... last - 1
+
+  __device__ Chunk() {}  // for shared memory
 
   /// Returns whether this is a chunk, and not the end of the work.
   __device__ bool is_there() const { return first < last; }
@@ -96,7 +98,7 @@ struct WarpMemory {
   using T = TheT;
   using Layout = TheLayout;
   static constexpr int kSlotBytes = sizeof(Slot<T, Layout>);
-  static constexpr int kSlots = std::clamp((24 << 10) / kSlotBytes, 1, 4);
+  static constexpr int kSlots = std::clamp((16 << 10) / kSlotBytes, 1, 4);
   static constexpr int kAhead = 4;  // more than the chunks that kSlots tiles can lie in
 
   Slot<T, Layout> slots[kSlots];
@@ -107,13 +109,14 @@ struct WarpMemory {
   __device__ Chunk& chunk(int n) { return chunks[n % kAhead]; }
 };
 
-/// The most warps of a block, of which a multiprocessor runs one. Shared memory for more tiles of fewer warps is faster
-/// than the opposite, because a warp ends its chunk earlier.
+/// The most warps of a block, of which a multiprocessor runs one: as many as an H200 has shared memory and registers
+/// for.
 template <typename Memory>
-constexpr int kMostWarps = std::min(8, static_cast<int>((227 << 10) / sizeof(Memory)));
+constexpr int kMostWarps =
+    std::min(Memory::Layout::kRounds == 8 ? 8 : 12, static_cast<int>((227 << 10) / sizeof(Memory)));
 
-/// Starts to copy 32 rows. Lane i passes the address of row i. All lanes call. As Slot::load, but with fewer
-/// instructions, and longer.
+/// Starts to copy 32 rows, as Slot::load does, in longer code of fewer instructions. Lane i passes the address of row
+/// i. All lanes call.
 template <typename T, typename Layout>
 __device__ void load_rows(Slot<T, Layout>& slot, const T* row, int head_dim) {
   constexpr int kWords = Slot<T, Layout>::kWords, kCount = 16 / sizeof(T);
@@ -126,9 +129,9 @@ __device__ void load_rows(Slot<T, Layout>& slot, const T* row, int head_dim) {
     const bool valid = nth * kCount < head_dim;
 #pragma unroll 8
     for (int i = 0; i < kWords; ++i) {
-      const int begin = i * kAtOnce;  // the bits of begin and first do not overlap
+      const int begin = i * kAtOnce;  // has no bit that `first` has
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, begin + first));
-      copy_async(slot.words[begin * kWords + first * kWords + (nth ^ first ^ begin & 7)], its_row + nth * kCount,
+      copy_async(slot.words[begin * kWords + first * kWords + (nth ^ first ^ (begin & 7))], its_row + nth * kCount,
                  valid);
     }
   }
@@ -181,6 +184,7 @@ class Loader {
     }
   }
 
+  /// Goes on to the chunk whose number the warp has asked for, or to a later one if there is none.
   __device__ void take() {
     Chunk chunk;
 #pragma unroll 1
@@ -188,7 +192,7 @@ class Loader {
       chunk = work_.find(__shfl_sync(kAllLanes, next_, 0));
       if (chunk.is_there() || work_.is_over()) break;
     }
-    s_warp_.chunk(chunk_) = chunk;
+    if (threadIdx.x % 32 == 0) s_warp_.chunk(chunk_) = chunk;
     __syncwarp();
     tile_ = chunk.first;
     if (chunk.is_there()) look_up();

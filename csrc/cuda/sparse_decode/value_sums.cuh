@@ -26,8 +26,8 @@ struct Exchange<float> {
   __device__ float& own(int i) { return of[threadIdx.x % 32 / 4][TileScores::token(i)]; }
 };
 
-/// Returns row 0 ... 7 of a tile for n = 0 ... 7, in such an order that neither every second lane of tile_products nor
-/// the lanes of load_transposed read the same banks.
+/// Returns the order in which tile_products and Sums::add take rows 0 ... 7. Lanes that read together, four lanes for
+/// each of two rows or one lane for each of eight, then read different banks (Slot::index).
 __device__ inline int spread(int n) { return n / 2 + n % 2 * 4; }
 
 /// Returns the products of a tile with the queries. Tensor cores multiply Q K^T, with heads as M and tokens as N; half
