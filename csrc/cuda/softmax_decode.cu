@@ -221,6 +221,7 @@ struct Part : Scores {
 
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scratch scratch) {
+  wait_for_previous_kernel();
   constexpr int kWarps = kMergeThreads / 32;
   constexpr int kWords = kMergeDims / 4, kAcross = kMergeThreads / kWords;  // the block adds kAcross chunks at once
   constexpr int kBatch = 8;
@@ -230,13 +231,11 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = blockIdx.x;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
-  // This may be read before attend has ended: attend let this kernel start when the kernels before attend had ended.
   const TokenList list(op, row, kv_head);
   const int size = chunk_size(list.tokens), chunks = ceil_div(list.tokens, size);
   const Scores* scores = scratch.scores + at * scratch.chunks;
   const int first_dim = part * kMergeDims + thread % kWords * 4;
   const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
-  wait_for_previous_kernel();
 
   Part own = Part::none();
 #pragma unroll 1
