@@ -318,7 +318,7 @@ void check_lengths(const Arguments& args, LengthOf length_of, const char* when =
 }
 
 /// On the host: checks that the pages of the tokens first(row) ... end(row) - 1 of each row lie in the pool. On a
-/// device, kernels trust the page table.
+/// device the decode kernels bound what they read of the page table; other kernels trust it.
 template <typename First, typename End>
 void check_pages(const Arguments& args, const PageTable& page_table, First first, End end) {
   if constexpr (kOnHost) {

@@ -41,6 +41,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> decode_selection(
   op.alpha = alpha_of(args, alpha, head_alpha);
   args.expect(int64_t{op.selection.max_selected} * (by_token ? 1 : op.page_size) <= kMostTokens, "max_selected",
               most_tokens_text(), op.selection.max_selected);
+  args.expect(int64_t{op.pages} * op.page_size <= UINT32_MAX, "k_pages", "a pool of fewer than 2^32 tokens", op.pages);
   if (kOnHost && selected) check_selection(args, op);
 
   Tensor out = new_tensor(q, {op.batch, op.q_heads, op.head_dim}, q.scalar_type());

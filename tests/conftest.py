@@ -355,6 +355,39 @@ def alpha_calls(head_alpha: Tensor, device: str) -> list[tuple]:
     return calls
 
 
+WRONG_IDS = [-1, 10**6, 2**31 - 1, -(2**31)]
+
+
+def hostile_calls(wrong: int | None, device: str) -> list[tuple]:
+    """Decode calls for short lists and long ones: op, arguments. If `wrong` is not None, it is a page id of row 0 or an
+    index of its selection. Row 1 has none."""
+    calls: list[tuple] = []
+    for lengths, alpha in itertools.product(([300, 40], [4500, 700]), (1.0, 1.5)):
+        cache = make_cache(lengths, device=device)
+        q = make_query(len(lengths), 4, 64, device=device)
+        page_size = cache.page_size
+        pages = selection([torch.ones(2, -(-n // page_size), dtype=torch.bool) for n in lengths], 600, device)
+        tokens = selection([torch.ones(2, n, dtype=torch.bool) for n in lengths], 4500, device)
+        if wrong is not None:
+            pages[0][0, :, 7] = tokens[0][0, :, 70] = wrong
+        inputs = q, cache.k_pages, cache.v_pages
+        table = cache.page_table.clone()
+        calls += [
+            ("sparse_decode", *inputs, table.clone(), cache.seq_lens, *pages, alpha),
+            ("sparse_decode", *inputs, table.clone(), cache.seq_lens, *tokens, alpha, None, None, None, True),
+        ]
+        if wrong is not None:
+            table[0, 7] = wrong
+        calls.append(("dense_decode", *inputs, table, cache.seq_lens, alpha))
+    return calls
+
+
+def check_hostile(good: tuple[Tensor, ...], wrong: tuple[Tensor, ...]) -> None:
+    """Results of one of hostile_calls without a wrong number, and with one."""
+    assert wrong[0][0].isnan().all() and wrong[1][0].isnan().all() and not wrong[2][0].any()
+    assert_same_bits([x[1] for x in wrong], [x[1] for x in good])
+
+
 def check_wrong_alpha(call: tuple, good: tuple[Tensor, ...], wrong: tuple[Tensor, ...]) -> None:
     """Results of a call, and of the same one where alpha of head 1, the second of the first group, is none."""
     op = call[0]

@@ -9,13 +9,16 @@ import torch
 from conftest import (
     CUDA,
     WRONG_ALPHAS,
+    WRONG_IDS,
     Cache,
     alpha_calls,
     assert_same_bits,
     check_decode,
+    check_hostile,
     check_wrong_alpha,
     draw,
     hard_selections,
+    hostile_calls,
     make_cache,
     make_query,
 )
@@ -335,3 +338,11 @@ def test_a_wrong_alpha_of_a_head_ends_in_nan(alpha):
         results = [getattr(OPS, op)(*arguments) for op, *arguments in (call, other)]
         torch.cuda.synchronize()
         check_wrong_alpha(call, *results)
+
+
+@pytest.mark.parametrize("wrong", WRONG_IDS)
+def test_a_page_that_is_not_there_makes_its_row_nan(wrong):
+    for good, bad in zip(hostile_calls(None, "cuda"), hostile_calls(wrong, "cuda"), strict=True):
+        results = [getattr(OPS, op)(*arguments) for op, *arguments in (good, bad)]
+        torch.cuda.synchronize()
+        check_hostile(*results)

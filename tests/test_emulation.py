@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WRONG_ALPHAS, alpha_calls, assert_same_bits, check_wrong_alpha, hard_selections
+from conftest import (
+    WRONG_ALPHAS,
+    WRONG_IDS,
+    alpha_calls,
+    assert_same_bits,
+    check_hostile,
+    check_wrong_alpha,
+    hard_selections,
+    hostile_calls,
+)
 from emulation.build import BUILD, OPS, build
 
 import entmaxkv
@@ -82,3 +91,13 @@ def test_a_wrong_alpha_of_a_head_ends_in_nan(environment, alpha, tmp_path):
         calls["good"], results[: len(results) // 2], results[len(results) // 2 :], strict=True
     ):
         check_wrong_alpha(call, good, wrong)
+
+
+@pytest.mark.parametrize("wrong", WRONG_IDS)
+def test_a_page_that_is_not_there_makes_its_row_nan(environment, wrong, tmp_path):
+    """Nobody has looked at page ids and selections: nothing outside is read, and other rows have what they had."""
+    torch.save(hostile_calls(None, "cpu") + hostile_calls(wrong, "cpu"), tmp_path / "calls.pt")
+    run(environment, tmp_path, "-c", TRUST.format(BUILD / "trusting.so"))
+    results = torch.load(tmp_path / "results.pt")
+    for good, bad in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
+        check_hostile(good, bad)

@@ -1,5 +1,7 @@
 """sparse_decode: exact entmax attention over the selected pages."""
 
+import os
+
 import pytest
 import torch
 from conftest import Cache, assert_same_bits, cases, check_decode, make_cache, make_query, selection, token_mask
@@ -92,6 +94,26 @@ def test_what_dense_decoding_leaves_out_has_no_weight(device, alpha, keys):
     want = cache.sparse(q, *select(cache, pick(cache, 2.0)), alpha)
     for _ in range(20 if device == "cuda" else 1):
         assert_same_bits(cache.dense(q, alpha), want)
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_tokens_without_weight_change_no_bit(device, alpha, spread):
+    """On a GPU, whatever else is read beside the tokens with weight. Spread: from nearly all tokens to a few."""
+    cache = make_cache([9000, 5000], page_size=16, dtype=torch.bfloat16, device=device)
+    q = make_query(2, 8, 64, torch.bfloat16, device) * spread
+    scores = [
+        torch.einsum("hd,nhd->hn", q[row].double(), k.double().repeat_interleave(4, 1)) / 8
+        for row, k in enumerate(cache.k)
+    ]
+    near = [s > s.amax(-1, keepdim=True) - 1.01 / (alpha - 1) for s in scores]
+    masks = [mask.view(2, 4, -1).any(1) for mask in near]
+    got = cache.sparse(q, *selection(masks, 9000, device), alpha, by_token=True)
+    want = cache.dense(q, alpha)
+    if device == "cuda" or "ENTMAXKV_EMULATION" in os.environ:
+        assert_same_bits(got[:3], want[:3])
+    else:
+        torch.testing.assert_close(got[:3], want[:3], rtol=1e-2, atol=1e-5)
 
 
 def test_a_selection_that_holds_the_support_gives_the_dense_result(device):

@@ -9,6 +9,7 @@
 #include "common/launch.cuh"
 #include "sparse_decode/head_output.cuh"
 #include "sparse_decode/short_decode.cuh"
+#include "sparse_decode/values.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -35,7 +36,6 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks) decode_short(Sparse
   wait_for_previous_kernel();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;
-  __shared__ NearMemory s_near;
   float* s_scores = reinterpret_cast<float*>(dynamic_shared()) + Slots::kBytes / 4;  // [its heads, capacity]
   __shared__ cluster::Mailbox s_box;
   if (threadIdx.x == 0) s_box.open();
@@ -84,13 +84,31 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks) decode_short(Sparse
   for (int h = rank; h < group.heads; h += blocks) {
     const int head = group.first_head + h;
     const Entmax<double> entmax(op.alpha.of(head));
-    auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());  // in the ring, which is free now
-    auto& s_chunk = *reinterpret_cast<Chunk<T>*>(s_places + kShort);
-    static_assert(kShort * sizeof(int32_t) + sizeof(Chunk<T>) <= Slots::kBytes);
+    // The ring is free now.
+    auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());
+    auto* s_rows = reinterpret_cast<uint32_t*>(s_places + kShort);
+    auto* s_weights = reinterpret_cast<float*>(s_rows + kShort);
+    auto& s_chunk = *reinterpret_cast<ValueChunk<T>*>(s_weights + kShort);
+    static_assert(3 * kShort * sizeof(float) + sizeof(ValueChunk<T>) <= Slots::kBytes);
     Team team = Team::block();
     const NearTokens near =
-        near_of_short(team, entmax, list.tokens, s_scores + h / blocks * capacity, s_places, s_near.few);
-    HeadOutput<T>{op, list, row, head, group.kv_head, vectors}.write(team, entmax, near, s_near, s_chunk);
+        near_of_short(team, Entmax<float>(entmax), list.tokens, s_scores + h / blocks * capacity, s_places);
+    const int support = Head{op, list, row, head, group.kv_head}.find_support(
+        team, entmax, near, [&](int to, float weight, uint32_t pool_row) {
+          s_weights[to] = weight;
+          s_rows[to] = pool_row;
+        });
+    float sum = 0;
+    for (int from = 0; from < support; from += ValueChunk<T>::kTokens) {
+      const int count = min(ValueChunk<T>::kTokens, support - from);
+      __syncthreads();  // the tokens before these have been read
+      s_chunk.fill(op, group.kv_head, s_weights + from, s_rows + from, count);
+      __syncthreads();
+      sum += s_chunk.sum(op.head_dim, vectors, count);
+    }
+    if (static_cast<int>(threadIdx.x) < op.head_dim) {
+      op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(support == kUndefinedHead ? kUndefined : sum);
+    }
     __syncthreads();  // before the next head
   }
 }

@@ -26,6 +26,28 @@ __device__ inline void copy_async(uint4& s_to, const void* from, bool valid) {
 #endif
 }
 
+#ifndef EMULATE_CUDA
+/// Returns the policy for memory that is read once: L2 gives its lines up first. So a stream of keys evicts neither
+/// what others need nor lines that would have to be written back.
+__device__ inline uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+#endif
+
+/// Does what copy_async does, for memory that is read once.
+__device__ inline void stream_async(uint4& s_to, const void* from, bool valid) {
+#ifdef EMULATE_CUDA
+  copy_async(s_to, from, valid);
+#else
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+               "l"(from), "r"(valid ? 16 : 0), "l"(read_once())
+               : "memory");
+#endif
+}
+
 /// Starts to copy one number into shared memory. wait_for_copies ends the copy.
 __device__ inline void copy_async(float& s_to, const float* from) {
 #ifdef EMULATE_CUDA

@@ -133,9 +133,11 @@ __device__ inline uint4 load_transposed(const uint4& s_row) {
 }
 
 /// products += row . query in fp32; kSquares: products += (row squared elementwise) . query. All lanes call.
-template <bool kSquares, typename T, typename Layout>
-__device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<float, Layout>& q, int heads,
+template <bool kSquares, typename Slot>
+__device__ void multiply_plainly(const Slot& slot, const Queries<float, typename Slot::Layout>& q, int heads,
                                  Products& products) {
+  using T = typename Slot::T;
+  using Layout = typename Slot::Layout;
   constexpr int kHeads = 4;  // heads at once
   constexpr int kCount = 16 / sizeof(T);
   const int part = threadIdx.x % 4;
@@ -143,7 +145,7 @@ __device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<floa
   for (int first = 0; first < heads; first += kHeads) {
     float sums[kHeads][4] = {};
 #pragma unroll 1
-    for (int nth = 0; nth < Slot<T, Layout>::kLanePart; ++nth) {
+    for (int nth = 0; nth < Slot::kLanePart; ++nth) {
       float rows[4][kCount];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -174,8 +176,11 @@ __device__ void multiply_plainly(const Slot<T, Layout>& slot, const Queries<floa
 }
 
 /// products += row . query, on tensor cores for 16-bit rows. All lanes call.
-template <typename T, typename Layout>
-__device__ void multiply(const Slot<T, Layout>& slot, const Queries<T, Layout>& q, int heads, Products& products) {
+template <typename Slot>
+__device__ void multiply(const Slot& slot, const Queries<typename Slot::T, typename Slot::Layout>& q, int heads,
+                         Products& products) {
+  using T = typename Slot::T;
+  using Layout = typename Slot::Layout;
   if constexpr (sizeof(T) == 4) {
     multiply_plainly<false>(slot, q, heads, products);
   } else {

@@ -62,9 +62,11 @@ __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
   for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = to_float(from[i]);
 }
 
-/// The rows of a tile in shared memory.
-template <typename T, typename Layout>
+/// The rows of a tile in shared memory, copied by the lanes of a warp.
+template <typename TheT, typename TheLayout>
 struct Slot {
+  using T = TheT;
+  using Layout = TheLayout;
   static constexpr int kWords = Layout::kDims * static_cast<int>(sizeof(T)) / 16;  // words per row
   static constexpr int kLanePart = kWords / 4;  // words per row that one lane multiplies
   uint4 words[kTileRows * kWords];
@@ -88,7 +90,7 @@ struct Slot {
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
       uint4& to = words[index(from, nth)];
       if constexpr (Layout::kVectors) {
-        copy_async(to, its_row + nth * kCount, nth * kCount < head_dim);
+        stream_async(to, its_row + nth * kCount, nth * kCount < head_dim);
       } else {
         to = load_word<false>(its_row, nth * kCount, head_dim);
       }
@@ -111,6 +113,16 @@ struct Ring {
   /// Returns the nth slot of this warp.
   static __device__ Slot<T, Layout>& slot(int nth) {
     return reinterpret_cast<Slot<T, Layout>*>(dynamic_shared())[threadIdx.x / 32 * kSlots + nth];
+  }
+
+  // What a TileStream calls. All lanes call.
+  static constexpr bool kWholeRuns = false;
+  static __device__ void begin() {}
+  static __device__ void load(int nth, const T* row, int head_dim) { slot(nth).load(row, head_dim); }
+  static __device__ void end_load() { commit_copies(); }
+  static __device__ void wait(int, int) {
+    wait_for_copies<kSlots - 1>();
+    __syncwarp();  // the other lanes' copies have arrived, too
   }
 };
 
@@ -152,14 +164,14 @@ class TileStream {
   /// finish(n) after the slot's next load has started. All lanes call.
   template <typename Prepare, typename Read, typename Finish>
   __device__ void run(Prepare prepare, Read read, Finish finish) {
+    Slots::begin();
     if (more_(0)) next_ = lookup_(0);
 #pragma unroll 1  // one copy of the code of each step
     for (int n = -Slots::kSlots, nth = 0;; ++n) {
       if (n == 0) prepare();
       if (n >= 0 && !more_(n)) break;
       if (n >= 0) {
-        wait_for_copies<Slots::kSlots - 1>();
-        __syncwarp();  // the other lanes' copies have arrived, too
+        Slots::wait(n, nth);
         read(n, Slots::slot(nth));
         __syncwarp();  // all lanes have read the slot
       }
@@ -174,9 +186,9 @@ class TileStream {
     if (more_(n)) {
       const auto found = next_;
       if (more_(n + 1)) next_ = lookup_(n + 1);
-      Slots::slot(nth).load(row_of_(n, found), head_dim_);
+      Slots::load(nth, row_of_(n, found), head_dim_);
     }
-    commit_copies();
+    Slots::end_load();
   }
 
   int head_dim_;

@@ -111,12 +111,13 @@ __global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, 
     if (entmax.is_softmax()) {
       found = best + logf(sum<kTeamThreads>(thread < sketch::kExact ? expf(s_scores[thread] - best) : 0)) - depth;
     } else {
-      const int near = pack(
-          sketch::kExact, [&](int i) { return Entry{s_scores[i] > origin ? s_scores[i] : kNothing, 0}; },
-          [&](int to, const Entry& entry) { s_scores[to] = entry.value; });
+      const bool is_near[] = {thread < sketch::kExact && s_scores[thread] > origin};
+      const float own = is_near[0] ? s_scores[thread] : kNothing;
+      const Places<kTeamThreads, 1> to(is_near);  // its barrier orders the reads before the writes
+      if (is_near[0]) s_scores[to.place[0]] = own;
+      __syncthreads();
       Team team = Team::block();
-      const Weights weights = find_weights(team, entmax, {s_scores, near, origin}, true);
-      found = weights.origin + weights.threshold * entmax.beta;
+      found = find_weights(team, entmax, {s_scores, to.count, origin, true}).least_score();
     }
     const double rounding = 0x1p-15 * q_norm * sqrtf(most_square) +
                             0x1p-18 * (fabs(found) + fabsf(best) + depth + fabsf(slope) * static_cast<float>(seq_len));

@@ -131,8 +131,8 @@ __device__ void load_rows(Slot<T, Layout>& slot, const T* row, int head_dim) {
     for (int i = 0; i < kWords; ++i) {
       const int begin = i * kAtOnce;  // has no bit that `first` has
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, begin + first));
-      copy_async(slot.words[begin * kWords + first * kWords + (nth ^ first ^ (begin & 7))], its_row + nth * kCount,
-                 valid);
+      stream_async(slot.words[begin * kWords + first * kWords + (nth ^ first ^ (begin & 7))], its_row + nth * kCount,
+                   valid);
     }
   }
 }

@@ -10,77 +10,25 @@ namespace entmaxkv::cuda {
 constexpr int kShort = 4096;  // most tokens of a list whose scores all fit into a block's shared memory
 static_assert(kShort % kTeamThreads == 0);
 
-/// Most tokens of a list that is one part, or four parts.
-constexpr int kOnePart = 8 << 10, kFourParts = 128 << 10;
-
-/// Returns how many parts a list has. The number depends only on its length.
-__host__ __device__ constexpr int parts_of(int64_t tokens) {
-  return tokens <= kOnePart ? 1 : tokens <= kFourParts ? 4 : kMostParts;
+/// Returns the first tile of the part of a list that a block has, where `blocks` blocks divide the list.
+__device__ inline int first_tile(int tiles, int block, int blocks) {
+  return static_cast<int>(static_cast<unsigned>(tiles * block) / static_cast<unsigned>(blocks));  // at most 2^29
 }
 
-/// Returns the first tile of a part, where `parts` parts (or blocks) divide a list's tiles.
-__device__ inline int first_tile(int tiles, int part, int parts) {
-  return static_cast<int>(int64_t{tiles} * part / parts);
-}
-
-/// Near tokens of a head that has at most kFewTokens of them.
+/// Near tokens of a head that has few of them.
 struct FewTokens {
   float scores[kFewTokens];
   int32_t places[kFewTokens];
 };
 
-/// What a block keeps about the parts of a head's near tokens, where there are more.
-struct ManyTokens {
-  int ends[kMostParts];                  // index, among the block's near tokens, of the end of each of its parts
-  float sums[kMostParts][kTeamThreads];  // in the team's first block: the weighted value sums of all parts
-  int counts[kMostParts];                // in the team's first block: the tokens with weight of all parts
-};
-
-/// The shared memory of a block for near tokens.
-union NearMemory {
-  FewTokens few;
-  ManyTokens many;
-};
-
-/// A block's near tokens of a head, in the order of the list. If they are few, the team's first block has all of them,
-/// in shared memory.
+/// The near tokens of a head, in the order of the list.
 struct NearTokens {
   float origin;  // as in NearScores
-  int total;     // near tokens of all blocks of the team
-  int count;     // near tokens of this block
+  int count;
   float* scores;
   int32_t* places;
-  int parts = 1;
-
-  __device__ bool are_few() const { return total <= kFewTokens; }
-
-  /// Sets memory.ends: where the parts of a list of `tiles` tiles end among the near tokens of this block. All threads
-  /// of the block call; a barrier follows.
-  __device__ void divide(const Team& team, int tiles, ManyTokens& memory) {
-    parts = parts_of(int64_t{tiles} * kTileRows) / team.size;
-    const int nth = threadIdx.x;
-    if (nth < parts) {
-      const int limit = first_tile(tiles, team.rank * parts + nth + 1, team.size * parts);
-      int below = 0, end = count;
-      while (below < end) {
-        const int middle = (below + end) / 2;
-        if (places[middle] / kTileRows < limit) {
-          below = middle + 1;
-        } else {
-          end = middle;
-        }
-      }
-      memory.ends[nth] = below;
-    }
-    __syncthreads();
-  }
+  bool few;  // at most kFewTokens: one block solves
 };
-
-/// Returns how far below the best score a token can have weight, rounded up. A token that is kept because of the
-/// rounding gets the weight 0.
-__device__ inline float reach_of(const Entmax<double>& entmax) {
-  return static_cast<float>(entmax.beta) * (1 + 0x1p-22f);
-}
 
 /// A histogram of scores that gives a lower bound of the threshold. kLevels levels divide the range from the best score
 /// to beta below it, where weights end. The bound is the first level at which the tokens above it have a mass of 1, if
@@ -92,60 +40,57 @@ class Levels {
   static constexpr int kLevels = 32;              // one per lane
   static constexpr float kStep = 1.0f / kLevels;  // distance between levels, in units of beta
 
-  /// Clears the block's counts. All threads call, and then __syncthreads.
-  __device__ explicit Levels(const Entmax<double>& entmax)
-      : counts_(counts()), entmax_(entmax), per_level_(static_cast<float>(kLevels * entmax.gap)) {
-    if (threadIdx.x < kLevels) counts_[threadIdx.x] = 0;
+  /// Clears one of the block's two sets of counts. All threads call, and then __syncthreads.
+  __device__ explicit Levels(const Entmax<float>& entmax, int set = 0)
+      : s_counts_(counts(set)), entmax_(entmax), per_level_(kLevels * entmax.gap) {
+    if (threadIdx.x < kLevels) s_counts_[threadIdx.x] = 0;
   }
 
   /// Counts a token. Any thread may call.
   __device__ void count(float best, float score) const {
     const float below = (best - score) * per_level_;
-    if (below < kLevels && per_level_ > 0) atomicAdd(&counts_[static_cast<int>(fmaxf(below, 0))], 1);
+    if (below < kLevels && per_level_ > 0) atomicAdd(&s_counts_[static_cast<int>(fmaxf(below, 0))], 1);
   }
 
   /// Returns the score of the level that bounds the threshold, from the tokens of all blocks; kNothing for softmax. All
   /// threads of the team call and all get the result.
   __device__ float least(Team& team, float best) const {
     constexpr float kEnough = 1 + 1e-4f;  // a mass of 1, and room for rounding
-    __shared__ float s_weights[2 * kLevels], s_least;
+    __shared__ float s_weights[2 * kLevels], s_counts[kLevels], s_least;
     const int lane = threadIdx.x;
-    if (lane < kLevels) {
-      s_weights[lane] = 0;
-      s_weights[kLevels + lane] = power(lane * kStep, static_cast<float>(entmax_.beta));
-    }
     team.sync();
     if (lane < kLevels) {
-      const int own = team.sum_of(counts_[lane]);
+      s_weights[lane] = 0;
+      s_weights[kLevels + lane] = power(lane * kStep, entmax_.beta);
+      s_counts[lane] = static_cast<float>(team.sum_of(s_counts_[lane]));
+      __syncwarp();
       float mass = 0;
-#pragma unroll 8
-      for (int level = 0; level < kLevels; ++level) {
-        mass += static_cast<float>(__shfl_sync(kAllLanes, own, level)) * s_weights[kLevels + lane - level];
-      }
+#pragma unroll 4
+      for (int level = 0; level < kLevels; ++level) mass += s_counts[level] * s_weights[kLevels + lane - level];
       const uint32_t enough = __ballot_sync(kAllLanes, mass >= kEnough);
       const int level = enough ? __ffs(enough) : kLevels;
-      if (lane == 0) s_least = __fsub_rd(best, static_cast<float>(level * kStep * entmax_.beta));
+      if (lane == 0) s_least = __fsub_rd(best, level * kStep * entmax_.beta);
     }
     __syncthreads();
     return entmax_.is_softmax() ? kNothing : s_least;
   }
 
  private:
-  static __device__ int* counts() {
-    __shared__ int s_counts[kLevels];
-    return s_counts;
+  static __device__ int* counts(int set) {
+    __shared__ int s_counts[2][kLevels];
+    return s_counts[set];
   }
 
-  int* counts_;
-  const Entmax<double>& entmax_;
+  int* s_counts_;
+  const Entmax<float>& entmax_;
   float per_level_;
 };
 
-/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory.
-/// The near tokens go to `few`, if they fit, else to the front of scores and places. All threads of the block call and
-/// all get the result.
-__device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& entmax, int tokens, float* scores,
-                                           int32_t* places, FewTokens& few) {
+/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory; those
+/// of near tokens, and their places, come to the front of scores and places. All threads of the block call and all get
+/// the result.
+__device__ inline NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
+                                           int32_t* places) {
   constexpr int kOwn = kShort / kTeamThreads;
   const int thread = threadIdx.x;
   const Levels levels(entmax);
@@ -156,19 +101,14 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
     own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
     best = larger(best, own[i]);
   }
-  best = block.largest(best);
+  best = largest<kTeamThreads>(best);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) levels.count(best, own[i]);
   const float least = levels.least(block, best);
-  const float origin = entmax.is_softmax() ? best : least;
   bool near[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= least;
   const Places<kTeamThreads, kOwn> to(near);
-  if (to.count <= kFewTokens) {
-    scores = few.scores;
-    places = few.places;
-  }
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     if (!near[i]) continue;
@@ -176,126 +116,214 @@ __device__ inline NearTokens near_of_short(Team& block, const Entmax<double>& en
     places[to.place[i]] = i * kTeamThreads + thread;
   }
   __syncthreads();
-  return {origin, to.count, to.count, scores, places};
+  return {entmax.is_softmax() ? best : least, to.count, scores, places, true};
 }
 
-/// The candidates of a block's part of a list: the first kRoom in shared memory, the others in global memory.
-struct CandidateList {
-  static constexpr int kRoom = 6144;  // 48 KB, so that two blocks fit a multiprocessor of compute capability 8.0 or 9.0
-  static constexpr int kBytes = kRoom * (sizeof(float) + sizeof(int32_t));
-  static_assert(kFewTokens <= kRoom);
+/// The scores that a head's list has, as the blocks of a team look at them: first the best score of each tile, and then
+/// all scores of the near tiles, which may hold near tokens. Near tiles are those whose best score is at or above a
+/// bound of the threshold. The bound is that of the tiles' best scores, which are scores of distinct tokens.
+///   The block copies kWindow best scores, or the scores of kBatch tiles, to shared memory at a time. Where one window
+/// and one batch are all, each score is copied once.
+class ListScores {
+ public:
+  static constexpr int kWindow = 4096, kBatch = 256;
+  static constexpr int kAlone = 192;  // so many near tiles, or fewer, are left to one block
 
-  float* s_scores;    // [kRoom] scores of candidates
-  int32_t* s_places;  // [kRoom] their places in the list
-  float* scores;      // in global memory: scores of the block's part of the list, by place; then of its near tokens
-  int32_t* places;    // in global memory: places of the candidates from kRoom on; then of the block's near tokens
+  struct Memory {
+    union {
+      float maxima[kWindow];
+      FewTokens few;  // where one window is all, few near tokens are written when nobody needs the maxima any longer
+    };
+    float scores[kBatch * kTileRows];
+    uint16_t tiles[kWindow];  // near tiles, counted from the beginning of the window
+  };
 
-  __device__ CandidateList(float* scores, int32_t* places)
-      : s_scores(reinterpret_cast<float*>(dynamic_shared())),
-        s_places(reinterpret_cast<int32_t*>(s_scores + kRoom)),
-        scores(scores),
-        places(places) {}
+  float best, bound;  // best score of the list, and the bound
 
-  /// The place in the list of the ith candidate.
-  __device__ int32_t& place(int i) const { return i < kRoom ? s_places[i] : places[i]; }
-};
+  /// maxima [tiles]: best score of each tile. scores [tiles, kTileRows]: all scores of the near tiles. The blocks of
+  /// `lookers` divide the tiles. All their threads call.
+  __device__ ListScores(Team& lookers, const Entmax<float>& entmax, const float* maxima, const float* scores, int tiles,
+                        Memory& memory)
+      : s_(memory), maxima_(maxima), scores_(scores) {
+    // Whole words of 16 bytes are copied.
+    const int words = ceil_div(tiles, 4);
+    begin_ = first_tile(words, lookers.rank, lookers.size) * 4;
+    end_ = min(first_tile(words, lookers.rank + 1, lookers.size) * 4, tiles);
+    one_window_ = ceil_div(words, lookers.size) * 4 <= kWindow;
+    const Levels levels(entmax);
+    float own = kNothing;
+    for_each_maximum([&](float score) { own = larger(own, score); });
+    best = lookers.largest(own);
+    for_each_maximum([&](float score) { levels.count(best, score); });
+    bound = levels.least(lookers, best);
+    if (!one_window_) return;
+    copy_window(begin_);
+    list();
+    last_ = near_;
+  }
 
-/// Writes the places of the set bits of candidates [tiles] to `list`; bit 0 has place `first`. Returns their number to
-/// all threads. All threads of the block call; a barrier follows.
-__device__ inline int list_candidates(const uint32_t* candidates, int tiles, int first, const CandidateList& list) {
-  constexpr int kWords = 4;  // words that a thread reads at once
-  int count = 0;
+  /// Returns whether the tiles of each block are one window, and then the number of this block's near tiles.
+  __device__ bool one_window() const { return one_window_; }
+  __device__ int near_tiles() const { return near_; }
+
+  /// Leaves to this block its share of the near tiles of one window, which all blocks of the team have listed.
+  __device__ void share(const Team& team) {
+    first_ = first_tile(near_, team.rank, team.size);
+    last_ = first_tile(near_, team.rank + 1, team.size);
+  }
+
+  /// Calls body(run) for each batch, with this warp's run of tokens; score(i) and place(i) are those of token i. All
+  /// threads of the block call.
+  template <typename Body>
+  __device__ void for_each_batch(Body body) {
 #pragma unroll 1
-  for (int from = kWords * static_cast<int>(threadIdx.x); from - kWords * static_cast<int>(threadIdx.x) < tiles;
-       from += kWords * kTeamThreads) {
-    uint32_t masks[kWords];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      masks[i] = from + i < tiles ? candidates[from + i] : 0;
-      own += __popc(masks[i]);
-    }
-    int more;
-    int to = count + exclusive_scan<kTeamThreads>(own, more);
-    count += more;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
+    for (int window = begin_; window == begin_ || window < end_; window += kWindow) {
+      if (!one_window_) {
+        copy_window(window);
+        list();
+        first_ = 0, last_ = near_;
+      }
 #pragma unroll 1
-      for (uint32_t mask = masks[i]; mask; mask &= mask - 1) {
-        list.place(to++) = first + (from + i) * kTileRows + __ffs(mask) - 1;
+      for (int first = first_; first < last_; first += kBatch) {
+        const int count = min(kBatch, last_ - first);
+        copy_batch(first, count);
+        body(WarpRun::of_block(0, count * kTileRows));
       }
     }
   }
-  __syncthreads();
-  return count;
-}
 
-/// Finds the near tokens of a head among its candidates.
-///   best                best score; kNothing if it is not known
-///   candidates [tiles]  a bit for each place of the list
-///   scores [list]       scores of the candidates, by place
-///   places [list]       scratch memory
-/// A block whose candidates do not fit into shared memory overwrites its part of scores and places. If the near tokens
-/// are few, they go to memory.few of the first block. All threads of the team call; each block gets its own near
-/// tokens.
-__device__ inline NearTokens near_of_candidates(Team& team, const Entmax<double>& entmax, float best,
-                                                const uint32_t* candidates, int tiles, float* scores, int32_t* places,
-                                                NearMemory& memory) {
-  const int begin = first_tile(tiles, team.rank, team.size), end = first_tile(tiles, team.rank + 1, team.size);
-  const int first = begin * kTileRows, thread = threadIdx.x;
-  const CandidateList list(scores + first, places + first);
-  const Levels levels(entmax);
-  const int count = list_candidates(candidates + begin, end - begin, first, list);
-  const int inside = min(count, CandidateList::kRoom), beyond = count - inside;  // in shared memory, in global memory
-  const int32_t* beyond_places = list.places + CandidateList::kRoom;
-  const auto beyond_score = [&](int i) { return scores[beyond_places[i]]; };
-  float own = kNothing;
-#pragma unroll 4
-  for (int i = thread; i < inside; i += kTeamThreads) {
-    list.s_scores[i] = scores[list.s_places[i]];
-    own = larger(own, list.s_scores[i]);
-  }
-  if (best == kNothing) {
-#pragma unroll 4
-    for (int i = thread; i < beyond; i += kTeamThreads) own = larger(own, beyond_score(i));
-    best = team.largest(own);
-  }
-#pragma unroll 4
-  for (int i = thread; i < inside; i += kTeamThreads) levels.count(best, list.s_scores[i]);
-#pragma unroll 4
-  for (int i = thread; i < beyond; i += kTeamThreads) levels.count(best, beyond_score(i));
-  const float least = levels.least(team, best);
-  const auto if_near = [=](float score, int32_t place) {
-    return score >= least ? Entry{score, place} : Entry{kNothing, 0};
-  };
-  NearTokens near{entmax.is_softmax() ? best : least, 0, 0, list.s_scores, list.s_places};
-  const auto append = [&](int to, const Entry& entry) {
-    near.scores[near.count + to] = entry.value;
-    near.places[near.count + to] = entry.place;
-  };
-  near.count = pack(inside, [&](int i) { return if_near(list.s_scores[i], list.s_places[i]); }, append);
-  if (beyond > 0) {
-    near.scores = list.scores;
-    near.places = list.places;
-#pragma unroll 4
-    for (int i = thread; i < near.count; i += kTeamThreads) {
-      near.scores[i] = list.s_scores[i];
-      near.places[i] = list.s_places[i];
-    }
-    near.count += pack(beyond, [&](int i) { return if_near(beyond_score(i), beyond_places[i]); }, append);
-  }
-  const Team::Part part = team.part(near.count);
-  near.total = part.total;
-  if (near.are_few()) {
+  __device__ float score(int i) const { return s_.scores[i]; }
+  __device__ int place(int i) const { return (window_ + s_.tiles[batch_ + i / kTileRows]) * kTileRows + i % kTileRows; }
+
+  /// Memory for few near tokens, in the block of a rank of the team.
+  __device__ FewTokens& few(const Team& team, int rank) const { return team.of(rank, s_.few); }
+  __device__ FewTokens& few() const { return s_.few; }
+
+ private:
+  template <typename Use>
+  __device__ void for_each_maximum(Use use) {
 #pragma unroll 1
-    for (int i = thread; i < near.count; i += kTeamThreads) {
-      team.of(0, memory.few.scores[part.before + i]) = near.scores[i];
-      team.of(0, memory.few.places[part.before + i]) = near.places[i];
+    for (int window = begin_; window < end_; window += kWindow) {
+      copy_window(window);
+#pragma unroll 1
+      for (int i = threadIdx.x; i < min(kWindow, end_ - window); i += kTeamThreads) use(s_.maxima[i]);
     }
-    near = {near.origin, part.total, part.total, memory.few.scores, memory.few.places};
-    team.sync();
-  } else {
-    near.divide(team, tiles, memory.many);
+  }
+
+  /// Copies the best scores of a window's tiles, unless they are there. A barrier follows.
+  __device__ void copy_window(int window) {
+    if (window_ == window) return;
+    __syncthreads();  // the last window has been read
+    window_ = window;
+    auto* s_words = reinterpret_cast<uint4*>(s_.maxima);
+    const auto* words = reinterpret_cast<const uint4*>(maxima_ + window);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ceil_div(min(kWindow, end_ - window), 4); i += kTeamThreads) {
+      copy_async(s_words[i], words + i, true);
+    }
+    end_copies();
+  }
+
+  /// Lists the near tiles of the window. A barrier follows.
+  __device__ void list() {
+    const WarpRun run = WarpRun::of_block(0, min(kWindow, end_ - window_));
+    const auto read = [&](int i) { return s_.maxima[i]; };
+    const auto is_near = [&](float score) { return !(score < bound); };  // NaN is near
+    const Kept kept = Kept::of<1>(run, read, is_near);
+    compact<1>(run, kept.before, read, is_near, [&](int to, int i, float) { s_.tiles[to] = static_cast<uint16_t>(i); });
+    near_ = kept.all;
+    batch_ = -1;
+    __syncthreads();
+  }
+
+  /// Copies the scores of `count` near tiles of the window, unless they are there. A barrier follows.
+  __device__ void copy_batch(int first, int count) {
+    if (batch_ == first) return;
+    __syncthreads();  // the last batch has been read
+    batch_ = first;
+    constexpr int kWords = kTileRows / 4;
+    auto* s_words = reinterpret_cast<uint4*>(s_.scores);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count * kWords; i += kTeamThreads) {
+      const float* tile = scores_ + int64_t{window_ + s_.tiles[first + i / kWords]} * kTileRows;
+      copy_async(s_words[i], tile + i % kWords * 4, true);
+    }
+    end_copies();
+  }
+
+  static __device__ void end_copies() {
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  Memory& s_;
+  const float *maxima_, *scores_;
+  int begin_, end_;  // the tiles that this block looks at
+  bool one_window_;
+  int window_ = -1;           // first tile of the window in shared memory
+  int near_ = 0;              // near tiles of the window
+  int batch_ = -1;            // first of the near tiles whose scores are in shared memory
+  int first_ = 0, last_ = 0;  // the near tiles of the window that this block takes
+};
+
+/// The global memory of a head for its near tokens.
+struct NearArrays {
+  float* scores;    // [list]
+  int32_t* places;  // [list]
+};
+
+/// Finds the near tokens of a head. All threads of the team call. If the near tokens are few, they come into `few` of
+/// the team's first block, and only that block may use them.
+__device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entmax, ListScores& list,
+                                          const NearArrays& arrays) {
+  enum Pass { kLevel, kCount, kWrite };
+  const Levels levels(entmax, 1);
+  __syncthreads();
+  NearTokens near{};
+  float least = 0;
+  int own = 0, before = 0;
+  Kept kept{0, 0};  // of the last batch
+  bool one_batch = false;
+#pragma unroll 1  // one copy of the code that goes through the batches
+  for (int pass = kLevel; pass <= kWrite; ++pass) {
+    if (pass == kCount) least = levels.least(team, list.best);
+    if (pass == kWrite) {
+      one_batch = own == kept.all;
+      const Team::Part part = team.part(own);
+      near = {entmax.is_softmax() ? list.best : least, part.total, arrays.scores, arrays.places,
+              part.total <= kFewTokens};
+      if (near.few && list.one_window()) {
+        near.scores = list.few(team, 0).scores;
+        near.places = list.few(team, 0).places;
+      }
+      before = part.before;
+    }
+    const auto read = [&](int i) { return list.score(i); };
+    const auto is_near = [&](float score) { return score >= least; };
+    list.for_each_batch([&](const WarpRun& run) {
+      if (pass == kLevel) {
+        run.visit<1>(read, [&](int, float score, bool there) {
+          if (there && score >= list.bound) levels.count(list.best, score);
+        });
+        return;
+      }
+      if (pass == kCount || !one_batch) kept = Kept::of<1>(run, read, is_near);
+      if (pass == kCount) {
+        own += kept.all;
+        return;
+      }
+      compact<1>(run, before + kept.before, read, is_near, [&](int to, int i, float score) {
+        near.scores[to] = score;
+        near.places[to] = list.place(i);
+      });
+      before += kept.all;
+    });
+  }
+  team.sync();
+  if (near.few && list.one_window()) {  // a block's own shared memory has a faster address
+    near.scores = list.few().scores;
+    near.places = list.few().places;
   }
   return near;
 }

@@ -9,9 +9,12 @@ namespace entmaxkv::cuda {
 constexpr int kTeamThreads = 256;  // threads of each block of a team
 constexpr int kTeamBlocks = 2;     // blocks of a team's threads that share a multiprocessor
 
-/// Most parts that a list is divided into. Each block of a team takes one or more parts.
-constexpr int kMostParts = 8;
-static_assert(kMostParts % cluster::kMostBlocks == 0);
+/// The near tokens of a head are divided into so many parts of equal counts, one for each warp of the largest team.
+/// Their sums are added in a fixed order, so that the number of blocks changes no bit.
+constexpr int kParts = cluster::kMostBlocks * kTeamThreads / 32;
+
+/// Returns where a part of `count` tokens begins.
+__device__ inline int first_of_part(int count, int part) { return static_cast<int>(int64_t{count} * part / kParts); }
 
 /// All threads of all blocks of the team call every method, in the same order. A team of several blocks calls sync
 /// before a block ends.
@@ -25,40 +28,37 @@ class Team {
   /// The team of the first `size` blocks of a cluster. The caller ends the other blocks.
   static __device__ Team blocks(int size) { return {cluster::rank(), size}; }
 
-  /// Combines all threads' values, in a fixed order. All threads get the result.
-  template <typename Value, typename Combine>
-  __device__ Value reduce(Value value, Combine combine) {
-    value = cuda::reduce<kTeamThreads>(value, combine);
+  /// Returns the largest of all threads' values, NaN if any is NaN.
+  __device__ float largest(float value) {
+    value = cuda::largest<kTeamThreads>(value);
     if (size == 1) return value;
     const auto& each = gather(value);
-    value = each.of[0];
-    for (int other = 1; other < size; ++other) value = combine(value, each.of[other]);
+    for (int other = 0; other < size; ++other) value = larger(value, each.of[other]);
     return value;
   }
 
-  /// Returns the sum of part(nth) over all threads and all parts of the list; each block has `of_block` parts, and
-  /// part(nth) is a thread's value for the nth of them. The result has the same bits for every division of the parts
-  /// among blocks.
+  /// Returns how many parts each block of the team has.
+  __device__ int own_parts() const { return kParts / size; }
+
+  /// Returns the sum of part(nth) over all parts. part(nth) is a lane's value for a part; the lanes of one warp call it
+  /// together.
   template <typename Value, typename Part>
-  __device__ Value sum_of_parts(int of_block, Part part) {
-    __shared__ Value s_own[2][kMostParts], s_each[kMostParts];
-    turn_ ^= 1;
-    for (int nth = 0; nth < of_block; ++nth) {
-      const Value own = cuda::sum<kTeamThreads>(part(nth));
-      if (threadIdx.x == 0) s_own[turn_][nth] = own;
+  __device__ Value sum_of_parts(Part part) {
+    static_assert(kParts == 64);
+    __shared__ Value s_own[2][kParts], s_total;
+    turn_ ^= 1;  // another block may still read the sums of the last call
+    for (int nth = threadIdx.x / 32; nth < own_parts(); nth += kTeamThreads / 32) {
+      const Value own = cuda::sum<32>(part(rank * own_parts() + nth));
+      if (threadIdx.x % 32 == 0) s_own[turn_][nth] = own;
     }
     sync();
-    const int nth = threadIdx.x;
-    if (nth < size * of_block) s_each[nth] = of(nth / of_block, s_own[turn_][nth % of_block]);
+    if (threadIdx.x < 32) {
+      const auto of_part = [&](int nth) { return of(nth / own_parts(), s_own[turn_][nth % own_parts()]); };
+      const Value total = cuda::sum<32>(of_part(threadIdx.x) + of_part(threadIdx.x + 32));
+      if (threadIdx.x == 0) s_total = total;
+    }
     __syncthreads();
-    Value all = s_each[0];
-    for (int other = 1; other < size * of_block; ++other) all = all + s_each[other];
-    return all;
-  }
-
-  /// Returns the largest of all threads' values, NaN if any is NaN.
-  __device__ float largest(float value) {
-    return reduce(value, [](float a, float b) { return larger(a, b); });
+    return s_total;
   }
 
   /// A barrier for all threads of the team.
@@ -126,5 +126,71 @@ class Team {
 
   int turn_ = 0;
 };
+
+/// A warp's run of some items: first ... last - 1.
+struct WarpRun {
+  int first, last;
+
+  /// The run of this warp, if the warps of a block divide the items begin ... end - 1 into runs of equal lengths, in
+  /// multiples of 32.
+  static __device__ WarpRun of_block(int begin, int end) {
+    const int each = ceil_div(end - begin, kTeamThreads) * 32;
+    const int first = min(begin + static_cast<int>(threadIdx.x) / 32 * each, end);
+    return {first, min(first + each, end)};
+  }
+
+  /// Calls use(i, read(i), there) for the items, 32 at a time, with there = false behind the end; kAtOnce times 32
+  /// items are read together. The loop is short code where kAtOnce is 1: code that runs once waits for instructions
+  /// (bench/NOTES.md). All lanes call.
+  template <int kAtOnce, typename Read, typename Use>
+  __device__ void visit(Read read, Use use) const {
+#pragma unroll 1
+    for (int from = first + static_cast<int>(threadIdx.x % 32); from - static_cast<int>(threadIdx.x % 32) < last;
+         from += 32 * kAtOnce) {
+      decltype(read(0)) values[kAtOnce];
+#pragma unroll
+      for (int nth = 0; nth < kAtOnce; ++nth) values[nth] = read(min(from + 32 * nth, last - 1));
+#pragma unroll
+      for (int nth = 0; nth < kAtOnce; ++nth) use(from + 32 * nth, values[nth], from + 32 * nth < last);
+    }
+  }
+};
+
+/// How many items the warps of a block keep: in stream compaction, those before this one, and all.
+struct Kept {
+  int before, all;
+
+  /// Counts the items of the run for whose value read(i) keep(value) is true. All threads of the block call.
+  template <int kAtOnce, typename Read, typename Keep>
+  static __device__ Kept of(const WarpRun& run, Read read, Keep keep) {
+    constexpr int kWarps = kTeamThreads / 32;
+    __shared__ int s_kept[kWarps];
+    int own = 0;
+    run.visit<kAtOnce>(read, [&](int, auto value, bool there) { own += there && keep(value); });
+    own = sum<32>(own);
+    __syncthreads();  // the counts of an earlier call have been read
+    if (threadIdx.x % 32 == 0) s_kept[threadIdx.x / 32] = own;
+    __syncthreads();
+    Kept kept{0, 0};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < static_cast<int>(threadIdx.x) / 32) kept.before += s_kept[warp];
+      kept.all += s_kept[warp];
+    }
+    return kept;
+  }
+};
+
+/// Stream compaction: calls write(to, i, value) for the items of a warp's run for whose value read(i) keep(value) is
+/// true, with to = first, first + 1, ... in the order of the items. All lanes call.
+template <int kAtOnce, typename Read, typename Keep, typename Write>
+__device__ void compact(const WarpRun& run, int first, Read read, Keep keep, Write write) {
+  run.visit<kAtOnce>(read, [&](int i, auto value, bool there) {
+    const bool stays = there && keep(value);
+    const uint32_t mask = __ballot_sync(kAllLanes, stays);
+    if (stays) write(first + __popc(mask & ((1u << threadIdx.x % 32) - 1)), i, value);
+    first += __popc(mask);
+  });
+}
 
 }  // namespace entmaxkv::cuda

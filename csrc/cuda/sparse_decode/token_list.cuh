@@ -25,26 +25,26 @@ struct TokenList {
   const int32_t* selected;  // selected pages or tokens; null: all pages
   const int32_t* table;
   int page_size, page_bits;
-  int entry_bits;  // log2 of the tokens per entry of `selected`: page_bits, or 0 if entries are tokens
-  int seq_len;
-  int pages;  // physical pages
-  int tokens;
+  int entry_bits;  // log2 of the tokens per entry of `selected`
+  int pages;       // physical pages
+  int seq_len;     // tokens of the row
+  int tokens;      // tokens of the list
 
   __device__ TokenList() {}  // for shared memory
 
   __device__ TokenList(const SparseDecode& op, int64_t row, int kv_head)
-      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), pages(op.pages), tokens(0) {
+      : selected(nullptr), table(op.page_table.row(row)), page_size(op.page_size), pages(op.pages) {
     page_bits = entry_bits = log2_of(page_size);
-    seq_len = length_of(op, row);
-    int entries = (seq_len + page_size - 1) >> page_bits;
-    if (op.selection) {
-      if (op.selection.by_token) entry_bits = 0;
-      selected = op.selection.row(row * op.kv_heads + kv_head);
-      entries = max(0, min(op.selection.counts[row * op.kv_heads + kv_head], op.selection.max_selected));
-    }
+    seq_len = tokens = length_of(op, row);
+    if (!op.selection) return;
+    if (op.selection.by_token) entry_bits = 0;
+    const int64_t at = row * op.kv_heads + kv_head;
+    selected = op.selection.row(at);
+    const int entries = max(0, min(op.selection.counts[at], op.selection.max_selected));
+    tokens = 0;
     if (entries == 0) return;
     const int of_entry = 1 << entry_bits;
-    const int64_t of_last = seq_len - int64_t{entry(entries - 1)} * of_entry;
+    const int64_t of_last = seq_len - int64_t{selected[entries - 1]} * of_entry;
     tokens = (entries - 1) * of_entry + static_cast<int>(max(int64_t{0}, min(of_last, int64_t{of_entry})));
   }
 
@@ -55,8 +55,10 @@ struct TokenList {
     return (entry(place >> entry_bits) << entry_bits) + (place & ((1 << entry_bits) - 1));
   }
   __device__ int page(int place) const {
+    const auto its_entry = static_cast<unsigned>(entry(place >> entry_bits));
+    if (its_entry > static_cast<unsigned>(seq_len >> entry_bits)) return -1;  // its position could overflow
     const int at = position(place);
-    return at >= 0 && at < seq_len ? table[at >> page_bits] : -1;
+    return at < seq_len ? table[at >> page_bits] : -1;
   }
   __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
 
@@ -73,6 +75,13 @@ struct TokenList {
     return row<T>(rows, kv_head, page(place), slot(place));
   }
 
+  /// Returns page * page_size + slot of the token at a place of the list, in the pool.
+  __device__ uint32_t pool_row(int place) const {
+    const int physical = page(place);
+    const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
+    return (there ? static_cast<uint32_t>(physical) << page_bits : 0) + slot(place);
+  }
+
   /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
   /// its last token.
   template <typename Slots, typename More, typename Tile>
@@ -81,8 +90,15 @@ struct TokenList {
       return min(tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32), tokens - 1);
     };
     const auto lookup = [*this, place](int n) { return page(place(n)); };
-    const auto row_of = [*this, place, k_pages, kv_head](int n, int physical) {
-      return row<typename Slots::T>(k_pages, kv_head, physical, slot(place(n)));
+    const auto row_of = [*this, place, tile, k_pages, kv_head](int n, int physical) {
+      using T = typename Slots::T;
+      if constexpr (Slots::kWholeRuns) {  // runs may go beyond the list's end, but not beyond a page
+        const int slot = (tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32)) & (page_size - 1);
+        const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
+        return typename Slots::Row{there ? k_pages.at<T>(physical, kv_head, slot) : nullptr, min(page_size, kTileRows)};
+      } else {
+        return row<T>(k_pages, kv_head, physical, slot(place(n)));
+      }
     };
     return TileStream(Slots{}, more, head_dim, lookup, row_of);
   }
@@ -119,10 +135,10 @@ struct LaneScoring {
   }
 };
 
-/// Returns the most tokens that a list can have, rounded up to whole tiles.
+/// Returns the most tokens that a list can have, rounded up to four whole tiles.
 inline int capacity_of(const SparseDecode& op) {
   const int entries = op.selection ? op.selection.max_selected : op.max_pages;
-  return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), kTileRows) * kTileRows;
+  return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), 4 * kTileRows) * 4 * kTileRows;
 }
 
 }  // namespace entmaxkv::cuda

@@ -2,66 +2,30 @@
 #pragma once
 
 #include "../../entmax.h"
+#include "../common/fast_math.cuh"
 #include "team.cuh"
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 4;           // entries that a thread takes at once; they are kTeamThreads apart
-constexpr int kFewTokens = 1024;  // near tokens that one block solves
+constexpr int kRun = 8;           // scores that a lane reads at once, where near tokens are many
+constexpr int kFewTokens = 2048;  // near tokens for which there is room in a block's shared memory
 constexpr int kOfWarp = 256;      // near tokens that one warp solves, without barriers
 
-/// A token of a list: its score or weight, and its place in the list.
-struct Entry {
-  float value;
-  int32_t place;
-};
-
-/// Stream compaction: calls write(to, entry) with to = 0, 1, ... for the entries read(i), i < count, whose value is not
-/// kNothing, in order. Returns their number to all threads. write may fill the array that read reads: entry i is read
-/// before index i is written. All threads of the block call; a barrier follows the last write.
-template <typename Read, typename Write>
-__device__ int pack(int count, Read read, Write write) {
-  int kept = 0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kTeamThreads * kRun) {
-    Entry entries[kRun];
-    bool keep[kRun];
-#pragma unroll
-    for (int nth = 0; nth < kRun; ++nth) {
-      const int i = first + nth * kTeamThreads + static_cast<int>(threadIdx.x);
-      entries[nth] = {kNothing, 0};
-      if (i < count) entries[nth] = read(i);
-      keep[nth] = entries[nth].value != kNothing;
-    }
-    const Places<kTeamThreads, kRun> to(keep);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (!keep[i]) continue;
-      write(kept + to.place[i], entries[i]);
-    }
-    kept += to.count;
-  }
-  __syncthreads();
-  return kept;
-}
-
-/// The scores of a block's near tokens. They are divided into parts that do not depend on the number of blocks.
+/// The scores of a head's near tokens.
 struct NearScores {
   const float* scores;
   int count;
   float origin;  // thresholds are relative to this score, which is at or below the threshold; softmax: the best score
-  int parts = 1;
-  const int* ends = nullptr;  // [parts] index of each part's end, if there are several parts
+  bool few;      // the team is one block
 
-  /// Calls body(run) for this thread's scores of a part, kRun at once, filled up with kNothing.
+  /// Calls body(run) for this lane's scores of a part, kRun at once, filled up with kNothing. All lanes call.
   template <typename Body>
   __device__ void visit(int part, Body body) const {
-    const int begin = part > 0 ? ends[part - 1] : 0, end = parts > 1 ? ends[part] : count;
-    for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kTeamThreads * kRun) {
+    const int end = first_of_part(count, part + 1);
+    for (int first = first_of_part(count, part) + static_cast<int>(threadIdx.x % 32); first < end; first += 32 * kRun) {
       float run[kRun];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        run[i] = first + i * kTeamThreads < end ? scores[first + i * kTeamThreads] : kNothing;
+      for (int i = 0; i < kRun; ++i) run[i] = first + i * 32 < end ? scores[first + i * 32] : kNothing;
       body(run);
     }
   }
@@ -78,52 +42,37 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
   }
 }
 
-/// Finds the threshold, relative to (alpha-1) origin, with kSolvers threads, a block or a warp. Each thread holds up to
-/// kHeld near scores in registers. All these threads call and all get the result.
-template <bool kSquare, int kSolvers, int kHeld>
-__device__ Solution<float> solve_held(const Entmax<float>& entmax, const NearScores& near) {
-  float held[kHeld];
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int entry = i * kSolvers + static_cast<int>(threadIdx.x);
-    held[i] = entry < near.count ? entmax.gap * (near.scores[entry] - near.origin) : -1.0f;
-  }
-  return find_threshold(entmax, 0.0f, 0.0f, [&](float threshold) {
+/// Finds the threshold, relative to (alpha-1) origin, from few near tokens with kSolvers threads, a block or a warp.
+/// All these threads call and all get the result. least_move: as in find_threshold.
+template <bool kSquare, int kSolvers>
+__device__ Solution<float> solve_by(const Entmax<float>& entmax, const NearScores& near, float least_move = 0) {
+  return find_threshold(entmax, 0.0f, least_move, [&](float threshold) {
     Excess<float> own;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i * kSolvers < near.count) add_if_above<kSquare>(own, held[i], threshold, entmax.beta);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < near.count; i += kSolvers) {
+      add_if_above<kSquare>(own, entmax.gap * (near.scores[i] - near.origin), threshold, entmax.beta);
     }
     return sum<kSolvers>(own);
   });
 }
 
-/// Solves with all threads of a block; all call and all get the result. Not inlined: the call is rare, and longer code
-/// slows a kernel that runs it once (bench/NOTES.md).
+/// Solves for at most kOfWarp near tokens by one warp. All threads of the block call and all get the result.
 template <bool kSquare>
-__device__ ENTMAXKV_NOINLINE Solution<float> solve_by_block(Entmax<float> entmax, NearScores near) {
-  return solve_held<kSquare, kTeamThreads, kFewTokens / kTeamThreads>(entmax, near);
-}
-
-/// Solves for at most kFewTokens near tokens, which all belong to this block. All threads of the block call and all get
-/// the result.
-template <bool kSquare>
-__device__ Solution<float> solve_few(const Entmax<float>& entmax, const NearScores& near) {
-  if (near.count > kOfWarp) return solve_by_block<kSquare>(entmax, near);
+__device__ Solution<float> solve_by_warp(const Entmax<float>& entmax, const NearScores& near, float least_move = 0) {
   __shared__ Solution<float> s_solution;
   if (threadIdx.x < 32) {
-    const Solution<float> solution = solve_held<kSquare, 32, kOfWarp / 32>(entmax, near);
+    const Solution<float> solution = solve_by<kSquare, 32>(entmax, near, least_move);
     if (threadIdx.x == 0) s_solution = solution;
   }
   __syncthreads();
   return s_solution;
 }
 
-/// Solves for any number of near tokens of all blocks of the team. All threads of the team call and all get the result.
+/// Solves for any number of near tokens. All threads of the team call and all get the result.
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const NearScores& near) {
   return find_threshold(entmax, Real(0), Real(0), [&](Real threshold) {
-    return team.sum_of_parts<Excess<double>>(near.parts, [&](int part) {
+    return team.sum_of_parts<Excess<double>>([&](int part) {
       Excess<double> own;
       near.visit(part, [&](const float (&run)[kRun]) {
         Excess<Real> few;
@@ -139,11 +88,20 @@ __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<
 }
 
 /// The weights of a head as a function of the score.
-struct Weights {
-  Entmax<double> entmax;
-  float origin;
-  double threshold, mass;
+class Weights {
+ public:
   float tau;
+
+  __device__ Weights(const Entmax<double>& entmax, float origin, double threshold, double mass, float tau)
+      : tau(tau),
+        square_(entmax.beta == 2),
+        origin_(origin),
+        gap_in_float_(static_cast<float>(entmax.gap)),
+        threshold_in_float_(static_cast<float>(threshold)),
+        per_mass_(reciprocal(static_cast<float>(mass))),
+        entmax_(entmax),
+        threshold_(threshold),
+        mass_(mass) {}
 
   /// Returns whether fp32 is precise enough. Powers above 15 magnify its rounding too much.
   template <typename Real>
@@ -151,66 +109,82 @@ struct Weights {
     return entmax.beta <= 15;
   }
 
+  /// Returns the score at the threshold, tau / (alpha - 1).
+  __device__ double least_score() const { return origin_ + threshold_ * entmax_.beta; }
+
   /// Returns the weight p of a score.
   __device__ float of(float score) const {
-    if (entmax.is_softmax()) return expf(score - origin) / static_cast<float>(mass);
-    return are_in_float(entmax) ? power_of<float>(score) : power_of<double>(score);
+    if (!square_) return any_of(score);
+    const float y = fmaxf(gap_in_float_ * (score - origin_) - threshold_in_float_, 0);  // NaN becomes 0
+    return y * y * per_mass_;
   }
 
  private:
+  __device__ ENTMAXKV_NOINLINE float any_of(float score) const {
+    if (entmax_.is_softmax()) return expf(score - origin_) * per_mass_;
+    return are_in_float(entmax_) ? power_of<float>(score) : power_of<double>(score);
+  }
+
   template <typename Real>
   __device__ float power_of(float score) const {
-    const Entmax<Real> real(entmax);
-    const Real y = real.gap * (static_cast<Real>(score) - origin) - static_cast<Real>(threshold);
-    return static_cast<float>(y > 0 ? power(y, real.beta) / static_cast<Real>(mass) : 0);
+    const Real y =
+        static_cast<Real>(entmax_.gap) * (static_cast<Real>(score) - origin_) - static_cast<Real>(threshold_);
+    return static_cast<float>(y > 0 ? power(y, static_cast<Real>(entmax_.beta)) / static_cast<Real>(mass_) : 0);
   }
+
+  bool square_;  // beta is 2
+  float origin_, gap_in_float_, threshold_in_float_, per_mass_;
+  Entmax<double> entmax_;
+  double threshold_, mass_;
 };
 
-/// Finds the weights of a head from its near tokens. few: there are at most kFewTokens, which all belong to this block,
-/// and all threads of the block call. Otherwise the blocks of the team have the near tokens together, and all threads
-/// of the team call. All that call get the result.
-__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, NearScores near, bool few) {
+/// Finds the weights of a head from its near tokens: any alpha, any number. The team, if the near tokens are few, must
+/// be this block. All threads of the team call and all get the result.
+__device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const Entmax<double>& entmax,
+                                                             NearScores near) {
   const float origin = near.origin;
-  Weights weights{entmax, origin, 0, 0, 0};
   if (entmax.is_softmax()) {
-    Team all = few ? Team::block() : team;
-    weights.mass = all.sum_of_parts<double>(near.parts, [&](int part) {
+    const auto mass = team.sum_of_parts<double>([&](int part) {
       double own = 0;
       near.visit(part, [&](const float (&run)[kRun]) {
         for (const float score : run) own += expf(score - origin);
       });
       return own;
     });
-    if (!few) team = all;
-    weights.tau = origin + logf(static_cast<float>(weights.mass));
-    return weights;
+    return {entmax, origin, 0, mass, origin + logf(static_cast<float>(mass))};
   }
-  const auto take = [&](const auto& solution) {
-    weights.threshold = solution.threshold;
-    weights.mass = solution.mass;
+  const auto weights = [&](const auto& solution) {
+    const auto tau = static_cast<float>(solution.threshold + entmax.gap * near.origin);
+    return Weights(entmax, near.origin, solution.threshold, solution.mass, tau);
   };
-  const auto solve_by = [&](const Entmax<float>& real, auto square) {
-    if (few) return take(solve_few<square>(real, near));  // so few tokens: mass >= 2^-10 slope
+  const auto weights_in_float = [&](const Entmax<float>& real, auto square) {
     constexpr float kClose = 0x1p-8f;
-    Solution<float> solution = solve_many<square>(team, real, near);
+    const auto solve = [&] {
+      return !near.few              ? solve_many<square>(team, real, near)
+             : near.count > kOfWarp ? solve_by<square, kTeamThreads>(real, near)
+                                    : solve_by_warp<square>(real, near);
+    };
+    Solution<float> solution = solve();
     if (solution.mass < kClose * solution.slope) {  // many tokens just above the threshold: fp32 needs a closer origin
       const float below = 0x1p-21f * (fabsf(origin) + real.beta);
-      weights.origin = near.origin = origin + solution.threshold * real.beta - below;
-      solution = solve_many<square>(team, real, near);
+      near.origin = origin + solution.threshold * real.beta - below;
+      solution = solve();
     }
-    take(solution);
+    return weights(solution);
   };
-  if (!Weights::are_in_float(entmax)) {
-    Team all = few ? Team::block() : team;
-    take(solve_many<false>(all, entmax, near));
-    if (!few) team = all;
-  } else if (entmax.beta == 2) {  // alpha = 1.5
-    solve_by(Entmax<float>(entmax), std::true_type{});
-  } else {
-    solve_by(Entmax<float>(entmax), std::false_type{});
-  }
-  weights.tau = static_cast<float>(weights.threshold + entmax.gap * weights.origin);
-  return weights;
+  if (!Weights::are_in_float(entmax)) return weights(solve_many<false>(team, entmax, near));
+  return entmax.beta == 2 ? weights_in_float(Entmax<float>(entmax), std::true_type{})  // alpha = 1.5
+                          : weights_in_float(Entmax<float>(entmax), std::false_type{});
+}
+
+/// Does what find_any_weights does. The usual case has code of its own, as short as possible: code that runs once waits
+/// for instructions (bench/NOTES.md).
+__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, const NearScores& near) {
+  if (entmax.beta != 2 || near.count > kOfWarp) return find_any_weights(team, entmax, near);
+  constexpr float kLeastMove = 0x1p-26f;  // of so few tokens none has a weight that smaller moves change
+  const Solution<float> solution = solve_by_warp<true>(Entmax<float>(entmax), near, kLeastMove);
+  const auto tau = static_cast<float>(solution.threshold + entmax.gap * near.origin);
+  return {entmax, near.origin, solution.threshold, solution.mass, tau};
 }
 
 }  // namespace entmaxkv::cuda

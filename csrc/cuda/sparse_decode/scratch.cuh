@@ -1,0 +1,57 @@
+// Intermediate results of the kernels that decode long lists, in global memory.
+#pragma once
+
+#include "../../entmax.h"
+#include "token_list.cuh"
+
+namespace entmaxkv::cuda {
+
+struct Scratch {
+  Entmax<double> entmax;  // of an alpha that all heads share
+
+  int capacity;  // tokens of the longest list, in whole tiles
+  int chunks;    // most chunks of a head's tokens with weight (values.cuh)
+  // Written by `scan`:
+  float* maxima;  // [batch, q_heads, capacity / 32] best score of each tile
+  float* scores;  // [batch, q_heads, capacity] by place in the list; `solve` puts weights here
+  // Written by `solve`:
+  uint32_t* pool_rows;   // [batch, q_heads, capacity] rows of the tokens with weight
+  float* near_scores;    // [batch, q_heads, capacity] near tokens, where they are many
+  int32_t* near_places;  // [batch, q_heads, capacity]
+  int32_t* supports;     // [batch, q_heads] number of tokens with weight, or kUndefinedHead
+  uint32_t* arrived;     // [batch, q_heads] chunks whose values are summed; starts at 0
+  // Written by `add_values`:
+  float* sums;  // [batch, q_heads, chunks, head_dim]
+
+  __device__ Entmax<double> entmax_of(const Alpha& alpha, int head) const {
+    return alpha.per_head ? Entmax<double>(alpha.of(head)) : entmax;
+  }
+
+  __host__ __device__ int tiles() const { return capacity / kTileRows; }
+
+  /// A head's tokens with weight, in the order of the list: weights [supports], and their rows in the pool [supports],
+  /// as TokenList::pool_row.
+  __device__ float* weights(int64_t head) const { return scores + head * capacity; }
+  __device__ uint32_t* rows(int64_t head) const { return pool_rows + head * capacity; }
+
+  /// Places the arrays one after the other from `memory` on. Returns how many bytes they take.
+  int64_t place(const SparseDecode& op, void* memory) {
+    const int64_t heads = int64_t{op.batch} * op.q_heads;
+    int64_t bytes = 0;
+    const auto take = [&](auto*& array, int64_t count) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(memory) + bytes);
+      bytes += (heads * count * 4 + 15) / 16 * 16;
+    };
+    take(maxima, tiles());
+    take(scores, capacity);
+    take(pool_rows, capacity);
+    take(near_scores, capacity);
+    take(near_places, capacity);
+    take(supports, 1);
+    take(arrived, 1);
+    take(sums, int64_t{chunks} * op.head_dim);
+    return bytes;
+  }
+};
+
+}  // namespace entmaxkv::cuda
