@@ -5,9 +5,12 @@ Kinds of keys:
 - normal: independent normal numbers.
 - clustered: normal numbers, each key correlated with the one before it.
 - outlier: as normal, but one channel is far from 0 in all keys.
+- equal: zeros, so that all tokens have the same weight.
+- wide: as normal, but the scores of the first query head hardly differ: of 131072 tokens about 40000 have weight for
+  it, and about fifty for each other head.
 - model: the keys of the shipped model on real text, with its queries and values (model_text.py).
 
-Queries and values of the first three kinds are independent normal numbers.
+Other queries and values are independent normal numbers.
 """
 
 import argparse
@@ -21,10 +24,11 @@ from torch import Tensor
 import entmaxkv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CORRELATION = {"normal": 0.0, "clustered": 0.97, "outlier": 0.0}  # between a key and the next
+CORRELATION = 0.97  # of clustered keys, between a key and the next
 OUTLIER = 30.0  # mean of the channel that is far from 0
+WIDE, OTHERS = 0.012, 0.8  # standard deviations of the queries: of the first query head, and of the others
 PAGE_SIZES = [8, 16, 32, 64, 128]
-KEYS = [*CORRELATION, "model"]
+KEYS = ["normal", "clustered", "outlier", "equal", "wide", "model"]
 
 
 @dataclass(frozen=True)
@@ -138,17 +142,23 @@ def drawn(case: Case, device: str, seed: int = 0) -> Inputs:
     torch.manual_seed(seed)
     batch, context, kv_heads, head_dim = case.batch, case.context, case.kv_heads, case.head_dim
     k = torch.randn(batch, context, kv_heads, head_dim, device=device)
-    if correlation := CORRELATION[case.keys]:
-        decay = correlation ** torch.arange(256.0, device=device)  # the weights of older keys are negligible
-        kernel = decay.flip(0) * (1 - correlation**2) ** 0.5
+    if case.keys == "clustered":
+        decay = CORRELATION ** torch.arange(256.0, device=device)  # the weights of older keys are negligible
+        kernel = decay.flip(0) * (1 - CORRELATION**2) ** 0.5
         series = k.permute(0, 2, 3, 1).reshape(-1, 1, context)
         series = torch.nn.functional.conv1d(torch.nn.functional.pad(series, (255, 0)), kernel.view(1, 1, -1))
         k = series.view(batch, kv_heads, head_dim, context).permute(0, 3, 1, 2)
     if case.keys == "outlier":
         k[..., head_dim // 3] += OUTLIER
+    if case.keys == "equal":
+        k.zero_()
     k = k.to(DTYPES[case.dtype]).contiguous()
     v = torch.randn_like(k)
-    return Inputs(torch.randn(batch, case.heads, head_dim, dtype=k.dtype, device=device), k, v)
+    q = torch.randn(batch, case.heads, head_dim, dtype=k.dtype, device=device)
+    if case.keys == "wide":
+        q *= OTHERS
+        q[:, 0] *= WIDE / OTHERS
+    return Inputs(q, k, v)
 
 
 def filled(case: Case, inputs: Inputs, *, room: int = 0) -> entmaxkv.PagedKVCache:

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
 constexpr int kSolveBlocks = 2;  // blocks of solve that share a multiprocessor
 
 __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch) {
+  wait_for_previous_kernel();
   auto& s_list = *reinterpret_cast<ListScores::Memory*>(dynamic_shared());
   const int64_t row = blockIdx.z;
   const int head = blockIdx.y, kv_head = head / op.group;
@@ -119,7 +120,6 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   const TokenList list(op, row, kv_head);
   const Entmax<double> entmax = scratch.entmax_of(op.alpha, head);
   const Entmax<float> in_float(entmax);
-  wait_for_previous_kernel();  // what is above does not depend on it
   // Where one window is all, each block of the team looks at all tiles. Then they know whether the near tiles are so
   // few that the first block takes them alone.
   Team team = Team::blocks(cluster::size()), block = Team::block();
