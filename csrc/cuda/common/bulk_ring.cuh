@@ -1,8 +1,13 @@
 // A ring of slots like that of ring.cuh, for rows that follow each other in memory in runs, as in a page: the GPU's
-// copy engine brings a run by one instruction of one lane. It needs compute capability 9.0.
+// copy engine brings a run by one instruction of one lane. It needs compute capability 9.0. For others the code is
+// empty, and nobody launches it.
 #pragma once
 
 #include "ring.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define ENTMAXKV_BULK_COPIES
+#endif
 
 namespace entmaxkv::cuda {
 
@@ -43,7 +48,7 @@ struct BulkRing {
 
   /// Prepares the slots; no copy may be in flight.
   static __device__ void begin() {
-#ifndef EMULATE_CUDA
+#ifdef ENTMAXKV_BULK_COPIES
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
       for (int nth = 0; nth < kSlots; ++nth) {
@@ -63,25 +68,30 @@ struct BulkRing {
   /// Starts to copy 32 rows into a slot. Lane i passes row i.
   static __device__ void load(int nth, const Row& row, int) {
     Slot& to = slot(nth);
-    const int lane = threadIdx.x % 32;
+    [[maybe_unused]] const int lane = threadIdx.x % 32;
     uint4* words = to.words + lane * Slot::kWords;
 #ifdef EMULATE_CUDA
     if (row.address) memcpy(words, row.address, kRowBytes);
-#else
+#endif
+#ifdef ENTMAXKV_BULK_COPIES
     const uint32_t rows = __popc(__ballot_sync(kAllLanes, row.address != nullptr)), barrier = address(&to.barrier);
     if (lane == 0) {
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(rows * kRowBytes)
                    : "memory");
     }
     if (row.address && lane % row.run == 0) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       address(words)),
-                   "l"(row.address), "r"(row.run * kRowBytes), "r"(barrier)
-                   : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+          "%4;" ::"r"(address(words)),
+          "l"(row.address), "r"(row.run * kRowBytes), "r"(barrier), "l"(read_once())
+          : "memory");
     }
 #endif
     if (!row.address) {
       for (int word = 0; word < Slot::kWords; ++word) words[word] = {~0u, ~0u, ~0u, ~0u};
+#ifdef ENTMAXKV_BULK_COPIES
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the next copy into this slot
+#endif
     }
   }
 
@@ -89,7 +99,7 @@ struct BulkRing {
 
   /// Waits for the rows of the nth tile, which are in slot `at`.
   static __device__ void wait([[maybe_unused]] int n, [[maybe_unused]] int at) {
-#ifndef EMULATE_CUDA
+#ifdef ENTMAXKV_BULK_COPIES
     uint32_t done = 0;
     while (!done) {
       asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -102,7 +112,7 @@ struct BulkRing {
   }
 
  private:
-#ifndef EMULATE_CUDA
+#ifdef ENTMAXKV_BULK_COPIES
   static __device__ uint32_t address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   }
