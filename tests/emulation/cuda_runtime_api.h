@@ -1,7 +1,7 @@
-// The part of CUDA that the kernels of csrc/cuda use, for a C++ compiler. The kernels then run on the CPU: one block
-// after the other, each thread of a block on a stack of its own (emulation.cpp). The emulation finds wrong results,
-// deadlocks, and warp functions that not all lanes call. It does not find races or reads of uninitialised shared
-// memory. Every cluster has one block, and there are no dependent launches.
+// The part of CUDA that the kernels of csrc/cuda use, for a C++ compiler. The kernels then run on the CPU: one cluster
+// after the other, its blocks in turns, each thread of a block on a stack of its own (emulation.cpp). The emulation
+// finds wrong results, deadlocks, warp functions that not all lanes call, and uses of the shared memory of a block that
+// does not run. It does not find races or reads of uninitialised shared memory. There are no dependent launches.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #define __global__
 #define __host__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time
+#define __shared__ static thread_local  // each block of a cluster has an OS thread
 
 struct dim3 {
   unsigned x, y, z;
@@ -43,8 +43,8 @@ namespace emulation {
 
 enum class Call { kNone, kSync, kShuffle, kShuffleUp, kShuffleXor, kBallot, kReduce, kMma, kLoad };
 
-/// Runs a grid to its end.
-void run(dim3 grid, int threads, const std::function<void()>& kernel);
+/// Runs a grid to its end. Each `cluster` blocks with successive blockIdx.x are a cluster.
+void run(dim3 grid, int threads, int cluster, const std::function<void()>& kernel);
 
 /// Deposits a value and waits for all lanes of the warp; returns the 32 values, valid until the next call.
 const uint64_t* exchange(Call call, uint64_t value);
@@ -62,9 +62,65 @@ inline int lane() { return threadIdx.x % 32; }
 
 /// Returns memory that is large enough for any block.
 inline uint4* dynamic_shared() {
-  static uint4 memory[(256 << 10) / sizeof(uint4)];
+  __shared__ uint4 memory[(256 << 10) / sizeof(uint4)];
   return memory;
 }
+
+/// What threads wait for: when all members have arrived, the next generation begins. Shared memory may hold it, so it
+/// has no constructor.
+struct Barrier {
+  int members, arrived;
+  long generation;
+};
+
+/// The functions of csrc/cuda/common/cluster.cuh.
+namespace cluster {
+
+int rank();
+int size();
+void arrive();
+void wait();
+
+/// Returns the address of the copy of a shared variable that block `rank` has.
+void* copy_of(int rank, const void* shared);
+
+template <typename T>
+T& of(int rank, T& shared) {
+  return *static_cast<T*>(copy_of(rank, &shared));
+}
+
+class Mailbox {
+ public:
+  void open() {
+    round_ = {size(), 0, 0};
+    missing_ = 0;
+  }
+
+  template <typename T>
+  void send(int rank, T& to, const T& value) {
+    of(rank, to) = value;
+    of(rank, *this).receive(sizeof(T));
+  }
+
+  void raise(int rank, uint32_t& to, uint32_t value) { send(rank, to, std::max(of(rank, to), value)); }
+  void add(int rank, unsigned long long& to, unsigned long long value) { send(rank, to, of(rank, to) + value); }
+
+  void announce(int rank, int bytes) {
+    Mailbox& there = of(rank, *this);
+    ++there.round_.arrived;
+    there.receive(-bytes);
+  }
+
+  void wait(int round);
+
+ private:
+  void receive(int bytes);
+
+  Barrier round_;
+  int missing_;  // bytes that are announced and have not arrived, in this round
+};
+
+}  // namespace cluster
 
 }  // namespace emulation
 
@@ -99,7 +155,12 @@ struct cudaLaunchConfig_t {
 
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... params) {
-  emulation::run(config->gridDim, static_cast<int>(config->blockDim.x), [&] { kernel(params...); });
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
+  }
+  emulation::run(config->gridDim, static_cast<int>(config->blockDim.x), static_cast<int>(cluster),
+                 [&] { kernel(params...); });
   return cudaSuccess;
 }
 
@@ -116,8 +177,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kMultiprocessors = 3;  // few, so that a block of a fixed grid has several parts of the work
-  constexpr int kMajor = 9;            // with clusters, of one block each
+  // Enough for a cluster of eight blocks, and so few that a block of a fixed grid has several parts of the work.
+  constexpr int kMultiprocessors = 8;
+  constexpr int kMajor = 9;  // with clusters
   constexpr int kSharedBytes = 99 << 10;
   *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
            : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor

@@ -14,14 +14,11 @@ namespace entmaxkv::cuda::cluster {
 constexpr int kMostBlocks = 8;  // the largest cluster that every GPU with clusters supports
 
 /// Returns the largest number of blocks that a cluster may have on the current device.
-inline int most_blocks() {
-#ifdef EMULATE_CUDA
-  return 1;
-#else
-  return is_hopper_or_later() ? kMostBlocks : 1;
-#endif
-}
+inline int most_blocks() { return is_hopper_or_later() ? kMostBlocks : 1; }
 
+#ifdef EMULATE_CUDA
+using namespace emulation::cluster;  // tests/emulation
+#else
 #ifdef ENTMAXKV_CLUSTERS
 __device__ inline int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
@@ -47,12 +44,6 @@ __device__ T& of(int, T& shared) {
   return shared;
 }
 #endif
-
-/// Does for the cluster what __syncthreads does for a block. All threads of the cluster call.
-__device__ inline void sync() {
-  arrive();
-  wait();
-}
 
 /// An mbarrier that counts the bytes which the blocks of a cluster send to this block. In each round every block,
 /// including this one, sends values and announces how many bytes they are; wait() returns when all have arrived. This
@@ -149,5 +140,12 @@ class Mailbox {
  private:
   [[maybe_unused]] uint64_t barrier_;
 };
+#endif
+
+/// Does for the cluster what __syncthreads does for a block. All threads of the cluster call.
+__device__ inline void sync() {
+  arrive();
+  wait();
+}
 
 }  // namespace entmaxkv::cuda::cluster
