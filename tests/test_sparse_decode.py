@@ -116,6 +116,19 @@ def test_tokens_without_weight_change_no_bit(device, alpha, spread):
         torch.testing.assert_close(got[:3], want[:3], rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_few_heads_with_many_tokens(device, alpha, group):
+    """On a GPU the blocks of a cluster then solve a head together: here eight, or four in the emulation."""
+    cache = make_cache([9000], page_size=16, kv_heads=1, dtype=torch.bfloat16, device=device)
+    q = make_query(1, group, 64, torch.bfloat16, device) * 0.0003
+    got = cache.dense(q, alpha)
+    assert got.support.max() > 2048
+    check_decode(cache, q, got, alpha=alpha)
+    everything = selection([torch.ones(1, 9000, dtype=torch.bool)], 9000, device)
+    assert_same_bits(cache.sparse(q, *everything, alpha, by_token=True)[:3], got[:3])
+
+
 def test_a_selection_that_holds_the_support_gives_the_dense_result(device):
     cache, q = (
         make_cache([2000], page_size=16, kv_heads=1, device=device),
