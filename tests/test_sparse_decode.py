@@ -119,7 +119,7 @@ def test_tokens_without_weight_change_no_bit(device, alpha, spread):
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_few_heads_with_many_tokens(device, alpha, group):
-    """On a GPU the blocks of a cluster then solve a head together: here eight, or four in the emulation."""
+    """The CUDA kernel then solves a head by the blocks of a cluster: eight, or four in the emulation with group 4."""
     cache = make_cache([9000], page_size=16, kv_heads=1, dtype=torch.bfloat16, device=device)
     q = make_query(1, group, 64, torch.bfloat16, device) * 0.0003
     got = cache.dense(q, alpha)
