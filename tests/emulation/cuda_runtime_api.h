@@ -298,8 +298,6 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
-inline float __powf(float base, float exponent) { return std::pow(base, exponent); }
-
 inline float __fsub_rd(float a, float b) {
   const double difference = static_cast<double>(a) - b;
   const auto rounded = static_cast<float>(difference);
