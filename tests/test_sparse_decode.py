@@ -96,6 +96,14 @@ def test_what_dense_decoding_leaves_out_has_no_weight(device, alpha, keys):
         assert_same_bits(cache.dense(q, alpha), want)
 
 
+def assert_same_on_a_gpu(device, got, want):
+    """The same bits from the CUDA kernel; nearly the same numbers from the CPU kernel."""
+    if device == "cuda" or "ENTMAXKV_EMULATION" in os.environ:
+        assert_same_bits(got, want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("spread", [0.003, 0.02, 0.1, 1.0])
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_tokens_without_weight_change_no_bit(device, alpha, spread):
@@ -110,10 +118,7 @@ def test_tokens_without_weight_change_no_bit(device, alpha, spread):
     masks = [mask.view(2, 4, -1).any(1) for mask in near]
     got = cache.sparse(q, *selection(masks, 9000, device), alpha, by_token=True)
     want = cache.dense(q, alpha)
-    if device == "cuda" or "ENTMAXKV_EMULATION" in os.environ:
-        assert_same_bits(got[:3], want[:3])
-    else:
-        torch.testing.assert_close(got[:3], want[:3], rtol=1e-2, atol=1e-5)
+    assert_same_on_a_gpu(device, got[:3], want[:3])
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -127,6 +132,24 @@ def test_few_heads_with_many_tokens(device, alpha, group):
     check_decode(cache, q, got, alpha=alpha)
     everything = selection([torch.ones(1, 9000, dtype=torch.bool)], 9000, device)
     assert_same_bits(cache.sparse(q, *everything, alpha, by_token=True)[:3], got[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_with_weight_on_all_tokens(device, dtype):
+    """The CUDA kernel reads a value once for several such heads of a group. Beside others they get the same bits."""
+    cache = make_cache([5000], page_size=16, kv_heads=2, dtype=dtype, device=device)
+    q = make_query(1, 14, 64, dtype, device)
+    everywhere = [0, 2, 3, 5, 10, 12]  # heads of the two groups
+    flat = q.clone()
+    flat[:, everywhere] *= 1e-4
+    got = cache.dense(flat, 1.5)
+    assert (got.support == 5000).nonzero()[:, 1].tolist() == everywhere
+    check_decode(cache, flat, got, alpha=1.5)
+    for head in range(14):
+        alone = q.clone()
+        alone[:, head] = flat[:, head]
+        beside_others = cache.dense(alone, 1.5)
+        assert_same_on_a_gpu(device, *[[x[:, [head]] for x in result[:3]] for result in (beside_others, got)])
 
 
 def test_a_selection_that_holds_the_support_gives_the_dense_result(device):

@@ -98,16 +98,17 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks) decode_short(Sparse
           s_weights[to] = weight;
           s_rows[to] = pool_row;
         });
-    float sum = 0;
+    float sum[1] = {};
     for (int from = 0; from < support; from += ValueChunk<T>::kTokens) {
       const int count = min(ValueChunk<T>::kTokens, support - from);
       __syncthreads();  // the tokens before these have been read
-      s_chunk.fill(op, group.kv_head, s_weights + from, s_rows + from, count);
+      s_chunk.set_tokens(op, group.kv_head, s_rows + from, count);
+      s_chunk.set_weights(0, s_weights + from, count);
       __syncthreads();
-      sum += s_chunk.sum(op.head_dim, vectors, count);
+      s_chunk.add_to(sum, op.head_dim, vectors, count);
     }
     if (static_cast<int>(threadIdx.x) < op.head_dim) {
-      op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(support == kUndefinedHead ? kUndefined : sum);
+      op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(support == kUndefinedHead ? kUndefined : sum[0]);
     }
     __syncthreads();  // before the next head
   }

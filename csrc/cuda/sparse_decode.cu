@@ -6,8 +6,7 @@
 //   1. scan: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores,
 //      and the best score of each tile.
 //   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores. It
-//   finds
-//      the threshold, and lists the tokens with p > 0.
+//      finds the threshold, and lists the tokens with p > 0.
 //   3. add_values: all blocks divide the listed tokens of all heads and add up their values.
 // Near tokens, and all sums, depend on the head's tokens alone: not on other rows, on other tokens of the list, or on
 // the number of blocks. So a row always gets the same bits.
@@ -153,41 +152,108 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
 }
 
 constexpr int kValueBlocks = 3;  // blocks of add_values that share a multiprocessor
+/// Blocks per multiprocessor that the compiler must leave registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kValueOccupancy = 2;  // with 3, registers spill
+#else
+constexpr int kValueOccupancy = kValueBlocks;
+#endif
+constexpr int kSharers = 4;  // most heads for which a value is read once
+
+/// The heads for which a block adds up values: one head, or those of up to kSharers heads of a group that have weight
+/// on every token of the list. Such heads list the same tokens, so each value is read once for all of them. The first
+/// of them has the chunks of all.
+struct Sharers {
+  int first;        // counted over the heads of all rows
+  uint32_t others;  // bit i: head first + i is one of them
+  int support;
+
+  /// Returns whether a head has weight on every token of its list, and so many that it shares the reading.
+  static __device__ bool shares(const SparseDecode& op, const Scratch& scratch, int head) {
+    const int support = scratch.supports[head];
+    return support > kLeastValues && support == op.tokens[head / op.group];
+  }
+
+  /// Returns the number of chunks that a head has.
+  static __device__ int chunks_of(const SparseDecode& op, const Scratch& scratch, int head) {
+    const int support = scratch.supports[head];
+    if (support <= kLeastValues) return 1;
+    for (int other = head - place_of(op, head); other < head && shares(op, scratch, head); ++other) {
+      if (shares(op, scratch, other)) return 0;
+    }
+    return value_chunks_of(support);
+  }
+
+  /// The heads for which the block that has chunks of `head` adds up values.
+  __device__ Sharers(const SparseDecode& op, const Scratch& scratch, int head)
+      : first(head), others(0), support(scratch.supports[head]) {
+    if (!shares(op, scratch, head)) return;
+    const int count = min(kSharers - place_of(op, head), op.group - head % op.group);
+    for (int nth = 1; nth < count; ++nth) others |= uint32_t{shares(op, scratch, head + nth)} << nth;
+  }
+
+  /// Calls body(nth) for each head first + nth.
+  template <typename Body>
+  __device__ void visit(Body body) const {
+#pragma unroll 1
+    for (int nth = 0; nth < kSharers; ++nth) {
+      if (nth == 0 || others >> nth & 1) body(nth);
+    }
+  }
+
+ private:
+  /// Returns the place of a head among those that may share with it.
+  static __device__ int place_of(const SparseDecode& op, int head) { return head % op.group % kSharers; }
+};
 
 template <typename T>
-__global__ void __launch_bounds__(kTeamThreads, kValueBlocks)
+__global__ void __launch_bounds__(kTeamThreads, kValueOccupancy)
     add_values(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
-  __shared__ ValueChunk<T> s_chunk;
+  __shared__ ValueChunk<T, kSharers> s_chunk;
   __shared__ bool s_last;
   const int thread = threadIdx.x;
-  const auto chunks_of = [&](int at) { return value_chunks_of(scratch.supports[at]); };
+  const auto chunks_of = [&](int head) { return Sharers::chunks_of(op, scratch, head); };
   const auto work = WorkSplit::of_block<kTeamThreads>(op.batch * op.q_heads, chunks_of);
-  work.visit(chunks_of, [&](int at, int first_chunk, int chunks_here) {
-    const int64_t row = at / op.q_heads;
-    const int head = at % op.q_heads, kv_head = head / op.group;
-    const int support = scratch.supports[at], size = value_chunk_size(support), chunks = value_chunks_of(support);
-    const float* weights = scratch.weights(at);
-    const uint32_t* rows = scratch.rows(at);
-    const auto write = [&](float sum) {
+  work.visit(chunks_of, [&](int first_head, int first_chunk, int chunks_here) {
+    const Sharers sharers(op, scratch, first_head);
+    const int support = sharers.support, size = value_chunk_size(support), chunks = value_chunks_of(support);
+    const auto write = [&](int nth, float sum) {
       if (thread >= op.head_dim) return;
+      const int row = first_head / op.q_heads, head = first_head % op.q_heads + nth;
       op.out.at<T>(row, head)[thread] = from_float<T>(support == kUndefinedHead ? kUndefined : sum);
     };
-    float* sums = scratch.sums + int64_t{at} * scratch.chunks * op.head_dim + thread;
-    for (int chunk = first_chunk; chunk < first_chunk + chunks_here; ++chunk) {
+    const auto sum_of = [&](int nth, int chunk) {
+      return scratch.sums + (int64_t{first_head + nth} * scratch.chunks + chunk) * op.head_dim + thread;
+    };
+    const auto add_chunk = [&](int chunk, auto heads) {
+      constexpr int kHeads = decltype(heads)::value;
       const int end = min((chunk + 1) * size, support);
-      float total = 0;
-      for (int first = chunk * size; first < end; first += ValueChunk<T>::kTokens) {
-        const int count = min(ValueChunk<T>::kTokens, end - first);
+      float totals[kHeads] = {};
+#pragma unroll 1
+      for (int from = chunk * size; from < end; from += kLeastValues) {
+        const int count = min(kLeastValues, end - from);
         __syncthreads();  // the tokens before these have been read
-        s_chunk.fill(op, kv_head, weights + first, rows + first, count);
+        s_chunk.set_tokens(op, first_head % op.q_heads / op.group, scratch.rows(first_head) + from, count);
+        sharers.visit([&](int nth) { s_chunk.set_weights(nth, scratch.weights(first_head + nth) + from, count); });
         __syncthreads();
-        total += s_chunk.sum(op.head_dim, vectors, count);
+        s_chunk.template add_to<kHeads>(totals, op.head_dim, vectors, count);
       }
-      if (chunks == 1) {
-        write(total);
-      } else if (thread < op.head_dim) {
-        sums[int64_t{chunk} * op.head_dim] = total;
+#pragma unroll
+      for (int nth = 0; nth < kHeads; ++nth) {
+        if (chunks == 1) {
+          write(nth, totals[nth]);
+        } else if (thread < op.head_dim && (nth == 0 || sharers.others >> nth & 1)) {
+          *sum_of(nth, chunk) = totals[nth];
+        }
+      }
+    };
+#pragma unroll 1
+    for (int chunk = first_chunk; chunk < first_chunk + chunks_here; ++chunk) {
+      if (sharers.others == 0) {
+        add_chunk(chunk, std::integral_constant<int, 1>{});
+      } else {
+        add_chunk(chunk, std::integral_constant<int, kSharers>{});
       }
     }
     if (chunks == 1) return;
@@ -195,17 +261,19 @@ __global__ void __launch_bounds__(kTeamThreads, kValueBlocks)
     __threadfence();
     __syncthreads();
     if (thread == 0) {
-      s_last = atomicAdd(scratch.arrived + at, static_cast<uint32_t>(chunks_here)) + chunks_here ==
+      s_last = atomicAdd(scratch.arrived + first_head, static_cast<uint32_t>(chunks_here)) + chunks_here ==
                static_cast<uint32_t>(chunks);
     }
     __syncthreads();
     if (!s_last) return;
     __threadfence();
     if (thread >= op.head_dim) return;
-    float total = 0;
+    sharers.visit([&](int nth) {
+      float total = 0;
 #pragma unroll 16
-    for (int chunk = 0; chunk < chunks; ++chunk) total += __ldcg(sums + int64_t{chunk} * op.head_dim);
-    write(total);
+      for (int chunk = 0; chunk < chunks; ++chunk) total += __ldcg(sum_of(nth, chunk));
+      write(nth, total);
+    });
   });
 }
 
