@@ -6,7 +6,7 @@
 //   1. attend: the warps of a fixed grid share the chunks of all lists (chunks.cuh). A warp multiplies tiles of 32
 //      tokens, first keys and then values. It keeps the best score of the chunk so far, and the mass and the value sums
 //      relative to that score.
-//   2. merge: a block per (row, query head, 16 dimensions) adds up the chunks in a fixed order, and counts the tokens
+//   2. merge: a block per (row, query head, some dimensions) adds up the chunks in a fixed order, and counts the tokens
 //      with weight. It scores a chunk's tokens again if only some of them have weight.
 #include "common/fast_math.cuh"
 #include "sparse_decode/chunks.cuh"
@@ -132,16 +132,18 @@ __device__ void load_queries(const SparseDecode& op, const Chunk& chunk, Queries
   }
 }
 
-template <typename T, typename Layout>
-__global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
+template <typename Memory>
+__global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
     attend(SparseDecode op, Scratch scratch, bool by_counter) {
   wait_for_previous_kernel();
-  using Memory = WarpMemory<T, Layout>;
+  using T = typename Memory::T;
+  using Layout = typename Memory::Layout;
   Memory& s_warp = reinterpret_cast<Memory*>(dynamic_shared())[threadIdx.x / 32];
+  for (auto& slot : s_warp.slots) slot.open();
   Loader<Memory> loader(op, by_counter ? scratch.taken : nullptr, s_warp);
-  int nth_slot = 0;
-  int64_t queries_of = -1;  // the first query head in shared memory, counted over all rows
-#pragma unroll 1            // one copy of the code of each step
+  int nth_slot = 0, turn = -1;  // the slot that is read next, and how many times all slots have been read
+  int64_t queries_of = -1;      // the first query head in shared memory, counted over all rows
+#pragma unroll 1                // one copy of the code of each step
   for (int n = 0;; ++n) {
     const Chunk& chunk = s_warp.chunk(n);
     if (!chunk.is_there()) break;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
         load_queries(op, chunk, s_warp.q);
         queries_of = first_head;
       }
-      if (step >= 0) wait_for_copies<Memory::kSlots - 1>();
+      if (step >= 0) slot.template wait<Memory::kSlots>(turn);
       __syncwarp();  // the other lanes' copies have arrived, too
       if (keys) {
         scores = tile_products(slot, s_warp.q, chunk.group.heads, s_warp.exchange);
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
       }
       __syncwarp();  // all lanes have read the slot
       loader.load(slot);
-      if (++nth_slot == Memory::kSlots) nth_slot = 0;
+      if (++nth_slot == Memory::kSlots) nth_slot = 0, ++turn;
       if (!keys) continue;
       scoring.score(chunk.list, tile, scores);
       const float factor = running.take(scores, chunk.list.tokens - tile * kTileRows);
@@ -187,45 +189,30 @@ __global__ void __launch_bounds__(32 * kMostWarps<WarpMemory<T, Layout>>, 1)
   }
 }
 
-constexpr int kMergeThreads = 128, kMergeDims = 16;
+constexpr int kMergeThreads = 256;
 
-/// The scores of some chunks of a head, and their value sums in four dimensions relative to the best score.
-struct Part : Scores {
-  float sums[4];
+/// How the threads of `merge` divide the chunks of a head: in turn among so many rows of threads. Few chunks have fewer
+/// rows, so that a block has more dimensions: the blocks of a large batch then are no more than run at once.
+struct MergeRows {
+  int count;
 
-  static __device__ Part none() { return {Scores::none(), {}}; }
+  __host__ __device__ explicit MergeRows(int chunks) : count(chunks <= kTargetChunks ? 8 : 32) {}
 
-  /// Makes mass and sums relative to a score that is at least the best.
-  __device__ void move_to(float score) {
-    const float factor = rescaling(best, score);
-    best = score;
-    mass *= factor;
-    for (float& sum : sums) sum *= factor;
-  }
-
-  /// Adds a part that is relative to the same score.
-  __device__ void add(const Part& other) {
-    least = fminf(least, other.least);
-    mass += other.mass;
-    for (int i = 0; i < 4; ++i) sums[i] += other.sums[i];
-  }
-
-  friend __device__ Part operator+(Part a, Part b) {
-    const float score = fmaxf(a.best, b.best);
-    a.move_to(score);
-    b.move_to(score);
-    a.add(b);
-    return a;
-  }
+  /// Returns how many times four dimensions a block has.
+  __host__ __device__ int words() const { return kMergeThreads / count; }
 };
 
+__device__ inline float4 fma(float factor, const float4& x, const float4& sum) {
+  return {fmaf(factor, x.x, sum.x), fmaf(factor, x.y, sum.y), fmaf(factor, x.z, sum.z), fmaf(factor, x.w, sum.w)};
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scratch scratch) {
+__global__ void __launch_bounds__(kMergeThreads, 4) merge(SparseDecode op, Scratch scratch) {
   wait_for_previous_kernel();
   constexpr int kWarps = kMergeThreads / 32;
-  constexpr int kWords = kMergeDims / 4, kAcross = kMergeThreads / kWords;  // the block adds kAcross chunks at once
-  constexpr int kBatch = 8;
-  __shared__ Part s_parts[kWarps][kWords];
+  constexpr int kBatch = 8;  // chunks whose sums a thread loads at once
+  __shared__ float s_factors[kMergeThreads];
+  __shared__ float4 s_sums[kWarps][32];
   __shared__ uint32_t s_divided[kWarps];
   const int64_t row = blockIdx.z;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = blockIdx.x;
@@ -234,46 +221,61 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   const TokenList list(op, row, kv_head);
   const int size = chunk_size(list.tokens), chunks = ceil_div(list.tokens, size);
   const Scores* scores = scratch.scores + at * scratch.chunks;
-  const int first_dim = part * kMergeDims + thread % kWords * 4;
+  const MergeRows rows(chunks);
+  const int words = rows.words(), own_row = thread / words, first_dim = (part * words + thread % words) * 4;
   const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
-
-  Part own = Part::none();
-#pragma unroll 1
-  for (int first = thread / kWords; first < chunks; first += kBatch * kAcross) {
-    Part parts[kBatch];
+  float4 batch[kBatch];
+  const auto load = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // all loads come before the first use
-      const int n = first + i * kAcross;
-      parts[i] = Part::none();
-      if (n < chunks) static_cast<Scores&>(parts[i]) = scores[n];
+    for (int i = 0; i < kBatch; ++i) {
+      const int n = first + i * rows.count;
+      batch[i] = {0, 0, 0, 0};
       if (n < chunks && first_dim < scratch.dims) {
-        const float4 four = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
-        memcpy(parts[i].sums, &four, sizeof(four));
+        batch[i] = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
       }
     }
-    float score = own.best;
+  };
+  load(own_row);  // while the scores are on their way
+  float best = kNothing, least = -kNothing;
+#pragma unroll 1
+  for (int n = thread; n < chunks; n += kMergeThreads) {
+    best = fmaxf(best, scores[n].best);
+    least = fminf(least, scores[n].least);
+  }
+  best = reduce<kMergeThreads>(best, [](float a, float b) { return fmaxf(a, b); });
+  least = reduce<kMergeThreads>(least, [](float a, float b) { return fminf(a, b); });
+  float mass = 0;
+  float4 total = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int first = 0; first < chunks; first += kMergeThreads) {
+    __syncthreads();  // the factors of the chunks before these have been read
+    s_factors[thread] = 0;
+    if (const int n = first + thread; n < chunks) {
+      s_factors[thread] = rescaling(scores[n].best, best);
+      mass += s_factors[thread] * scores[n].mass;
+    }
+    __syncthreads();
+    const int end = min(chunks - first, kMergeThreads);
+#pragma unroll 1
+    for (int n = own_row; n < end; n += kBatch * rows.count) {
 #pragma unroll
-    for (const Part& chunk : parts) score = fmaxf(score, chunk.best);
-    own.move_to(score);
-#pragma unroll
-    for (Part& chunk : parts) {
-      chunk.move_to(score);
-      own.add(chunk);
+      for (int i = 0; i < kBatch; ++i) total = fma(s_factors[n + i * rows.count], batch[i], total);
+      load(first + n + kBatch * rows.count);
     }
   }
-#pragma unroll
-  for (int distance = kWords; distance < 32; distance *= 2) own = own + cuda::shuffle_xor(own, distance);
-  if (lane < kWords) s_parts[warp][lane] = own;
+  mass = sum<kMergeThreads>(mass);
+#pragma unroll 1
+  for (int distance = words; distance < 32; distance *= 2) total = fma(1, shuffle_xor(total, distance), total);
+  s_sums[warp][lane] = total;
   __syncthreads();
-  Part all = s_parts[0][thread % kWords];
-#pragma unroll
-  for (int other = 1; other < kWarps; ++other) all = all + s_parts[other][thread % kWords];
-  const float best = all.best, mass = all.mass;
   const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is NaN
-  if (thread < kWords) {
+  if (thread < words) {
+#pragma unroll
+    for (int other = 1; other < kWarps; ++other) total = fma(1, s_sums[other][lane], total);
+    const float of_dims[] = {total.x, total.y, total.z, total.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float out = undefined ? kUndefined : list.tokens > 0 ? all.sums[i] / mass : 0;
+      const float out = undefined ? kUndefined : list.tokens > 0 ? of_dims[i] / mass : 0;
       if (first_dim + i < op.head_dim) op.out.at<T>(row, head)[first_dim + i] = from_float<T>(out);
     }
   }
@@ -283,7 +285,7 @@ __global__ void __launch_bounds__(kMergeThreads, 5) merge(SparseDecode op, Scrat
   }
 
   const auto has_weight = [&](float score) { return expf(score - best) / mass > 0; };
-  if (list.tokens == 0 || has_weight(all.least)) {  // nearly always
+  if (list.tokens == 0 || has_weight(least)) {  // nearly always
     if (part == 0 && thread == 0) op.support[at] = list.tokens;
     return;
   }
@@ -335,19 +337,28 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   const int64_t chunks = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks;
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
-    dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      using Memory = WarpMemory<T, decltype(layout)>;
+    const auto attend_with = [&](auto slot) {
+      using Memory = WarpMemory<decltype(slot)>;
       const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
       const int blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
       const int warps =
           static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
       const bool by_counter = chunks >= 2 * int64_t{blocks} * warps;  // else even parts lose less than the memset takes
       if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
-      launch(name, attend<T, decltype(layout)>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op,
-             scratch, by_counter);
+      launch(name, attend<Memory>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op, scratch,
+             by_counter);
+    };
+    dispatch_layout(op.head_dim, vectors, [&](auto layout) {
+      using Layout = decltype(layout);
+      if constexpr (sizeof(T) == 2 && Layout::kVectors) {
+        const bool in_runs = is_hopper_or_later() && op.head_dim == Layout::kDims && !op.selection.by_token &&
+                             op.k_pages.stride[2] == op.head_dim && op.v_pages.stride[2] == op.head_dim;
+        if (in_runs) return attend_with(RunSlot<T, Layout>{});
+      }
+      attend_with(WordSlot<T, Layout>{});
     });
-    launch(name, merge<T>, {dim3(ceil_div(op.head_dim, kMergeDims), op.q_heads, op.batch), kMergeThreads}, stream, op,
-           scratch);
+    const int parts = ceil_div(scratch.dims, MergeRows(scratch.chunks).words() * 4);
+    launch(name, merge<T>, {dim3(parts, op.q_heads, op.batch), kMergeThreads}, stream, op, scratch);
   });
 }
 

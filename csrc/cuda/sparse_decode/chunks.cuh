@@ -93,15 +93,15 @@ class Work {
 };
 
 /// What a warp of `attend` has in shared memory.
-template <typename TheT, typename TheLayout>
+template <typename TheSlot>
 struct WarpMemory {
-  using T = TheT;
-  using Layout = TheLayout;
-  static constexpr int kSlotBytes = sizeof(Slot<T, Layout>);
-  static constexpr int kSlots = std::clamp((16 << 10) / kSlotBytes, 1, 4);
+  using Slot = TheSlot;
+  using T = typename Slot::T;
+  using Layout = typename Slot::Layout;
+  static constexpr int kSlots = std::clamp((16 << 10) / (kTileRows * Slot::kWords * 16), 1, 4);
   static constexpr int kAhead = 4;  // more than the chunks that kSlots tiles can lie in
 
-  Slot<T, Layout> slots[kSlots];
+  Slot slots[kSlots];
   Queries<T, Layout> q;
   [[no_unique_address]] Exchange<T> exchange;
   Chunk chunks[kAhead];  // from the chunk that is being added up to the chunk that is being loaded
@@ -114,28 +114,6 @@ struct WarpMemory {
 template <typename Memory>
 constexpr int kMostWarps =
     std::min(Memory::Layout::kRounds == 8 ? 8 : 12, static_cast<int>((227 << 10) / sizeof(Memory)));
-
-/// Starts to copy 32 rows, as Slot::load does, in longer code of fewer instructions. Lane i passes the address of row
-/// i. All lanes call.
-template <typename T, typename Layout>
-__device__ void load_rows(Slot<T, Layout>& slot, const T* row, int head_dim) {
-  constexpr int kWords = Slot<T, Layout>::kWords, kCount = 16 / sizeof(T);
-  if constexpr (!Layout::kVectors || kWords > 32) {
-    slot.load(row, head_dim);
-  } else {
-    constexpr int kAtOnce = 32 / kWords;
-    const int lane = threadIdx.x % 32, first = lane / kWords, nth = lane % kWords;
-    const auto address = reinterpret_cast<unsigned long long>(row);
-    const bool valid = nth * kCount < head_dim;
-#pragma unroll 8
-    for (int i = 0; i < kWords; ++i) {
-      const int begin = i * kAtOnce;  // has no bit that `first` has
-      const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, begin + first));
-      stream_async(slot.words[begin * kWords + first * kWords + (nth ^ first ^ (begin & 7))], its_row + nth * kCount,
-                   valid);
-    }
-  }
-}
 
 /// Takes a warp's chunks, and loads their tiles into its slots: the keys of a tile, its values, the keys of the next
 /// tile, ...
@@ -151,16 +129,15 @@ class Loader {
   }
 
   /// Starts to copy the next 32 rows into a slot. All lanes call.
-  template <typename Slot>
-  __device__ void load(Slot& slot) {
+  __device__ void load(typename Memory::Slot& slot) {
     const Chunk& chunk = s_warp_.chunk(chunk_);
     if (!values_ && tile_ + 1 == chunk.last) ask();
     if (tile_ < chunk.last) {
-      const Rows& rows = values_ ? op_.v_pages : op_.k_pages;
-      load_rows(slot, chunk.list.template row<typename Memory::T>(rows, chunk.group.kv_head, page_, in_page_),
-                op_.head_dim);
+      const TokenList& list = chunk.list;
+      slot.load({list, values_ ? op_.v_pages : op_.k_pages, chunk.group.kv_head, op_.head_dim, page_, in_page_,
+                 (tile_ + 1) * kTileRows <= list.tokens});
     }
-    commit_copies();
+    slot.end_load();
     if (values_ && chunk.is_there()) {
       if (++tile_ == chunk.last) {
         ++chunk_;

@@ -5,6 +5,7 @@
 
 #include "../common/matrix_product.cuh"
 #include "../common/reduce.cuh"
+#include "tile_slots.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -12,7 +13,7 @@ namespace entmaxkv::cuda {
 struct TileScores {
   float of[8] = {};
 
-  static __device__ int token(int i) { return i / 2 * 8 + i % 2 * 4 + static_cast<int>(threadIdx.x % 4); }
+  static __device__ int token(int i) { return static_cast<int>(threadIdx.x % 4) * 8 + i % 2 * 4 + i / 2; }
 };
 
 /// Shared memory in which fp32 kernels exchange the scores of a tile. kTileRows + 4 puts neighbouring heads into
@@ -26,14 +27,10 @@ struct Exchange<float> {
   __device__ float& own(int i) { return of[threadIdx.x % 32 / 4][TileScores::token(i)]; }
 };
 
-/// Returns the order in which tile_products and Sums::add take rows 0 ... 7. Lanes that read together, four lanes for
-/// each of two rows or one lane for each of eight, then read different banks (Slot::index).
-__device__ inline int spread(int n) { return n / 2 + n % 2 * 4; }
-
 /// Returns the products of a tile with the queries. Tensor cores multiply Q K^T, with heads as M and tokens as N; half
 /// of M is not used. All lanes call.
-template <typename T, typename Layout>
-__device__ TileScores tile_products(const Slot<T, Layout>& slot, const Queries<T, Layout>& q, int heads,
+template <typename Slot, typename T, typename Layout>
+__device__ TileScores tile_products(const Slot& slot, const Queries<T, Layout>& q, int heads,
                                     [[maybe_unused]] Exchange<T>& s_exchange) {
   TileScores scores;
   const int lane = threadIdx.x % 32;
@@ -52,7 +49,7 @@ __device__ TileScores tile_products(const Slot<T, Layout>& slot, const Queries<T
       const uint4 of_round = queries[4 * round];
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const uint4& keys = slot.word(i * 4 + spread(lane / 4), round);
+        const uint4& keys = slot.word(lane / 4 * 4 + i / 2, round);
         float d[2][4];
         multiply_fragments<T>(d[0], {of_round.x, 0, of_round.y, 0}, keys.x, keys.y);
         multiply_fragments<T>(d[1], {of_round.z, 0, of_round.w, 0}, keys.z, keys.w);
@@ -76,17 +73,18 @@ struct Sums {
   float of[kCount] = {};  // of[2 i + j]: dimension 8 i + lane / 4 and head 2 (lane % 4) + j
 
   /// Adds a tile's values times their weights. All lanes call.
-  __device__ void add(const Slot<T, Layout>& slot, const TileScores& weights, Exchange<T>&) {
+  template <typename Slot>
+  __device__ void add(const Slot& slot, const TileScores& weights, Exchange<T>&) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       uint32_t high[2], low[2];  // weight = high + low, with twice the bits of T
 #pragma unroll
       for (int k = 0; k < 2; ++k) split(weights.of + i + 2 * k, high[k], low[k]);
-      const int row = i * 4 + lane / 16 * 8 + spread(lane % 8), word = lane / 8 % 2;
+      const int row = lane % 8 * 4 + i / 2 + lane / 16, word = lane / 8 % 2;
 #pragma unroll
       for (int fragment = 0; fragment < kFragments; ++fragment) {
-        const uint4 values = load_transposed(slot.words[slot.index(row, 2 * fragment ^ word)]);
+        const uint4 values = load_transposed(slot.words[slot.index(row, 2 * fragment + word)]);
         float (&sums)[4] = *reinterpret_cast<float (*)[4]>(of + 4 * fragment);
         multiply_fragments<T>(sums, values, high[0], high[1], sums);
         multiply_fragments<T>(sums, values, low[0], low[1], sums);
@@ -138,13 +136,14 @@ struct Sums {
 /// a row has only kAcross = 16 words, half of the lanes take every other four tokens, and write adds the halves.
 template <typename Layout>
 struct Sums<float, Layout> {
-  static constexpr int kWords = Slot<float, Layout>::kWords, kAcross = std::min(kWords, 32);
+  static constexpr int kWords = Layout::kDims / 4, kAcross = std::min(kWords, 32);
   static constexpr int kParts = kWords / kAcross;
   static constexpr int kCount = kParts * kTileHeads * 4;
   static constexpr float kUnit = 1;
   float of[kCount] = {};
 
-  __device__ void add(const Slot<float, Layout>& slot, const TileScores& weights, Exchange<float>& s_exchange) {
+  template <typename Slot>
+  __device__ void add(const Slot& slot, const TileScores& weights, Exchange<float>& s_exchange) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 8; ++i) s_exchange.own(i) = weights.of[i];

@@ -1,0 +1,83 @@
+// Copies from global to shared memory by the GPU's copy engine: one lane's instruction copies any multiple of 16 bytes.
+// They need compute capability 9.0. For others the code is empty, and nobody launches it.
+#pragma once
+
+#include "copy.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define ENTMAXKV_BULK_COPIES
+#endif
+
+namespace entmaxkv::cuda {
+
+/// A barrier in shared memory that counts the bytes which have arrived. Its phases follow each other: in each, the
+/// bytes are announced and copied, and then somebody waits for them.
+class alignas(16) CopyBarrier {
+ public:
+  /// Prepares the barrier. One lane calls, and then fence.
+  __device__ void open() {
+#ifdef ENTMAXKV_BULK_COPIES
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&word_)) : "memory");
+#endif
+  }
+
+  /// Makes the barriers that this lane has opened known to the copy engine.
+  static __device__ void fence() {
+#ifdef ENTMAXKV_BULK_COPIES
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+
+  /// Announces all bytes of a phase. One lane calls.
+  __device__ void announce([[maybe_unused]] uint32_t bytes) {
+#ifdef ENTMAXKV_BULK_COPIES
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&word_)), "r"(bytes)
+                 : "memory");
+#endif
+  }
+
+  /// Starts to copy bytes that are read once. `from` and `to` are multiples of 16 bytes, and so is `bytes`.
+  __device__ void copy(uint4* s_to, const void* from, uint32_t bytes) {
+#ifdef EMULATE_CUDA
+    memcpy(s_to, from, bytes);
+#endif
+#ifdef ENTMAXKV_BULK_COPIES
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(address(s_to)),
+        "l"(from), "r"(bytes), "r"(address(&word_)), "l"(read_once())
+        : "memory");
+#endif
+  }
+
+  /// Waits until the bytes of the nth phase have arrived. Any thread may call, before the phase after the next.
+  __device__ void wait([[maybe_unused]] int nth) const {
+#ifdef ENTMAXKV_BULK_COPIES
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(done)
+                   : "r"(address(&word_)), "r"(nth % 2)
+                   : "memory");
+    }
+#endif
+  }
+
+ private:
+#ifdef ENTMAXKV_BULK_COPIES
+  static __device__ uint32_t address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  }
+#endif
+
+  uint64_t word_;
+};
+
+/// Orders this lane's writes to shared memory before later copies to the same place.
+__device__ inline void fence_before_copies() {
+#ifdef ENTMAXKV_BULK_COPIES
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+}  // namespace entmaxkv::cuda
