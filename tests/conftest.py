@@ -382,8 +382,24 @@ def hostile_calls(wrong: int | None, device: str) -> list[tuple]:
     return calls
 
 
+def disordered_calls(disorder: bool, device: str) -> list[tuple]:
+    """Decode calls for long lists of pages: op, arguments. With disorder, row 0 begins with its last page, which is
+    not full."""
+    calls: list[tuple] = []
+    for alpha, dtype in itertools.product((1.0, 1.5), (torch.float32, torch.bfloat16)):
+        cache = make_cache([4498, 700], dtype=dtype, device=device)
+        q = make_query(2, 4, 64, dtype, device)
+        pages = selection([torch.ones(2, -(-n // 16), dtype=torch.bool) for n in (4498, 700)], 600, device)
+        if disorder:
+            pages[0][0, :, :282] = pages[0][0, :, :282].roll(1, -1)
+        calls.append(
+            ("sparse_decode", q, cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens, *pages, alpha)
+        )
+    return calls
+
+
 def check_hostile(good: tuple[Tensor, ...], wrong: tuple[Tensor, ...]) -> None:
-    """Results of one of hostile_calls without a wrong number, and with one."""
+    """Results of one of hostile_calls or disordered_calls, first without what is wrong."""
     assert wrong[0][0].isnan().all() and wrong[1][0].isnan().all() and not wrong[2][0].any()
     assert_same_bits([x[1] for x in wrong], [x[1] for x in good])
 

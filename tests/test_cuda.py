@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import (
     check_decode,
     check_hostile,
     check_wrong_alpha,
+    disordered_calls,
     draw,
     hard_selections,
     hostile_calls,
@@ -340,9 +342,18 @@ def test_a_wrong_alpha_of_a_head_ends_in_nan(alpha):
         check_wrong_alpha(call, *results)
 
 
+def results_of(calls: Iterable[tuple]) -> list[tuple[Tensor, ...]]:
+    results = [getattr(OPS, op)(*arguments) for op, *arguments in calls]
+    torch.cuda.synchronize()
+    return results
+
+
 @pytest.mark.parametrize("wrong", WRONG_IDS)
 def test_a_page_that_is_not_there_makes_its_row_nan(wrong):
-    for good, bad in zip(hostile_calls(None, "cuda"), hostile_calls(wrong, "cuda"), strict=True):
-        results = [getattr(OPS, op)(*arguments) for op, *arguments in (good, bad)]
-        torch.cuda.synchronize()
-        check_hostile(*results)
+    for calls in zip(hostile_calls(None, "cuda"), hostile_calls(wrong, "cuda"), strict=True):
+        check_hostile(*results_of(calls))
+
+
+def test_a_page_listed_before_others_makes_its_row_nan():
+    for calls in zip(disordered_calls(False, "cuda"), disordered_calls(True, "cuda"), strict=True):
+        check_hostile(*results_of(calls))

@@ -14,6 +14,7 @@ from conftest import (
     assert_same_bits,
     check_hostile,
     check_wrong_alpha,
+    disordered_calls,
     hard_selections,
     hostile_calls,
 )
@@ -96,8 +97,16 @@ def test_a_wrong_alpha_of_a_head_ends_in_nan(environment, alpha, tmp_path):
 @pytest.mark.parametrize("wrong", WRONG_IDS)
 def test_a_page_that_is_not_there_makes_its_row_nan(environment, wrong, tmp_path):
     """Nobody has looked at page ids and selections: nothing outside is read, and other rows have what they had."""
-    torch.save(hostile_calls(None, "cpu") + hostile_calls(wrong, "cpu"), tmp_path / "calls.pt")
-    run(environment, tmp_path, "-c", TRUST.format(BUILD / "trusting.so"))
-    results = torch.load(tmp_path / "results.pt")
-    for good, bad in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
-        check_hostile(good, bad)
+    check_hostile_calls(environment, tmp_path, hostile_calls(None, "cpu"), hostile_calls(wrong, "cpu"))
+
+
+def test_a_page_listed_before_others_makes_its_row_nan(environment, tmp_path):
+    check_hostile_calls(environment, tmp_path, disordered_calls(False, "cpu"), disordered_calls(True, "cpu"))
+
+
+def check_hostile_calls(environment: dict[str, str], folder: Path, good: list[tuple], bad: list[tuple]) -> None:
+    torch.save(good + bad, folder / "calls.pt")
+    run(environment, folder, "-c", TRUST.format(BUILD / "trusting.so"))
+    results = torch.load(folder / "results.pt")
+    for pair in zip(results[: len(good)], results[len(good) :], strict=True):
+        check_hostile(*pair)

@@ -186,10 +186,11 @@ def test_no_pages_give_zeros(device):
         assert (x[1] == 0).all()
 
 
-def test_room_for_no_page_gives_zeros(device):
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_room_for_no_page_gives_zeros(device, alpha):
     cache, q = make_cache([33, 0], page_size=16, device=device), make_query(2, 4, 64, device=device)
     none = torch.empty(2, 2, 0, dtype=torch.int32, device=device)
-    for x in cache.sparse(q, none, torch.zeros(2, 2, dtype=torch.int32, device=device)):
+    for x in cache.sparse(q, none, torch.zeros(2, 2, dtype=torch.int32, device=device), alpha):
         assert (x == 0).all()
 
 

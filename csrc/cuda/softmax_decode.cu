@@ -191,19 +191,24 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
 
 constexpr int kMergeThreads = 256;
 
-/// How the threads of `merge` divide the chunks of a head: in turn among so many rows of threads. Few chunks have fewer
-/// rows, so that a block has more dimensions: the blocks of a large batch then are no more than run at once.
-struct MergeRows {
+/// How the threads of `merge` divide a head: into so many shares of its chunks, of which the nth has chunks n,
+/// n + count, ... Few chunks make few shares, so that a block has more dimensions: then the blocks of a large batch are
+/// no more than run at once.
+struct MergeShares {
   int count;
 
-  __host__ __device__ explicit MergeRows(int chunks) : count(chunks <= kTargetChunks ? 8 : 32) {}
+  __host__ __device__ explicit MergeShares(int chunks) : count(chunks <= kTargetChunks ? 8 : 32) {}
 
   /// Returns how many times four dimensions a block has.
   __host__ __device__ int words() const { return kMergeThreads / count; }
 };
 
-__device__ inline float4 fma(float factor, const float4& x, const float4& sum) {
-  return {fmaf(factor, x.x, sum.x), fmaf(factor, x.y, sum.y), fmaf(factor, x.z, sum.z), fmaf(factor, x.w, sum.w)};
+__device__ inline float4 operator+(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+__device__ inline float4 operator*(float factor, const float4& x) {
+  return {factor * x.x, factor * x.y, factor * x.z, factor * x.w};
 }
 
 template <typename T>
@@ -221,21 +226,21 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge(SparseDecode op, Scrat
   const TokenList list(op, row, kv_head);
   const int size = chunk_size(list.tokens), chunks = ceil_div(list.tokens, size);
   const Scores* scores = scratch.scores + at * scratch.chunks;
-  const MergeRows rows(chunks);
-  const int words = rows.words(), own_row = thread / words, first_dim = (part * words + thread % words) * 4;
+  const MergeShares shares(chunks);
+  const int words = shares.words(), share = thread / words, first_dim = (part * words + thread % words) * 4;
   const float* sums = scratch.sums + at * scratch.chunks * scratch.dims + first_dim;
   float4 batch[kBatch];
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int n = first + i * rows.count;
+      const int n = first + i * shares.count;
       batch[i] = {0, 0, 0, 0};
       if (n < chunks && first_dim < scratch.dims) {
         batch[i] = *reinterpret_cast<const float4*>(sums + static_cast<int64_t>(n) * scratch.dims);
       }
     }
   };
-  load(own_row);  // while the scores are on their way
+  load(share);  // these are on their way while the factors are found
   float best = kNothing, least = -kNothing;
 #pragma unroll 1
   for (int n = thread; n < chunks; n += kMergeThreads) {
@@ -257,21 +262,21 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge(SparseDecode op, Scrat
     __syncthreads();
     const int end = min(chunks - first, kMergeThreads);
 #pragma unroll 1
-    for (int n = own_row; n < end; n += kBatch * rows.count) {
+    for (int n = share; n < end; n += kBatch * shares.count) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) total = fma(s_factors[n + i * rows.count], batch[i], total);
-      load(first + n + kBatch * rows.count);
+      for (int i = 0; i < kBatch; ++i) total = total + s_factors[n + i * shares.count] * batch[i];
+      load(first + n + kBatch * shares.count);
     }
   }
   mass = sum<kMergeThreads>(mass);
 #pragma unroll 1
-  for (int distance = words; distance < 32; distance *= 2) total = fma(1, shuffle_xor(total, distance), total);
+  for (int distance = words; distance < 32; distance *= 2) total = total + shuffle_xor(total, distance);
   s_sums[warp][lane] = total;
   __syncthreads();
   const bool undefined = list.tokens > 0 && !(mass > 0);  // some score is NaN
   if (thread < words) {
 #pragma unroll
-    for (int other = 1; other < kWarps; ++other) total = fma(1, s_sums[other][lane], total);
+    for (int other = 1; other < kWarps; ++other) total = total + s_sums[other][lane];
     const float of_dims[] = {total.x, total.y, total.z, total.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -334,13 +339,13 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   const bool vectors = in_vectors(op.k_pages, op.dtype, op.head_dim) && in_vectors(op.v_pages, op.dtype, op.head_dim);
   Scratch scratch(op);
   scratch.place(op, workspace);
-  const int64_t chunks = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks;
+  const int64_t chunks = std::max<int64_t>(int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks, 1);
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     const auto attend_with = [&](auto slot) {
       using Memory = WarpMemory<decltype(slot)>;
       const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
-      const int blocks = static_cast<int>(std::clamp<int64_t>(chunks, 1, multiprocessors()));
+      const int blocks = static_cast<int>(std::min<int64_t>(chunks, multiprocessors()));
       const int warps =
           static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
       const bool by_counter = chunks >= 2 * int64_t{blocks} * warps;  // else even parts lose less than the memset takes
@@ -357,7 +362,7 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
       }
       attend_with(WordSlot<T, Layout>{});
     });
-    const int parts = ceil_div(scratch.dims, MergeRows(scratch.chunks).words() * 4);
+    const int parts = ceil_div(scratch.dims, MergeShares(scratch.chunks).words() * 4);
     launch(name, merge<T>, {dim3(parts, op.q_heads, op.batch), kMergeThreads}, stream, op, scratch);
   });
 }

@@ -3,8 +3,8 @@
 //   q, out [batch, q_heads, head_dim], k_pages, v_pages [pages, kv_heads, page_size, head_dim]
 // A (row, KV head) reads a list of tokens in tiles of 32: each key once per 8 query heads, a value only where p > 0.
 // Short lists (at most kShort tokens) are decoded in one launch: short_decode.cu. Long lists:
-//   1. scan: the blocks of a fixed grid divide all lists; a warp scores a tile for up to 8 heads. It writes the scores,
-//      and the best score of each tile.
+//   1. scan: all blocks divide all lists; a warp scores a tile for up to 8 heads. It writes the scores, and the best
+//      score of each tile.
 //   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores. It
 //      finds the threshold, and lists the tokens with p > 0.
 //   3. add_values: all blocks divide the listed tokens of all heads and add up their values.
@@ -27,11 +27,14 @@ namespace {
 class ScoreWriter {
  public:
   __device__ ScoreWriter(const SparseDecode& op, const Scratch& scratch, int64_t row, const HeadGroup& group)
-      : scratch_(scratch), group_(group), first_(row * op.q_heads + group.first_head) {
+      : scratch_(scratch), group_(group), first_(row * op.q_heads + group.first_head) {}
+
+  /// Looks at the heads, before the first write. All lanes call.
+  __device__ void prepare(const SparseDecode& op) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int head = group.first_head + min(Products::head(j), group.heads - 1);
-      reach_[j] = static_cast<float>(scratch.entmax_of(op.alpha, head).beta) * (1 + 0x1p-22f);
+      const int head = group_.first_head + min(Products::head(j), group_.heads - 1);
+      reach_[j] = static_cast<float>(scratch_.entmax_of(op.alpha, head).beta) * (1 + 0x1p-22f);
     }
   }
 
@@ -67,6 +70,10 @@ class ScoreWriter {
   float best_[2] = {kNothing, kNothing};  // best scores that this warp has seen
 };
 
+/// Tiles for which a warp of `scan` has a turn. Where there are more tiles, `scan` has more blocks than run at once, up
+/// to kMostTurns times as many: multiprocessors are not equally fast, and the faster ones take more blocks.
+constexpr int kTilesOfTurn = 24, kMostTurns = 4;
+
 template <typename Slots>
 __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Slots::Layout>)
     scan(SparseDecode op, Scratch scratch) {
@@ -76,23 +83,27 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
   __shared__ Queries<T, Layout> s_q;
   constexpr int kBlock = 32 * Slots::kWarps;
   const int groups = HeadGroup::per_row(op), warp = threadIdx.x / 32;
+  const auto row_of = [=](int index) { return index < groups ? 0 : index / groups; };
   const auto tiles_of = [&](int index) {
-    return TokenList(op, index / groups, HeadGroup(op, index % groups).kv_head).tiles();
+    const int row = row_of(index);
+    return TokenList(op, row, HeadGroup(op, index - row * groups).kv_head).tiles();
   };
   const auto work = WorkSplit::of_block<kBlock>(op.batch * groups, tiles_of);
   work.visit(tiles_of, [&](int index, int first, int count) {
-    const int64_t row = index / groups;
-    const HeadGroup group(op, index % groups);
+    const int64_t row = row_of(index);
+    const HeadGroup group(op, index - static_cast<int>(row) * groups);
     const TokenList list(op, row, group.kv_head);
     const auto tile = [=](int n) { return first + warp + n * Slots::kWarps; };
-    const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
-    const LaneScoring scoring(op, group);
+    LaneScoring scoring;
     ScoreWriter writer(op, scratch, row, group);
     Products scores;
     auto stream =
         list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, Upto{ceil_div(count - warp, Slots::kWarps)}, tile);
     stream.run(
-        [&] {
+        [&] {  // while the first keys are on their way
+          const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
+          scoring = LaneScoring(op, group);
+          writer.prepare(op);
           __syncthreads();  // all warps are done with the queries of the last list
           queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
           __syncthreads();
@@ -152,11 +163,12 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
 }
 
 constexpr int kValueBlocks = 3;  // blocks of add_values that share a multiprocessor
-/// Blocks per multiprocessor that the compiler must leave registers for.
+/// Blocks per multiprocessor that the compiler must leave registers for; where it is 2, with 3 registers would spill.
+template <typename T>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kValueOccupancy = 2;  // with 3, registers spill
+constexpr int kValueOccupancy = 2;
 #else
-constexpr int kValueOccupancy = kValueBlocks;
+constexpr int kValueOccupancy = sizeof(T) == 4 ? 2 : kValueBlocks;
 #endif
 constexpr int kSharers = 4;  // most heads for which a value is read once
 
@@ -207,7 +219,7 @@ struct Sharers {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTeamThreads, kValueOccupancy)
+__global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
     add_values(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
   __shared__ ValueChunk<T, kSharers> s_chunk;
@@ -228,7 +240,7 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy)
     };
     const auto add_chunk = [&](int chunk, auto heads) {
       constexpr int kHeads = decltype(heads)::value;
-      const int end = min((chunk + 1) * size, support);
+      const int end = chunk == chunks - 1 ? support : (chunk + 1) * size;
       float totals[kHeads] = {};
 #pragma unroll 1
       for (int from = chunk * size; from < end; from += kLeastValues) {
@@ -241,9 +253,10 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy)
       }
 #pragma unroll
       for (int nth = 0; nth < kHeads; ++nth) {
+        if (nth > 0 && !(sharers.others >> nth & 1)) continue;
         if (chunks == 1) {
           write(nth, totals[nth]);
-        } else if (thread < op.head_dim && (nth == 0 || sharers.others >> nth & 1)) {
+        } else if (thread < op.head_dim) {
           *sum_of(nth, chunk) = totals[nth];
         }
       }
@@ -311,21 +324,24 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       const auto scan_with = [&](auto slots) {
         using Slots = decltype(slots);
         const int64_t tiles = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.tiles();
-        const auto blocks =
-            std::min<int64_t>((tiles + Slots::kWarps - 1) / Slots::kWarps, kScanBlocks<Layout> * multiprocessors());
+        const int64_t at_once = kScanBlocks<Layout> * multiprocessors();
+        const int64_t turns = std::clamp<int64_t>(tiles / (kTilesOfTurn * Slots::kWarps * at_once), 1, kMostTurns);
+        const auto blocks = std::clamp<int64_t>((tiles + Slots::kWarps - 1) / Slots::kWarps, 1, turns * at_once);
         launch(name, scan<Slots>, {dim3(static_cast<unsigned>(blocks)), 32 * Slots::kWarps, 1, Slots::kBytes}, stream,
                op, scratch);
       };
-      const bool in_runs = is_hopper_or_later() && key_vectors && op.head_dim == Layout::kDims &&
-                           op.k_pages.stride[2] == op.head_dim && !op.selection.by_token;
-      if (in_runs) return scan_with(BulkRing<T, Layout, 4>{});
+      if constexpr (Layout::kVectors) {
+        const bool in_runs = is_hopper_or_later() && op.head_dim == Layout::kDims &&
+                             op.k_pages.stride[2] == op.head_dim && !op.selection.by_token;
+        if (in_runs) return scan_with(BulkRing<T, Layout, 4>{});
+      }
       scan_with(ScanRing<T, Layout>{});
     });
     int blocks = cluster::most_blocks();
     while (blocks > 1 && blocks * heads > kSolveBlocks * multiprocessors()) blocks /= 2;
     launch(name, solve, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(ListScores::Memory)}, stream,
            op, scratch);
-    const auto value_blocks = std::min<int64_t>(heads * scratch.chunks, kValueBlocks * multiprocessors());
+    const auto value_blocks = std::clamp<int64_t>(heads * scratch.chunks, 1, kValueBlocks * multiprocessors());
     launch(name, add_values<T>, {dim3(static_cast<unsigned>(value_blocks)), kTeamThreads}, stream, op, scratch,
            value_vectors);
   });

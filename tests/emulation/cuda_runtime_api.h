@@ -43,6 +43,9 @@ namespace emulation {
 
 enum class Call { kNone, kSync, kShuffle, kShuffleUp, kShuffleXor, kBallot, kReduce, kMma, kLoad };
 
+/// Says what is wrong in this thread, and ends the process.
+[[noreturn]] void fail(const char* what);
+
 /// Runs a grid to its end. Each `cluster` blocks with successive blockIdx.x are a cluster.
 void run(dim3 grid, int threads, int cluster, const std::function<void()>& kernel);
 
@@ -354,6 +357,29 @@ inline void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     for (int k = 0; k < 32; ++k) c[i] += left[i / 2][k] * right[i % 2][k];
   }
 }
+
+/// The class of csrc/cuda/common/bulk_copy.cuh. Its copies end at once. All lanes of a warp wait together.
+class alignas(16) CopyBarrier {
+ public:
+  void open() { missing_ = 0; }
+  static void fence() {}
+  void announce(uint32_t bytes) { missing_ += bytes; }
+
+  void copy(uint4* s_to, const void* from, uint32_t bytes) {
+    std::memcpy(s_to, from, bytes);
+    missing_ -= bytes;
+  }
+
+  void wait(int) const {
+    __syncwarp();
+    if (missing_ != 0) fail("waits for other bytes than were announced");
+  }
+
+  void close() {}
+
+ private:
+  int64_t missing_;  // bytes that are announced and have not been copied
+};
 
 /// ldmatrix.x4.trans
 inline uint4 load_transposed(const void* row) {

@@ -25,6 +25,12 @@ emulation_switch:
 
 namespace emulation {
 
+void fail(const char* what) {
+  std::fprintf(stderr, "emulated block (%d, %d, %d), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
+               what);
+  std::abort();
+}
+
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
@@ -74,12 +80,6 @@ int cluster_size;
 Barrier cluster_barrier;
 const std::function<void()>* running;
 long progress;  // how often a thread was resumed
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulated block (%d, %d, %d), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-               what);
-  std::abort();
-}
 
 Thread& this_thread() { return block->threads[threadIdx.x]; }
 

@@ -10,8 +10,12 @@
 
 namespace entmaxkv::cuda {
 
+#ifdef EMULATE_CUDA
+using CopyBarrier = emulation::CopyBarrier;  // tests/emulation
+#else
 /// A barrier in shared memory that counts the bytes which have arrived. Its phases follow each other: in each, the
-/// bytes are announced and copied, and then somebody waits for them.
+/// bytes are announced and copied, and then somebody waits for them. A wait for other bytes than were announced never
+/// ends.
 class alignas(16) CopyBarrier {
  public:
   /// Prepares the barrier. One lane calls, and then fence.
@@ -36,11 +40,8 @@ class alignas(16) CopyBarrier {
 #endif
   }
 
-  /// Starts to copy bytes that are read once. `from` and `to` are multiples of 16 bytes, and so is `bytes`.
+  /// Starts to copy bytes that are read once. Both addresses and their number are multiples of 16.
   __device__ void copy(uint4* s_to, const void* from, uint32_t bytes) {
-#ifdef EMULATE_CUDA
-    memcpy(s_to, from, bytes);
-#endif
 #ifdef ENTMAXKV_BULK_COPIES
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
@@ -50,7 +51,7 @@ class alignas(16) CopyBarrier {
 #endif
   }
 
-  /// Waits until the bytes of the nth phase have arrived. Any thread may call, before the phase after the next.
+  /// Waits until the bytes of the nth phase have arrived. All lanes of a warp call, before the next phase ends.
   __device__ void wait([[maybe_unused]] int nth) const {
 #ifdef ENTMAXKV_BULK_COPIES
     uint32_t done = 0;
@@ -63,6 +64,13 @@ class alignas(16) CopyBarrier {
 #endif
   }
 
+  /// Ends the use of the barrier, after the last wait. One lane calls. The memory may then hold another.
+  __device__ void close() {
+#ifdef ENTMAXKV_BULK_COPIES
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address(&word_)) : "memory");
+#endif
+  }
+
  private:
 #ifdef ENTMAXKV_BULK_COPIES
   static __device__ uint32_t address(const void* shared) {
@@ -72,6 +80,7 @@ class alignas(16) CopyBarrier {
 
   uint64_t word_;
 };
+#endif
 
 /// Orders this lane's writes to shared memory before later copies to the same place.
 __device__ inline void fence_before_copies() {

@@ -54,7 +54,7 @@ struct BulkRing {
 
   struct Row {
     const T* address;  // null: there is no such row, and it is taken as NaN
-    int run;           // so many rows follow each other: a power of two, from a lane on that it divides
+    int run;           // so many rows follow each other, from a lane on that is a multiple: a power of two
   };
 
   /// Starts to copy 32 rows into a slot. Lane i passes row i.
@@ -64,7 +64,8 @@ struct BulkRing {
     uint4* words = to.words + lane * Slot::kWords;
     const uint32_t rows = __popc(__ballot_sync(kAllLanes, row.address != nullptr));
     if (lane == 0) to.barrier.announce(rows * kRowBytes);
-    if (row.address && lane % row.run == 0) to.barrier.copy(words, row.address, row.run * kRowBytes);
+    const int run = rows == kTileRows ? row.run : 1;  // else a run might have rows that are not there
+    if (row.address && (lane & (run - 1)) == 0) to.barrier.copy(words, row.address, run * kRowBytes);
     if (!row.address) {
       for (int word = 0; word < Slot::kWords; ++word) words[word] = {~0u, ~0u, ~0u, ~0u};
       fence_before_copies();
@@ -77,6 +78,13 @@ struct BulkRing {
   static __device__ void wait(int n, int at) {
     slot(at).barrier.wait(n / kSlots);
     __syncwarp();  // the other lanes have written the rows that are not there
+  }
+
+  /// Ends the use of the slots; all tiles have been read.
+  static __device__ void end() {
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int nth = 0; nth < kSlots; ++nth) slot(nth).barrier.close();
   }
 };
 

@@ -23,8 +23,10 @@ struct HeadGroup {
 
   __device__ HeadGroup() {}  // for shared memory
 
-  __device__ HeadGroup(const Sizes& sizes, int index) : kv_head(index / per_kv_head(sizes)) {
-    const int part = index % per_kv_head(sizes);
+  __device__ HeadGroup(const Sizes& sizes, int index) {
+    const int parts = per_kv_head(sizes);
+    kv_head = parts == 1 ? index : index / parts;  // a division is many instructions
+    const int part = index - kv_head * parts;
     first_head = kv_head * sizes.group + part * kTileHeads;
     heads = min(kTileHeads, sizes.group - part * kTileHeads);
   }
@@ -41,6 +43,8 @@ struct Products {
 /// The ALiBi slopes of this lane's heads, 0 for heads that the group does not have.
 struct LaneSlopes {
   float of[2] = {};
+
+  __device__ LaneSlopes() {}
 
   __device__ LaneSlopes(const Scoring& scoring, const HeadGroup& group) {
     for (int j = 0; j < 2; ++j) {

@@ -124,6 +124,7 @@ struct Ring {
     wait_for_copies<kSlots - 1>();
     __syncwarp();  // the other lanes' copies have arrived, too
   }
+  static __device__ void end() {}
 };
 
 /// The ring of blocks that only stream tiles, and how many such blocks share a multiprocessor. On an H200 neither more
@@ -179,6 +180,7 @@ class TileStream {
       if (n >= 0) finish(n);
       if (++nth == Slots::kSlots) nth = 0;
     }
+    Slots::end();
   }
 
  private:

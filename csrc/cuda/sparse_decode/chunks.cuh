@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/reduce.cuh"
+#include "tile_slots.cuh"
 #include "token_list.cuh"
 #include "value_sums.cuh"
 

@@ -16,12 +16,12 @@ struct TileRows {
   const TokenList& list;
   const Rows& rows;
   int kv_head, head_dim;
-  int physical, slot;  // physical page of this lane's token, and its slot there
-  bool whole;          // the tile has 32 tokens; else, lanes behind the last token repeat it
+  int physical, in_page;  // physical page of this lane's token, and its slot there
+  bool whole;             // the tile has 32 tokens; else, lanes behind the last token repeat it
 
   template <typename T>
   __device__ const T* own() const {
-    return list.row<T>(rows, kv_head, physical, slot);
+    return list.row<T>(rows, kv_head, physical, in_page);
   }
 };
 
@@ -73,8 +73,8 @@ struct WordSlot {
   }
 };
 
-/// A tile that the copy engine brings, four rows at a time. Layout::kDims is head_dim, the rows of a page follow each
-/// other in memory, and so do those of four neighbouring tokens from a multiple of 4 on.
+/// A tile that the copy engine brings: four rows at a time if all are there, else each row by itself. Layout::kDims is
+/// head_dim, the rows of a page follow each other in memory, and a list holds whole pages.
 template <typename TheT, typename TheLayout>
 struct RunSlot {
   using T = TheT;
@@ -102,13 +102,14 @@ struct RunSlot {
 
   __device__ void load(const TileRows& tile) {
     constexpr uint32_t kRowBytes = kWords * 16;
-    const int lane = threadIdx.x % 32, run = tile.whole ? kRun : 1;
+    const int lane = threadIdx.x % 32;
     const bool there = static_cast<unsigned>(tile.physical) < static_cast<unsigned>(tile.list.pages);
     const uint32_t rows = __popc(__ballot_sync(kAllLanes, there));
     if (lane == 0) barrier.announce(rows * kRowBytes);
+    const int run = tile.whole && rows == kTileRows ? kRun : 1;
     uint4* own = words + index(lane, 0);
     if (there && lane % run == 0) {
-      barrier.copy(own, tile.rows.at<T>(tile.physical, tile.kv_head, tile.slot), run * kRowBytes);
+      barrier.copy(own, tile.rows.at<T>(tile.physical, tile.kv_head, tile.in_page), run * kRowBytes);
     }
     if (!there) {
       for (int word = 0; word < kWords; ++word) own[word] = {~0u, ~0u, ~0u, ~0u};  // NaN

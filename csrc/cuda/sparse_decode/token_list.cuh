@@ -114,6 +114,8 @@ struct LaneScoring {
   LaneSlopes slopes;
   bool biased;
 
+  __device__ LaneScoring() {}
+
   __device__ LaneScoring(const SparseDecode& op, const HeadGroup& group)
       : scale(op.scoring.scale), slopes(op.scoring, group), biased(op.scoring.alibi_slopes) {}
 

@@ -5,7 +5,6 @@
 
 #include "../common/matrix_product.cuh"
 #include "../common/reduce.cuh"
-#include "tile_slots.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -29,14 +28,14 @@ struct Exchange<float> {
 
 /// Returns the products of a tile with the queries. Tensor cores multiply Q K^T, with heads as M and tokens as N; half
 /// of M is not used. All lanes call.
-template <typename Slot, typename T, typename Layout>
-__device__ TileScores tile_products(const Slot& slot, const Queries<T, Layout>& q, int heads,
+template <typename Tile, typename T, typename Layout>
+__device__ TileScores tile_products(const Tile& tile, const Queries<T, Layout>& q, int heads,
                                     [[maybe_unused]] Exchange<T>& s_exchange) {
   TileScores scores;
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 4) {
     Products products;
-    multiply(slot, q, heads, products);
+    multiply(tile, q, heads, products);
 #pragma unroll
     for (int i = 0; i < 8; ++i) s_exchange.of[Products::head(i % 2)][Products::row(i / 2)] = products.of[i / 2][i % 2];
     __syncwarp();
@@ -49,7 +48,7 @@ __device__ TileScores tile_products(const Slot& slot, const Queries<T, Layout>& 
       const uint4 of_round = queries[4 * round];
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const uint4& keys = slot.word(lane / 4 * 4 + i / 2, round);
+        const uint4& keys = tile.word(lane / 4 * 4 + i / 2, round);
         float d[2][4];
         multiply_fragments<T>(d[0], {of_round.x, 0, of_round.y, 0}, keys.x, keys.y);
         multiply_fragments<T>(d[1], {of_round.z, 0, of_round.w, 0}, keys.z, keys.w);
@@ -73,8 +72,8 @@ struct Sums {
   float of[kCount] = {};  // of[2 i + j]: dimension 8 i + lane / 4 and head 2 (lane % 4) + j
 
   /// Adds a tile's values times their weights. All lanes call.
-  template <typename Slot>
-  __device__ void add(const Slot& slot, const TileScores& weights, Exchange<T>&) {
+  template <typename Tile>
+  __device__ void add(const Tile& tile, const TileScores& weights, Exchange<T>&) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
@@ -84,7 +83,7 @@ struct Sums {
       const int row = lane % 8 * 4 + i / 2 + lane / 16, word = lane / 8 % 2;
 #pragma unroll
       for (int fragment = 0; fragment < kFragments; ++fragment) {
-        const uint4 values = load_transposed(slot.words[slot.index(row, 2 * fragment + word)]);
+        const uint4 values = load_transposed(tile.words[tile.index(row, 2 * fragment + word)]);
         float (&sums)[4] = *reinterpret_cast<float (*)[4]>(of + 4 * fragment);
         multiply_fragments<T>(sums, values, high[0], high[1], sums);
         multiply_fragments<T>(sums, values, low[0], low[1], sums);
@@ -142,8 +141,8 @@ struct Sums<float, Layout> {
   static constexpr float kUnit = 1;
   float of[kCount] = {};
 
-  template <typename Slot>
-  __device__ void add(const Slot& slot, const TileScores& weights, Exchange<float>& s_exchange) {
+  template <typename Tile>
+  __device__ void add(const Tile& tile, const TileScores& weights, Exchange<float>& s_exchange) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 8; ++i) s_exchange.own(i) = weights.of[i];
@@ -153,7 +152,7 @@ struct Sums<float, Layout> {
       float values[kParts][4][4];
 #pragma unroll
       for (int i = 0; i < kParts * 4; ++i) {
-        unpack<float>(slot.words[slot.index(row + i % 4, lane % kAcross + i / 4 * 32)], values[i / 4][i % 4]);
+        unpack<float>(tile.words[tile.index(row + i % 4, lane % kAcross + i / 4 * 32)], values[i / 4][i % 4]);
       }
 #pragma unroll
       for (int h = 0; h < kTileHeads; ++h) {
