@@ -359,15 +359,15 @@ WRONG_IDS = [-1, 10**6, 2**31 - 1, -(2**31)]
 
 
 def hostile_calls(wrong: int | None, device: str) -> list[tuple]:
-    """Decode calls for short lists and long ones: op, arguments. If `wrong` is not None, it is a page id of row 0 or an
-    index of its selection. Row 1 has none."""
+    """Decode calls for short lists, and for lists of more than 4096 tokens: op, arguments. If `wrong` is not None, it
+    replaces a page id of row 0 or an index of its selection. Row 1 stays as it is."""
     calls: list[tuple] = []
     for lengths, alpha in itertools.product(([300, 40], [4500, 700]), (1.0, 1.5)):
         cache = make_cache(lengths, device=device)
         q = make_query(len(lengths), 4, 64, device=device)
-        page_size = cache.page_size
-        pages = selection([torch.ones(2, -(-n // page_size), dtype=torch.bool) for n in lengths], 600, device)
-        tokens = selection([torch.ones(2, n, dtype=torch.bool) for n in lengths], 4500, device)
+        of_pages = [-(-n // cache.page_size) for n in lengths]
+        pages = selection([torch.ones(2, n, dtype=torch.bool) for n in of_pages], max(of_pages), device)
+        tokens = selection([torch.ones(2, n, dtype=torch.bool) for n in lengths], max(lengths), device)
         if wrong is not None:
             pages[0][0, :, 7] = tokens[0][0, :, 70] = wrong
         inputs = q, cache.k_pages, cache.v_pages
@@ -389,9 +389,9 @@ def disordered_calls(disorder: bool, device: str) -> list[tuple]:
     for alpha, dtype in itertools.product((1.0, 1.5), (torch.float32, torch.bfloat16)):
         cache = make_cache([4498, 700], dtype=dtype, device=device)
         q = make_query(2, 4, 64, dtype, device)
-        pages = selection([torch.ones(2, -(-n // 16), dtype=torch.bool) for n in (4498, 700)], 600, device)
+        pages = selection([torch.ones(2, n, dtype=torch.bool) for n in (282, 44)], 282, device)
         if disorder:
-            pages[0][0, :, :282] = pages[0][0, :, :282].roll(1, -1)
+            pages[0][0] = pages[0][0].roll(1, -1)
         calls.append(
             ("sparse_decode", q, cache.k_pages, cache.v_pages, cache.page_table, cache.seq_lens, *pages, alpha)
         )

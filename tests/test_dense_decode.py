@@ -95,6 +95,20 @@ def test_all_tokens_in_the_support(device, alpha, tokens):
     assert (got.support == tokens).all()
 
 
+@pytest.mark.parametrize("tile", [0, 255, 256, 400])
+def test_many_tiles_with_one_that_has_weight(device, tile):
+    """The best scores alone rule no tile out, so a block of the CUDA kernel looks at 401, 256 at a time."""
+    rows = 14 if device == "cuda" else 1  # so many that a block does not share a head with others
+    k = torch.zeros(401 * 32, 2, 64)
+    k[tile * 32 : tile * 32 + 32, :, 0] = 1
+    cache = make_cache([len(k)] * rows, k=[k] * rows, device=device)
+    q = torch.zeros(rows, 10, 64, device=device)
+    q[..., 0] = 8
+    got = cache.dense(q, 1.5)
+    assert (got.support == 32).all()
+    check_decode(cache, q, got, alpha=1.5)
+
+
 @pytest.mark.parametrize("tokens", [100, 1500, 4500])
 @pytest.mark.parametrize("alpha", [1 + 1e-8, 1.05, 1.5, 2.0])
 def test_ties_far_from_zero(device, alpha, tokens):

@@ -1,4 +1,4 @@
-"""sparse_decode: exact entmax attention over the selected pages."""
+"""sparse_decode: exact entmax attention over selected pages or tokens."""
 
 import os
 
@@ -77,7 +77,7 @@ def test_lone_tokens(device):
 @pytest.mark.parametrize("keys", ["normal", "rising", "falling", "ties", "special"])
 @pytest.mark.parametrize("alpha", [1.0, 1.06, 4 / 3, 1.5, 2.0])
 def test_what_dense_decoding_leaves_out_has_no_weight(device, alpha, keys):
-    """While a GPU reads all keys it drops tokens by what it has seen; of a selection of all pages it drops fewer."""
+    """It gives the bits of a selection of all pages, wherever the high scores are."""
     q = make_query(1, 8, 64, device=device)
     k = make_cache([5000]).k[0]
     slope = torch.linspace(-1, 1, 5000)[:, None, None] * q[0, ::4].cpu() / 4  # [tokens, kv_heads, head_dim]

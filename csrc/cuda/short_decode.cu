@@ -7,13 +7,17 @@
 //   2. solve: a block finds the near tokens of its heads, their thresholds, and adds up the values of the tokens with
 //      p > 0.
 #include "common/launch.cuh"
-#include "sparse_decode/head_output.cuh"
 #include "sparse_decode/short_decode.cuh"
+#include "sparse_decode/support.cuh"
 #include "sparse_decode/values.cuh"
 
 namespace entmaxkv::cuda {
 
 namespace {
+
+constexpr int kBlocks = 2;  // blocks that share a multiprocessor
+
+static_assert(kShort % kTeamThreads == 0);
 
 template <typename T, typename Layout>
 using ShortRing = Ring<T, Layout, kTeamThreads / 32>;
@@ -31,8 +35,41 @@ int score_bytes(const SparseDecode& op, int blocks) {
   return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
 }
 
+/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory; those
+/// of near tokens, and their places, come to the front of scores and places. All threads of the block call and all get
+/// the result.
+__device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
+                                    int32_t* places) {
+  constexpr int kOwn = kShort / kTeamThreads;
+  const int thread = threadIdx.x;
+  const Levels levels(entmax);
+  float own[kOwn];
+  float best = kNothing;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
+    best = larger(best, own[i]);
+  }
+  best = largest<kTeamThreads>(best);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) levels.count(best, own[i]);
+  const float floor = levels.floor(block, best);
+  bool near[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= floor;
+  const Places<kTeamThreads, kOwn> to(near);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (!near[i]) continue;
+    scores[to.place[i]] = own[i];
+    places[to.place[i]] = i * kTeamThreads + thread;
+  }
+  __syncthreads();
+  return {{scores, to.count, entmax.is_softmax() ? best : floor, true}, places};
+}
+
 template <typename T, typename Layout>
-__global__ void __launch_bounds__(kTeamThreads, kTeamBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
+__global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDecode op, int capacity, bool vectors) {
   wait_for_previous_kernel();
   using Slots = ShortRing<T, Layout>;
   __shared__ Queries<T, Layout> s_q;

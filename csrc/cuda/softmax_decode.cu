@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
     sums.write(scratch.sums + at * scratch.dims, int64_t{scratch.chunks} * scratch.dims, chunk.group.heads,
                scratch.dims);
   }
+  // merge adds to the support.
   if (threadIdx.x < 32) {
     for (int i = blockIdx.x * 32 + threadIdx.x; i < op.batch * op.q_heads; i += gridDim.x * 32) op.support[i] = 0;
   }
@@ -191,9 +192,9 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
 
 constexpr int kMergeThreads = 256;
 
-/// How the threads of `merge` divide a head: into so many shares of its chunks, of which the nth has chunks n,
-/// n + count, ... Few chunks make few shares, so that a block has more dimensions: then the blocks of a large batch are
-/// no more than run at once.
+/// How the threads of `merge` divide a head: share n of `count` shares adds up chunks n, n + count, ... Few chunks make
+/// few shares, so that a block has more dimensions: then the blocks of a large batch are no more than run at once. The
+/// grid follows the capacity, so a shorter list may leave blocks without dimensions.
 struct MergeShares {
   int count;
 
@@ -348,7 +349,8 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
       const int blocks = static_cast<int>(std::min<int64_t>(chunks, multiprocessors()));
       const int warps =
           static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
-      const bool by_counter = chunks >= 2 * int64_t{blocks} * warps;  // else even parts lose less than the memset takes
+      const bool by_counter =
+          chunks >= 2 * int64_t{blocks} * warps;  // fewer chunks: even parts cost less than the memset
       if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
       launch(name, attend<Memory>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op, scratch,
              by_counter);

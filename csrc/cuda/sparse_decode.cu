@@ -2,7 +2,7 @@
 //   s_i = scale q . k_i + bias,  p_i = [(alpha-1) s_i - tau]_+^beta with sum p_i = 1,  out = sum_i p_i v_i
 //   q, out [batch, q_heads, head_dim], k_pages, v_pages [pages, kv_heads, page_size, head_dim]
 // A (row, KV head) reads a list of tokens in tiles of 32: each key once per 8 query heads, a value only where p > 0.
-// Short lists (at most kShort tokens) are decoded in one launch: short_decode.cu. Long lists:
+// Where all lists are short (is_short), they are decoded in one launch: short_decode.cu. Else:
 //   1. scan: all blocks divide all lists; a warp scores a tile for up to 8 heads. It writes the scores, and the best
 //      score of each tile.
 //   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores. It
@@ -10,13 +10,13 @@
 //   3. add_values: all blocks divide the listed tokens of all heads and add up their values.
 // Near tokens, and all sums, depend on the head's tokens alone: not on other rows, on other tokens of the list, or on
 // the number of blocks. So a row always gets the same bits.
-#include "common/bulk_ring.cuh"
 #include "common/work_split.cuh"
 #include "kernels.h"
-#include "sparse_decode/head_output.cuh"
+#include "sparse_decode/bulk_ring.cuh"
 #include "sparse_decode/scratch.cuh"
 #include "sparse_decode/short_decode.cuh"
 #include "sparse_decode/softmax_decode.cuh"
+#include "sparse_decode/support.cuh"
 #include "sparse_decode/values.cuh"
 
 namespace entmaxkv::cuda {
@@ -70,9 +70,10 @@ class ScoreWriter {
   float best_[2] = {kNothing, kNothing};  // best scores that this warp has seen
 };
 
-/// Tiles for which a warp of `scan` has a turn. Where there are more tiles, `scan` has more blocks than run at once, up
-/// to kMostTurns times as many: multiprocessors are not equally fast, and the faster ones take more blocks.
-constexpr int kTilesOfTurn = 24, kMostTurns = 4;
+/// Where there are more tiles than this for each warp that runs at once, `scan` has more blocks than run at once:
+/// multiprocessors are not equally fast, and the faster ones take more blocks.
+constexpr int kTilesOfTurn = 24;
+constexpr int kMostTurns = 4;  // how many times as many blocks as run at once, at most
 
 template <typename Slots>
 __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Slots::Layout>)
@@ -130,9 +131,9 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   const TokenList list(op, row, kv_head);
   const Entmax<double> entmax = scratch.entmax_of(op.alpha, head);
   const Entmax<float> in_float(entmax);
-  // Where one window is all, each block of the team looks at all tiles. Then they know whether the near tiles are so
-  // few that the first block takes them alone.
-  Team team = Team::blocks(cluster::size()), block = Team::block();
+  // If the list has at most kWindow tiles, every block looks at all of them. So all agree on whether the first block
+  // can finish alone.
+  Team team = Team::cluster(), block = Team::block();
   const bool divided = team.size > 1 && list.tiles() > ListScores::kWindow;
   ListScores scores(divided ? team : block, in_float, scratch.maxima + at * scratch.tiles(),
                     scratch.scores + at * scratch.capacity, list.tiles(), s_list);
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   const NearTokens near =
       near_of_list(team, in_float, scores,
                    {scratch.near_scores + at * scratch.capacity, scratch.near_places + at * scratch.capacity});
-  if (near.few) {
+  if (near.by_one_block) {
     if (team.rank > 0) return;
     team = block;
   }
@@ -170,14 +171,14 @@ constexpr int kValueOccupancy = 2;
 #else
 constexpr int kValueOccupancy = sizeof(T) == 4 ? 2 : kValueBlocks;
 #endif
-constexpr int kSharers = 4;  // most heads for which a value is read once
+constexpr int kMostSharers = 4;  // heads for which a value is read once, at most
 
-/// The heads for which a block adds up values: one head, or those of up to kSharers heads of a group that have weight
-/// on every token of the list. Such heads list the same tokens, so each value is read once for all of them. The first
-/// of them has the chunks of all.
+/// The heads for which a block adds up values: one head, or those of up to kMostSharers heads of a group that have
+/// weight on every token of the list. Such heads list the same tokens, so each value is read once for all of them. The
+/// first of them has the chunks of all.
 struct Sharers {
-  int first;        // counted over the heads of all rows
-  uint32_t others;  // bit i: head first + i is one of them
+  int first;         // counted over the heads of all rows
+  uint32_t members;  // bit i: head first + i is one of them
   int support;
 
   /// Returns whether a head has weight on every token of its list, and so many that it shares the reading.
@@ -188,41 +189,41 @@ struct Sharers {
 
   /// Returns the number of chunks that a head has.
   static __device__ int chunks_of(const SparseDecode& op, const Scratch& scratch, int head) {
-    const int support = scratch.supports[head];
-    if (support <= kLeastValues) return 1;
-    for (int other = head - place_of(op, head); other < head && shares(op, scratch, head); ++other) {
-      if (shares(op, scratch, other)) return 0;
+    if (shares(op, scratch, head)) {
+      for (int other = head - index_in_set(op, head); other < head; ++other) {
+        if (shares(op, scratch, other)) return 0;
+      }
     }
-    return value_chunks_of(support);
+    return value_chunks_of(scratch.supports[head]);
   }
 
   /// The heads for which the block that has chunks of `head` adds up values.
   __device__ Sharers(const SparseDecode& op, const Scratch& scratch, int head)
-      : first(head), others(0), support(scratch.supports[head]) {
+      : first(head), members(1), support(scratch.supports[head]) {
     if (!shares(op, scratch, head)) return;
-    const int count = min(kSharers - place_of(op, head), op.group - head % op.group);
-    for (int nth = 1; nth < count; ++nth) others |= uint32_t{shares(op, scratch, head + nth)} << nth;
+    const int count = min(kMostSharers - index_in_set(op, head), op.group - head % op.group);
+    for (int nth = 1; nth < count; ++nth) members |= uint32_t{shares(op, scratch, head + nth)} << nth;
   }
 
   /// Calls body(nth) for each head first + nth.
   template <typename Body>
   __device__ void visit(Body body) const {
 #pragma unroll 1
-    for (int nth = 0; nth < kSharers; ++nth) {
-      if (nth == 0 || others >> nth & 1) body(nth);
+    for (int nth = 0; nth < kMostSharers; ++nth) {
+      if (members >> nth & 1) body(nth);
     }
   }
 
  private:
-  /// Returns the place of a head among those that may share with it.
-  static __device__ int place_of(const SparseDecode& op, int head) { return head % op.group % kSharers; }
+  /// Returns the index of a head in the set of those that may share with it.
+  static __device__ int index_in_set(const SparseDecode& op, int head) { return head % op.group % kMostSharers; }
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
     add_values(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
-  __shared__ ValueChunk<T, kSharers> s_chunk;
+  __shared__ ValueChunk<T, kMostSharers> s_chunk;
   __shared__ bool s_last;
   const int thread = threadIdx.x;
   const auto chunks_of = [&](int head) { return Sharers::chunks_of(op, scratch, head); };
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
       }
 #pragma unroll
       for (int nth = 0; nth < kHeads; ++nth) {
-        if (nth > 0 && !(sharers.others >> nth & 1)) continue;
+        if (!(sharers.members >> nth & 1)) continue;
         if (chunks == 1) {
           write(nth, totals[nth]);
         } else if (thread < op.head_dim) {
@@ -263,10 +264,10 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
     };
 #pragma unroll 1
     for (int chunk = first_chunk; chunk < first_chunk + chunks_here; ++chunk) {
-      if (sharers.others == 0) {
+      if (sharers.members == 1) {
         add_chunk(chunk, std::integral_constant<int, 1>{});
       } else {
-        add_chunk(chunk, std::integral_constant<int, kSharers>{});
+        add_chunk(chunk, std::integral_constant<int, kMostSharers>{});
       }
     }
     if (chunks == 1) return;
@@ -290,21 +291,14 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
   });
 }
 
-/// Returns whether alpha = 1 in every head. Then all tokens have weight.
+/// Returns whether alpha = 1 in every head. Then every value is read.
 bool is_softmax(const SparseDecode& op) { return !op.alpha.per_head && Entmax<double>(op.alpha.value).is_softmax(); }
-
-Scratch scratch_of(const SparseDecode& op) {
-  Scratch scratch{Entmax<double>(op.alpha.value)};
-  scratch.capacity = capacity_of(op);
-  scratch.chunks = std::min(ceil_div(scratch.capacity, kLeastValues), kMostValueChunks);
-  return scratch;
-}
 
 }  // namespace
 
 int64_t workspace_bytes(const SparseDecode& op) {
   if (is_softmax(op)) return softmax_workspace_bytes(op);
-  return is_short(op) ? 0 : scratch_of(op).place(op, nullptr);
+  return is_short(op) ? 0 : Scratch(op).place(op, nullptr);
 }
 
 void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream) {
@@ -313,7 +307,7 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
   const char* name = op.selection ? "sparse_decode" : "dense_decode";
   const bool value_vectors = in_vectors(op.v_pages, op.dtype, op.head_dim);
   if (is_short(op)) return short_decode(name, op, value_vectors, stream);
-  Scratch scratch = scratch_of(op);
+  Scratch scratch(op);
   scratch.place(op, workspace);
   const int64_t heads = int64_t{op.batch} * op.q_heads;
   dispatch_element(op.dtype, [&](auto element) {

@@ -2,6 +2,7 @@
 // compute capability 9.0 on. On other GPUs each block is a cluster of one block.
 #pragma once
 
+#include "copy.cuh"
 #include "launch.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -54,7 +55,7 @@ class Mailbox {
   /// Initialises the barrier. One thread calls. sync(), or arrive() and wait(), must follow before the first round.
   __device__ void open() {
 #ifdef ENTMAXKV_CLUSTERS
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier_)), "r"(size()));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier_)), "r"(size()));
     asm volatile("fence.mbarrier_init.release.cluster;");
 #endif
   }
@@ -105,24 +106,12 @@ class Mailbox {
   }
 
   /// Waits until all bytes of the round have arrived. All threads call. Rounds count from 0.
-  __device__ void wait(int round) {
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                   : "=r"(done)
-                   : "r"(address(&barrier_)), "r"(round % 2)
-                   : "memory");
-    }
-  }
+  __device__ void wait(int round) { wait_for_parity(barrier_, round % 2); }
 
  private:
-  static __device__ uint32_t address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  }
-
   static __device__ uint32_t at(int rank, const void* shared) {
     uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
     return there;
   }
 

@@ -7,6 +7,32 @@
 
 namespace entmaxkv::cuda {
 
+#ifndef EMULATE_CUDA
+/// Returns the address of a shared variable as PTX takes it.
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+/// Waits until an mbarrier has completed a phase, of which `parity` is the last bit. Needs compute capability 9.0.
+__device__ inline void wait_for_parity(const uint64_t& s_barrier, int parity) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(&s_barrier)), "r"(parity)
+                 : "memory");
+  }
+}
+
+/// Returns the policy for memory that is read once: L2 gives its lines up first. So a stream of keys evicts neither
+/// what others need nor lines that would have to be written back.
+__device__ inline uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+#endif
+
 /// Starts to load the cache line at `address` into L2.
 __device__ inline void prefetch([[maybe_unused]] const void* address) {
 #ifndef EMULATE_CUDA
@@ -19,30 +45,18 @@ __device__ inline void copy_async(uint4& s_to, const void* from, bool valid) {
 #ifdef EMULATE_CUDA
   s_to = valid ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
 #else
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
-      "l"(from), "r"(valid ? 16 : 0)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(&s_to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
 #endif
 }
-
-#ifndef EMULATE_CUDA
-/// Returns the policy for memory that is read once: L2 gives its lines up first. So a stream of keys evicts neither
-/// what others need nor lines that would have to be written back.
-__device__ inline uint64_t read_once() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-#endif
 
 /// Does what copy_async does, for memory that is read once.
 __device__ inline void stream_async(uint4& s_to, const void* from, bool valid) {
 #ifdef EMULATE_CUDA
   copy_async(s_to, from, valid);
 #else
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(&s_to)),
                "l"(from), "r"(valid ? 16 : 0), "l"(read_once())
                : "memory");
 #endif
@@ -53,9 +67,7 @@ __device__ inline void copy_async(float& s_to, const float* from) {
 #ifdef EMULATE_CUDA
   s_to = *from;
 #else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_to))),
-               "l"(from)
-               : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&s_to)), "l"(from) : "memory");
 #endif
 }
 

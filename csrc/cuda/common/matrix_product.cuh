@@ -130,7 +130,7 @@ __device__ inline uint4 load_transposed(const uint4& s_row) {
   uint4 result;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&s_row)))
+               : "r"(shared_address(&s_row))
                : "memory");
   return result;
 #endif

@@ -62,6 +62,9 @@ __device__ void unpack(const uint4& word, float (&values)[16 / sizeof(T)]) {
   for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = to_float(from[i]);
 }
 
+/// Returns an order of 0 ... 7 in which 0 and 1, 2 and 3, ... are 4 apart.
+__device__ inline int spread(int n) { return n / 2 + n % 2 * 4; }
+
 /// The rows of a tile in shared memory, copied by the lanes of a warp.
 template <typename TheT, typename TheLayout>
 struct Slot {
@@ -71,20 +74,22 @@ struct Slot {
   static constexpr int kLanePart = kWords / 4;  // words per row that one lane multiplies
   uint4 words[kTileRows * kWords];
 
-  /// Returns the index in `words` of a row's word. The XOR puts neighbouring rows and rows 4 apart, which are read
-  /// together, into different banks.
-  __device__ static int index(int row, int word) { return row * kWords + (word ^ (row & 7)); }
+  /// Returns the index in `words` of a row's word. Rows 4 apart are read together, four words of each of two rows or
+  /// one word of each of eight. The XOR puts these words into different banks.
+  static __device__ int index(int row, int word) { return row * kWords + (word ^ spread(row / 4)); }
 
   /// Returns the nth word of a row that this lane multiplies.
   __device__ const uint4& word(int row, int nth) const {
     return words[index(row, 4 * nth + static_cast<int>(threadIdx.x % 4))];
   }
 
-  /// Starts to copy 32 rows. Lane i passes the address of row i. All lanes call.
+  /// Starts to copy 32 rows. Lane i passes the address of row i. kAtOnce: how often the loop is unrolled; short code
+  /// suits small kernels, which wait for instructions. All lanes call.
+  template <int kAtOnce = 4>
   __device__ void load(const T* row, int head_dim) {
     constexpr int kCount = 16 / sizeof(T);
     const auto address = reinterpret_cast<unsigned long long>(row);
-#pragma unroll 4  // short code: instruction fetches bound small kernels
+#pragma unroll kAtOnce
     for (int i = 0; i < kWords; ++i) {
       const int at = i * 32 + static_cast<int>(threadIdx.x % 32), from = at / kWords, nth = at % kWords;
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
@@ -115,7 +120,7 @@ struct Ring {
     return reinterpret_cast<Slot<T, Layout>*>(dynamic_shared())[threadIdx.x / 32 * kSlots + nth];
   }
 
-  // What a TileStream calls. All lanes call.
+  // What a TileStream calls.
   static constexpr bool kWholeRuns = false;
   static __device__ void begin() {}
   static __device__ void load(int nth, const T* row, int head_dim) { slot(nth).load(row, head_dim); }
@@ -154,7 +159,13 @@ struct Upto {
 ///   more(n)           whether there is an nth tile
 ///   lookup(n)         a value from global memory that locates this lane's row of tile n
 ///   row_of(n, found)  the address of this lane's row of tile n; `found` is what lookup(n) returned
-/// more and lookup are called one tile ahead of row_of, so that the latency of the look-up is hidden.
+/// more and lookup are called one tile ahead of row_of, so that the latency of the look-up is hidden. All lanes of a
+/// warp call what Slots provides:
+///   begin()                     before the first load
+///   load(slot, row, head_dim)   starts to copy the rows of a tile; `row` is what row_of returned
+///   end_load()                  after each load, and in place of loads that there is no tile for
+///   wait(tile, slot)            until the rows of the warp's nth tile are in the slot
+///   end()                       when all tiles have been read
 template <typename Slots, typename More, typename Lookup, typename RowOf>
 class TileStream {
  public:

@@ -1,5 +1,5 @@
-// The near tokens of a head: those whose scores are at or above a level that is proved to be at or below the threshold.
-// The level is at most beta below the best score (entmax.h).
+// The near tokens of a head: those whose scores are at or above a floor, a score that is proved to be at or below the
+// threshold. The floor is at most beta below the best score (entmax.h).
 #pragma once
 
 #include "../common/ring.cuh"
@@ -7,12 +7,10 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kShort = 4096;  // most tokens of a list whose scores all fit into a block's shared memory
-static_assert(kShort % kTeamThreads == 0);
-
-/// Returns the first tile of the part of a list that a block has, where `blocks` blocks divide the list.
-__device__ inline int first_tile(int tiles, int block, int blocks) {
-  return static_cast<int>(static_cast<unsigned>(tiles * block) / static_cast<unsigned>(blocks));  // at most 2^29
+/// Returns where the share of a block begins, if the blocks of a team divide `count` items; of block `size`, the end.
+__device__ inline int share_begin(int count, int rank, int size) {
+  return static_cast<int>(static_cast<unsigned>(count * rank) /
+                          static_cast<unsigned>(size));  // the product is below 2^30
 }
 
 /// Near tokens of a head that has few of them.
@@ -22,25 +20,22 @@ struct FewTokens {
 };
 
 /// The near tokens of a head, in the order of the list.
-struct NearTokens {
-  float origin;  // as in NearScores
-  int count;
-  float* scores;
+struct NearTokens : NearScores {
   int32_t* places;
-  bool few;  // at most kFewTokens: one block solves
 };
 
-/// A histogram of scores that gives a lower bound of the threshold. kLevels levels divide the range from the best score
-/// to beta below it, where weights end. The bound is the first level at which the tokens above it have a mass of 1, if
-/// each token is moved down from its score to the next level. Moving tokens down lowers the threshold, so the bound
-/// holds. The threshold is above the bound by less than two steps plus the effect of kEnough. More tokens only raise
-/// the threshold.
+/// A histogram of scores that gives a floor: a score that is proved to be at or below the threshold. kLevels levels
+/// divide the range from the best score to beta below it, where weights end. The floor is the first level at which the
+/// tokens above it have a mass of 1, if each token is moved down from its score to the next level. Moving tokens down
+/// lowers the threshold, and more tokens only raise it, so the floor holds. The threshold is above it by less than two
+/// steps plus the effect of kEnough.
 class Levels {
  public:
   static constexpr int kLevels = 32;              // one per lane
   static constexpr float kStep = 1.0f / kLevels;  // distance between levels, in units of beta
 
-  /// Clears one of the block's two sets of counts. All threads call, and then __syncthreads.
+  /// Clears one of the block's two sets of counts: ListScores counts best scores of tiles in set 0, near_of_list tokens
+  /// in set 1. All threads call, and then __syncthreads.
   __device__ explicit Levels(const Entmax<float>& entmax, int set = 0)
       : s_counts_(counts(set)), entmax_(entmax), per_level_(kLevels * entmax.gap) {
     if (threadIdx.x < kLevels) s_counts_[threadIdx.x] = 0;
@@ -52,15 +47,15 @@ class Levels {
     if (below < kLevels && per_level_ > 0) atomicAdd(&s_counts_[static_cast<int>(fmaxf(below, 0))], 1);
   }
 
-  /// Returns the score of the level that bounds the threshold, from the tokens of all blocks; kNothing for softmax. All
-  /// threads of the team call and all get the result.
-  __device__ float least(Team& team, float best) const {
+  /// Returns the floor that the tokens of all blocks give; kNothing for softmax. All threads of the team call and all
+  /// get the result.
+  __device__ float floor(Team& team, float best) const {
     constexpr float kEnough = 1 + 1e-4f;  // a mass of 1, and room for rounding
-    __shared__ float s_weights[2 * kLevels], s_counts[kLevels], s_least;
+    __shared__ float s_weights[2 * kLevels], s_counts[kLevels], s_floor;
     const int lane = threadIdx.x;
     team.sync();
     if (lane < kLevels) {
-      s_weights[lane] = 0;
+      s_weights[lane] = 0;  // tokens below a level have no weight there
       s_weights[kLevels + lane] = power(lane * kStep, entmax_.beta);
       s_counts[lane] = static_cast<float>(team.sum_of(s_counts_[lane]));
       __syncwarp();
@@ -69,10 +64,10 @@ class Levels {
       for (int level = 0; level < kLevels; ++level) mass += s_counts[level] * s_weights[kLevels + lane - level];
       const uint32_t enough = __ballot_sync(kAllLanes, mass >= kEnough);
       const int level = enough ? __ffs(enough) : kLevels;
-      if (lane == 0) s_least = __fsub_rd(best, level * kStep * entmax_.beta);
+      if (lane == 0) s_floor = __fsub_rd(best, level * kStep * entmax_.beta);
     }
     __syncthreads();
-    return entmax_.is_softmax() ? kNothing : s_least;
+    return entmax_.is_softmax() ? kNothing : s_floor;
   }
 
  private:
@@ -86,42 +81,9 @@ class Levels {
   float per_level_;
 };
 
-/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory; those
-/// of near tokens, and their places, come to the front of scores and places. All threads of the block call and all get
-/// the result.
-__device__ inline NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
-                                           int32_t* places) {
-  constexpr int kOwn = kShort / kTeamThreads;
-  const int thread = threadIdx.x;
-  const Levels levels(entmax);
-  float own[kOwn];
-  float best = kNothing;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
-    best = larger(best, own[i]);
-  }
-  best = largest<kTeamThreads>(best);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) levels.count(best, own[i]);
-  const float least = levels.least(block, best);
-  bool near[kOwn];
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= least;
-  const Places<kTeamThreads, kOwn> to(near);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (!near[i]) continue;
-    scores[to.place[i]] = own[i];
-    places[to.place[i]] = i * kTeamThreads + thread;
-  }
-  __syncthreads();
-  return {entmax.is_softmax() ? best : least, to.count, scores, places, true};
-}
-
 /// The scores that a head's list has, as the blocks of a team look at them: first the best score of each tile, and then
-/// all scores of the near tiles, which may hold near tokens. Near tiles are those whose best score is at or above a
-/// bound of the threshold. The bound is that of the tiles' best scores, which are scores of distinct tokens.
+/// all scores of the near tiles, which may hold near tokens. Near tiles are those whose best score is at or above the
+/// floor that the tiles' best scores give, which are scores of distinct tokens.
 ///   The block copies kWindow best scores, or the scores of kBatch tiles, to shared memory at a time. Where one window
 /// and one batch are all, each score is copied once.
 class ListScores {
@@ -138,7 +100,7 @@ class ListScores {
     uint16_t tiles[kWindow];  // near tiles, counted from the beginning of the window
   };
 
-  float best, bound;  // best score of the list, and the bound
+  float best, floor;  // best score of the list, and the floor of the tiles' best scores
 
   /// maxima [tiles]: best score of each tile. scores [tiles, kTileRows]: all scores of the near tiles. The blocks of
   /// `lookers` divide the tiles. All their threads call.
@@ -147,15 +109,15 @@ class ListScores {
       : s_(memory), maxima_(maxima), scores_(scores) {
     // Whole words of 16 bytes are copied.
     const int words = ceil_div(tiles, 4);
-    begin_ = first_tile(words, lookers.rank, lookers.size) * 4;
-    end_ = min(first_tile(words, lookers.rank + 1, lookers.size) * 4, tiles);
+    begin_ = share_begin(words, lookers.rank, lookers.size) * 4;
+    end_ = min(share_begin(words, lookers.rank + 1, lookers.size) * 4, tiles);
     one_window_ = ceil_div(words, lookers.size) * 4 <= kWindow;
     const Levels levels(entmax);
     float own = kNothing;
     for_each_maximum([&](float score) { own = larger(own, score); });
     best = lookers.largest(own);
     for_each_maximum([&](float score) { levels.count(best, score); });
-    bound = levels.least(lookers, best);
+    floor = levels.floor(lookers, best);
     if (!one_window_) return;
     copy_window(begin_);
     list();
@@ -168,8 +130,8 @@ class ListScores {
 
   /// Leaves to this block its share of the near tiles of one window, which all blocks of the team have listed.
   __device__ void share(const Team& team) {
-    first_ = first_tile(near_, team.rank, team.size);
-    last_ = first_tile(near_, team.rank + 1, team.size);
+    first_ = share_begin(near_, team.rank, team.size);
+    last_ = share_begin(near_, team.rank + 1, team.size);
   }
 
   /// Calls body(run) for each batch, with this warp's run of tokens; score(i) and place(i) are those of token i. All
@@ -228,7 +190,7 @@ class ListScores {
   __device__ void list() {
     const WarpRun run = WarpRun::of_block(0, min(kWindow, end_ - window_));
     const auto read = [&](int i) { return s_.maxima[i]; };
-    const auto is_near = [&](float score) { return !(score < bound); };  // NaN is near
+    const auto is_near = [&](float score) { return !(score < floor); };  // NaN is near
     const Kept kept = Kept::of<1>(run, read, is_near);
     compact<1>(run, kept.before, read, is_near, [&](int to, int i, float) { s_.tiles[to] = static_cast<uint16_t>(i); });
     near_ = kept.all;
@@ -281,34 +243,37 @@ __device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entma
   const Levels levels(entmax, 1);
   __syncthreads();
   NearTokens near{};
-  float least = 0;
+  float floor = 0;
   int own = 0, before = 0;
-  Kept kept{0, 0};  // of the last batch
-  bool one_batch = false;
-#pragma unroll 1  // one copy of the code that goes through the batches
+  int batches = 0;
+  Kept kept{0, 0};  // of the batch that was counted last
+#pragma unroll 1    // one copy of the code that goes through the batches
   for (int pass = kLevel; pass <= kWrite; ++pass) {
-    if (pass == kCount) least = levels.least(team, list.best);
+    if (pass == kCount) floor = levels.floor(team, list.best);
     if (pass == kWrite) {
-      one_batch = own == kept.all;
       const Team::Part part = team.part(own);
-      near = {entmax.is_softmax() ? list.best : least, part.total, arrays.scores, arrays.places,
-              part.total <= kFewTokens};
-      if (near.few && list.one_window()) {
+      near.scores = arrays.scores;
+      near.places = arrays.places;
+      near.count = part.total;
+      near.origin = entmax.is_softmax() ? list.best : floor;
+      near.by_one_block = near.count <= kFewTokens;
+      if (near.by_one_block && list.one_window()) {
         near.scores = list.few(team, 0).scores;
         near.places = list.few(team, 0).places;
       }
       before = part.before;
     }
     const auto read = [&](int i) { return list.score(i); };
-    const auto is_near = [&](float score) { return score >= least; };
+    const auto is_near = [&](float score) { return score >= floor; };
     list.for_each_batch([&](const WarpRun& run) {
       if (pass == kLevel) {
         run.visit<1>(read, [&](int, float score, bool there) {
-          if (there && score >= list.bound) levels.count(list.best, score);
+          if (there && score >= list.floor) levels.count(list.best, score);
         });
         return;
       }
-      if (pass == kCount || !one_batch) kept = Kept::of<1>(run, read, is_near);
+      batches += pass == kCount;
+      if (pass == kCount || batches > 1) kept = Kept::of<1>(run, read, is_near);
       if (pass == kCount) {
         own += kept.all;
         return;
@@ -321,7 +286,7 @@ __device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entma
     });
   }
   team.sync();
-  if (near.few && list.one_window()) {  // a block's own shared memory has a faster address
+  if (near.by_one_block && list.one_window()) {  // a block's own shared memory has a faster address
     near.scores = list.few().scores;
     near.places = list.few().places;
   }

@@ -1,13 +1,13 @@
-// Intermediate results of the kernels that decode long lists, in global memory.
+// What the kernels that decode long lists share: intermediate results in global memory.
 #pragma once
 
 #include "../../entmax.h"
-#include "token_list.cuh"
+#include "values.cuh"
 
 namespace entmaxkv::cuda {
 
 struct Scratch {
-  Entmax<double> entmax;  // of an alpha that all heads share
+  Entmax<double> entmax;  // of an alpha that all heads share: found on the host, since it takes divisions in double
 
   int capacity;  // tokens of the longest list, in whole tiles
   int chunks;    // most chunks of a head's tokens with weight (values.cuh)
@@ -22,6 +22,11 @@ struct Scratch {
   uint32_t* arrived;     // [batch, q_heads] chunks whose values are summed; starts at 0
   // Written by `add_values`:
   float* sums;  // [batch, q_heads, chunks, head_dim]
+
+  explicit Scratch(const SparseDecode& op)
+      : entmax(op.alpha.value),
+        capacity(capacity_of(op)),
+        chunks(std::min(ceil_div(capacity, kLeastValues), kMostValueChunks)) {}
 
   __device__ Entmax<double> entmax_of(const Alpha& alpha, int head) const {
     return alpha.per_head ? Entmax<double>(alpha.of(head)) : entmax;

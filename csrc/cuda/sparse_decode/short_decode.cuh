@@ -5,6 +5,8 @@
 
 namespace entmaxkv::cuda {
 
+constexpr int kShort = 4096;  // most tokens of a short list
+
 /// Returns whether all lists of the op are short, on a GPU that can decode them in one launch.
 bool is_short(const SparseDecode& op);
 

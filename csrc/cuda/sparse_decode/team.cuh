@@ -7,7 +7,6 @@
 namespace entmaxkv::cuda {
 
 constexpr int kTeamThreads = 256;  // threads of each block of a team
-constexpr int kTeamBlocks = 2;     // blocks of a team's threads that share a multiprocessor
 
 /// The near tokens of a head are divided into so many parts of equal counts, one for each warp of the largest team.
 /// Their sums are added in a fixed order, so that the number of blocks changes no bit.
@@ -16,8 +15,8 @@ constexpr int kParts = cluster::kMostBlocks * kTeamThreads / 32;
 /// Returns where a part of `count` tokens begins.
 __device__ inline int first_of_part(int count, int part) { return static_cast<int>(int64_t{count} * part / kParts); }
 
-/// All threads of all blocks of the team call every method, in the same order. A team of several blocks calls sync
-/// before a block ends.
+/// All threads of all blocks of the team call every method, in the same order, unless a method says otherwise. A team
+/// of several blocks calls sync before a block ends.
 class Team {
  public:
   int rank, size;
@@ -25,8 +24,8 @@ class Team {
   /// The team of this block alone.
   static __device__ Team block() { return {0, 1}; }
 
-  /// The team of the first `size` blocks of a cluster. The caller ends the other blocks.
-  static __device__ Team blocks(int size) { return {cluster::rank(), size}; }
+  /// The team of all blocks of the cluster.
+  static __device__ Team cluster() { return {cluster::rank(), cluster::size()}; }
 
   /// Returns the largest of all threads' values, NaN if any is NaN.
   __device__ float largest(float value) {

@@ -62,11 +62,15 @@ struct TokenList {
   }
   __device__ int slot(int place) const { return (entry_bits > 0 ? place : position(place)) & (page_size - 1); }
 
+  /// Returns whether the pool has a page.
+  __device__ bool has_page(int physical) const {
+    return static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
+  }
+
   /// Returns a row of `rows` [pages, kv_heads, page_size, head_dim], of NaN if there is no such page.
   template <typename T>
   __device__ const T* row(const Rows& rows, int kv_head, int physical, int slot) const {
-    const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
-    return there ? rows.at<T>(physical, kv_head, slot) : reinterpret_cast<const T*>(kUndefinedRow.words);
+    return has_page(physical) ? rows.at<T>(physical, kv_head, slot) : reinterpret_cast<const T*>(kUndefinedRow.words);
   }
 
   /// Returns the row of the token at a place of the list.
@@ -78,12 +82,11 @@ struct TokenList {
   /// Returns page * page_size + slot of the token at a place of the list, in the pool.
   __device__ uint32_t pool_row(int place) const {
     const int physical = page(place);
-    const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
-    return (there ? static_cast<uint32_t>(physical) << page_bits : 0) + slot(place);
+    return (has_page(physical) ? static_cast<uint32_t>(physical) << page_bits : 0) + slot(place);
   }
 
   /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
-  /// its last token.
+  /// its last token, or with whole runs the row at its own slot of the last token's page, whatever that holds.
   template <typename Slots, typename More, typename Tile>
   __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile) const {
     const auto place = [*this, tile](int n) {
@@ -94,8 +97,8 @@ struct TokenList {
       using T = typename Slots::T;
       if constexpr (Slots::kWholeRuns) {  // runs may go beyond the list's end, but not beyond a page
         const int slot = (tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32)) & (page_size - 1);
-        const bool there = static_cast<unsigned>(physical) < static_cast<unsigned>(pages);
-        return typename Slots::Row{there ? k_pages.at<T>(physical, kv_head, slot) : nullptr, min(page_size, kTileRows)};
+        return typename Slots::Row{has_page(physical) ? k_pages.at<T>(physical, kv_head, slot) : nullptr,
+                                   min(page_size, kTileRows)};
       } else {
         return row<T>(k_pages, kv_head, physical, slot(place(n)));
       }

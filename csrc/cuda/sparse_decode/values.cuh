@@ -11,7 +11,8 @@ namespace entmaxkv::cuda {
 
 static_assert(kTeamThreads >= kMaxHeadDim);
 
-constexpr int kLeastValues = kTeamThreads, kMostValueChunks = 128;  // tokens of a chunk, at least; and chunks, at most
+constexpr int kLeastValues = kTeamThreads;  // tokens of a chunk, at least
+constexpr int kMostValueChunks = 128;       // chunks of a head, at most
 
 /// Returns the number of tokens of a chunk of a head with `support` tokens with weight.
 __host__ __device__ constexpr int value_chunk_size(int support) {

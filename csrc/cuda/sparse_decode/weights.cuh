@@ -13,10 +13,10 @@ constexpr int kOfWarp = 256;      // near tokens that one warp solves, without b
 
 /// The scores of a head's near tokens.
 struct NearScores {
-  const float* scores;
+  float* scores;
   int count;
   float origin;  // thresholds are relative to this score, which is at or below the threshold; softmax: the best score
-  bool few;      // the team is one block
+  bool by_one_block;  // the team is one block
 
   /// Calls body(run) for this lane's scores of a part, kRun at once, filled up with kNothing. All lanes call.
   template <typename Body>
@@ -92,6 +92,12 @@ class Weights {
  public:
   float tau;
 
+  /// The weights that a solution gives; `origin` as in NearScores.
+  template <typename Real>
+  __device__ Weights(const Entmax<double>& entmax, float origin, const Solution<Real>& solution)
+      : Weights(entmax, origin, solution.threshold, solution.mass,
+                static_cast<float>(solution.threshold + entmax.gap * origin)) {}
+
   __device__ Weights(const Entmax<double>& entmax, float origin, double threshold, double mass, float tau)
       : tau(tau),
         square_(entmax.beta == 2),
@@ -138,8 +144,8 @@ class Weights {
   double threshold_, mass_;
 };
 
-/// Finds the weights of a head from its near tokens: any alpha, any number. The team, if the near tokens are few, must
-/// be this block. All threads of the team call and all get the result.
+/// Finds the weights of a head from its near tokens: any alpha, any number. If near.by_one_block, the team must be this
+/// block. All threads of the team call and all get the result.
 __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const Entmax<double>& entmax,
                                                              NearScores near) {
   const float origin = near.origin;
@@ -153,14 +159,10 @@ __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const E
     });
     return {entmax, origin, 0, mass, origin + logf(static_cast<float>(mass))};
   }
-  const auto weights = [&](const auto& solution) {
-    const auto tau = static_cast<float>(solution.threshold + entmax.gap * near.origin);
-    return Weights(entmax, near.origin, solution.threshold, solution.mass, tau);
-  };
   const auto weights_in_float = [&](const Entmax<float>& real, auto square) {
     constexpr float kClose = 0x1p-8f;
     const auto solve = [&] {
-      return !near.few              ? solve_many<square>(team, real, near)
+      return !near.by_one_block     ? solve_many<square>(team, real, near)
              : near.count > kOfWarp ? solve_by<square, kTeamThreads>(real, near)
                                     : solve_by_warp<square>(real, near);
     };
@@ -170,9 +172,9 @@ __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const E
       near.origin = origin + solution.threshold * real.beta - below;
       solution = solve();
     }
-    return weights(solution);
+    return Weights(entmax, near.origin, solution);
   };
-  if (!Weights::are_in_float(entmax)) return weights(solve_many<false>(team, entmax, near));
+  if (!Weights::are_in_float(entmax)) return {entmax, origin, solve_many<false>(team, entmax, near)};
   return entmax.beta == 2 ? weights_in_float(Entmax<float>(entmax), std::true_type{})  // alpha = 1.5
                           : weights_in_float(Entmax<float>(entmax), std::false_type{});
 }
@@ -183,8 +185,7 @@ __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax,
   if (entmax.beta != 2 || near.count > kOfWarp) return find_any_weights(team, entmax, near);
   constexpr float kLeastMove = 0x1p-26f;  // of so few tokens none has a weight that smaller moves change
   const Solution<float> solution = solve_by_warp<true>(Entmax<float>(entmax), near, kLeastMove);
-  const auto tau = static_cast<float>(solution.threshold + entmax.gap * near.origin);
-  return {entmax, near.origin, solution.threshold, solution.mass, tau};
+  return {entmax, near.origin, solution};
 }
 
 }  // namespace entmaxkv::cuda

@@ -2,8 +2,8 @@
 // copy engine brings a run by one instruction of one lane.
 #pragma once
 
+#include "../common/ring.cuh"
 #include "bulk_copy.cuh"
-#include "ring.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -40,9 +40,7 @@ struct BulkRing {
     return reinterpret_cast<Slot*>(dynamic_shared())[threadIdx.x / 32 * kSlots + nth];
   }
 
-  // What a TileStream calls. All lanes call.
-
-  /// Prepares the slots; no copy may be in flight.
+  // What a TileStream calls.
   static __device__ void begin() {
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
@@ -54,10 +52,10 @@ struct BulkRing {
 
   struct Row {
     const T* address;  // null: there is no such row, and it is taken as NaN
-    int run;           // so many rows follow each other, from a lane on that is a multiple: a power of two
+    int run;           // rows at multiples of `run` begin copies of `run` consecutive rows; a power of two
   };
 
-  /// Starts to copy 32 rows into a slot. Lane i passes row i.
+  /// Lane i passes row i.
   static __device__ void load(int nth, const Row& row, int) {
     Slot& to = slot(nth);
     const int lane = threadIdx.x % 32;
@@ -74,13 +72,11 @@ struct BulkRing {
 
   static __device__ void end_load() {}
 
-  /// Waits for the rows of the nth tile, which are in slot `at`.
-  static __device__ void wait(int n, int at) {
-    slot(at).barrier.wait(n / kSlots);
+  static __device__ void wait(int tile, int nth) {
+    slot(nth).barrier.wait(tile / kSlots);
     __syncwarp();  // the other lanes have written the rows that are not there
   }
 
-  /// Ends the use of the slots; all tiles have been read.
   static __device__ void end() {
     if (threadIdx.x % 32 != 0) return;
 #pragma unroll

@@ -2,7 +2,7 @@
 // They need compute capability 9.0. For others the code is empty, and nobody launches it.
 #pragma once
 
-#include "copy.cuh"
+#include "../common/copy.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define ENTMAXKV_BULK_COPIES
@@ -21,7 +21,7 @@ class alignas(16) CopyBarrier {
   /// Prepares the barrier. One lane calls, and then fence.
   __device__ void open() {
 #ifdef ENTMAXKV_BULK_COPIES
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&word_)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&word_)) : "memory");
 #endif
   }
 
@@ -35,7 +35,7 @@ class alignas(16) CopyBarrier {
   /// Announces all bytes of a phase. One lane calls.
   __device__ void announce([[maybe_unused]] uint32_t bytes) {
 #ifdef ENTMAXKV_BULK_COPIES
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&word_)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word_)), "r"(bytes)
                  : "memory");
 #endif
   }
@@ -45,8 +45,8 @@ class alignas(16) CopyBarrier {
 #ifdef ENTMAXKV_BULK_COPIES
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(address(s_to)),
-        "l"(from), "r"(bytes), "r"(address(&word_)), "l"(read_once())
+        "%4;" ::"r"(shared_address(s_to)),
+        "l"(from), "r"(bytes), "r"(shared_address(&word_)), "l"(read_once())
         : "memory");
 #endif
   }
@@ -54,30 +54,18 @@ class alignas(16) CopyBarrier {
   /// Waits until the bytes of the nth phase have arrived. All lanes of a warp call, before the next phase ends.
   __device__ void wait([[maybe_unused]] int nth) const {
 #ifdef ENTMAXKV_BULK_COPIES
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                   : "=r"(done)
-                   : "r"(address(&word_)), "r"(nth % 2)
-                   : "memory");
-    }
+    wait_for_parity(word_, nth % 2);
 #endif
   }
 
   /// Ends the use of the barrier, after the last wait. One lane calls. The memory may then hold another.
   __device__ void close() {
 #ifdef ENTMAXKV_BULK_COPIES
-    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address(&word_)) : "memory");
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(&word_)) : "memory");
 #endif
   }
 
  private:
-#ifdef ENTMAXKV_BULK_COPIES
-  static __device__ uint32_t address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  }
-#endif
-
   uint64_t word_;
 };
 #endif
