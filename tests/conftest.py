@@ -369,7 +369,7 @@ def hostile_calls(wrong: int | None, device: str) -> list[tuple]:
         pages = selection([torch.ones(2, n, dtype=torch.bool) for n in of_pages], max(of_pages), device)
         tokens = selection([torch.ones(2, n, dtype=torch.bool) for n in lengths], max(lengths), device)
         if wrong is not None:
-            pages[0][0, :, 7] = tokens[0][0, :, 70] = wrong
+            pages[0][0, 0, 7] = pages[0][0, 1, -1] = tokens[0][0, 0, 70] = tokens[0][0, 1, -1] = wrong
         inputs = q, cache.k_pages, cache.v_pages
         table = cache.page_table.clone()
         calls += [

@@ -95,6 +95,31 @@ def test_all_tokens_in_the_support(device, alpha, tokens):
     assert (got.support == tokens).all()
 
 
+@pytest.mark.parametrize("best", [2.0**24, 1e15, 1e30])
+@pytest.mark.parametrize("alpha", [1 + 1e-8, 1.001, 1.05, 1.5, 2.0])
+@pytest.mark.parametrize("tokens", [100, 4500])
+def test_scores_too_large_to_differ_by_less_than_weights_reach(device, alpha, tokens, best):
+    k = torch.zeros(tokens, 2, 64)
+    k[::3, :, 0] = 1
+    cache = make_cache([tokens], k=[k], device=device)
+    q = torch.zeros(1, 4, 64, device=device)
+    q[..., 0] = best
+    got = cache.dense(q, alpha, 1.0)
+    assert (got.support == len(k[::3])).all()
+    check_decode(cache, q, got, alpha=alpha, scale=1.0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+@pytest.mark.parametrize("tokens", [300, 2048, 2049, 3000, 4096])
+def test_the_capacity_changes_no_bit(device, alpha, tokens):
+    """On CUDA it decides whether one launch decodes the list."""
+    q = make_query(1, 4, 64, device=device) * 1e-4
+    caches = [make_cache([tokens], page_size=16, max_pages=pages, device=device) for pages in (256, 300)]
+    small, large = (cache.dense(q, alpha) for cache in caches)
+    assert small.support.max() == tokens
+    assert_same_bits(large, small)
+
+
 @pytest.mark.parametrize("tile", [0, 255, 256, 400])
 def test_many_tiles_with_one_that_has_weight(device, tile):
     """The best scores alone rule no tile out, so a block of the CUDA kernel looks at 401, 256 at a time."""

@@ -65,7 +65,9 @@ __device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, in
     places[to.place[i]] = i * kTeamThreads + thread;
   }
   __syncthreads();
-  return {{scores, to.count, entmax.is_softmax() ? best : floor, true}, places};
+  NearTokens result{{scores, to.count}, places};
+  result.set_origin(entmax, best, floor);
+  return result;
 }
 
 template <typename T, typename Layout>

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   const NearTokens near =
       near_of_list(team, in_float, scores,
                    {scratch.near_scores + at * scratch.capacity, scratch.near_places + at * scratch.capacity});
-  if (near.by_one_block) {
+  if (near.few()) {
     if (team.rank > 0) return;
     team = block;
   }

@@ -302,9 +302,11 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline float __fsub_rd(float a, float b) {
-  const double difference = static_cast<double>(a) - b;
+  const double x = a, y = b, difference = x - y, taken = x - difference;
+  const double error = (x - (difference + taken)) + (taken - y);  // of the difference, which may need more bits
   const auto rounded = static_cast<float>(difference);
-  return rounded > difference ? std::nextafter(rounded, -HUGE_VALF) : rounded;
+  const bool above = rounded > difference || (rounded == difference && error < 0);
+  return above ? std::nextafter(rounded, -HUGE_VALF) : rounded;
 }
 
 namespace emulation {

@@ -255,16 +255,15 @@ __device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entma
       near.scores = arrays.scores;
       near.places = arrays.places;
       near.count = part.total;
-      near.origin = entmax.is_softmax() ? list.best : floor;
-      near.by_one_block = near.count <= kFewTokens;
-      if (near.by_one_block && list.one_window()) {
+      near.set_origin(entmax, list.best, floor);
+      if (near.few() && list.one_window()) {
         near.scores = list.few(team, 0).scores;
         near.places = list.few(team, 0).places;
       }
       before = part.before;
     }
     const auto read = [&](int i) { return list.score(i); };
-    const auto is_near = [&](float score) { return score >= floor; };
+    const auto is_near = [&](float score) { return score > kNothing && score >= floor; };  // kNothing fills tiles up
     list.for_each_batch([&](const WarpRun& run) {
       if (pass == kLevel) {
         run.visit<1>(read, [&](int, float score, bool there) {
@@ -286,7 +285,7 @@ __device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entma
     });
   }
   team.sync();
-  if (near.by_one_block && list.one_window()) {  // a block's own shared memory has a faster address
+  if (near.few() && list.one_window()) {  // a block's own shared memory has a faster address
     near.scores = list.few().scores;
     near.places = list.few().places;
   }

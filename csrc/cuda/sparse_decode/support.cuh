@@ -31,7 +31,7 @@ struct Head {
 
   /// Finds the tokens with weight. Calls write(to, weight, row) with to = 0, 1, ... for each, in the order of the list;
   /// row is TokenList::pool_row. Also writes the head's tau, support and number of tokens. Returns the support, or
-  /// kUndefinedHead. All threads of the team call and all get the result. If near.by_one_block, the team must be this
+  /// kUndefinedHead. All threads of the team call and all get the result. If near.few(), the team must be this
   /// block, and near.places then holds rows instead of places. No barrier follows the last write.
   template <typename Write>
   __device__ int find_support(Team& team, const Entmax<double>& entmax, const NearTokens& near, Write write) const {
@@ -39,17 +39,17 @@ struct Head {
     // One block turns places into rows before they are needed: the search for the threshold overlaps the first
     // look-ups.
     uint32_t pool_row = 0;
-    if (near.by_one_block && thread < near.count) pool_row = list.pool_row(near.places[thread]);
+    if (near.few() && thread < near.count) pool_row = list.pool_row(near.places[thread]);
     const Weights weights = find_weights(team, entmax, near);
-    if (near.by_one_block && thread < near.count) near.places[thread] = static_cast<int32_t>(pool_row);
+    if (near.few() && thread < near.count) near.places[thread] = static_cast<int32_t>(pool_row);
 #pragma unroll 1
-    for (int i = thread + kTeamThreads; near.by_one_block && i < near.count; i += kTeamThreads) {
+    for (int i = thread + kTeamThreads; near.few() && i < near.count; i += kTeamThreads) {
       near.places[i] = static_cast<int32_t>(list.pool_row(near.places[i]));
     }
     // The barriers of Kept::of are between these writes and the reads.
     const auto has_weight = [&](float score) { return weights.of(score) > 0; };
     int support;
-    if (near.by_one_block) {
+    if (near.few()) {
       const WarpRun run = WarpRun::of_block(0, near.count);
       const auto read = [&](int i) { return near.scores[i]; };
       const Kept kept = Kept::of<1>(run, read, has_weight);

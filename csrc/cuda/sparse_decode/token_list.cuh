@@ -45,7 +45,8 @@ struct TokenList {
     if (entries == 0) return;
     const int of_entry = 1 << entry_bits;
     const int64_t of_last = seq_len - int64_t{selected[entries - 1]} * of_entry;
-    tokens = (entries - 1) * of_entry + static_cast<int>(max(int64_t{0}, min(of_last, int64_t{of_entry})));
+    // A last entry that is not in the row has a token, too, so that its NaN is not overlooked.
+    tokens = (entries - 1) * of_entry + static_cast<int>(max(int64_t{1}, min(of_last, int64_t{of_entry})));
   }
 
   __device__ int tiles() const { return ceil_div(tokens, kTileRows); }

@@ -15,8 +15,21 @@ constexpr int kOfWarp = 256;      // near tokens that one warp solves, without b
 struct NearScores {
   float* scores;
   int count;
-  float origin;  // thresholds are relative to this score, which is at or below the threshold; softmax: the best score
-  bool by_one_block;  // the team is one block
+  // Thresholds are relative to (alpha-1) origin. The search for them begins at `start`.
+  float origin, start;
+
+  /// Sets origin and start from the best score and the floor (near_tokens.cuh). The origin is the floor: fp32 then
+  /// tells apart scores that are just above the threshold. Scores of more than about 2^24 are so coarse that the floor
+  /// can lie further below the best score than weights reach; powers would overflow. Then, and for softmax, the origin
+  /// is the best score.
+  __device__ void set_origin(const Entmax<float>& entmax, float best, float floor) {
+    const bool close = best - floor <= entmax.beta + 1 && !entmax.is_softmax();
+    origin = close ? floor : best;
+    start = close ? 0 : -1;
+  }
+
+  /// Returns whether one block solves.
+  __device__ bool few() const { return count <= kFewTokens; }
 
   /// Calls body(run) for this lane's scores of a part, kRun at once, filled up with kNothing. All lanes call.
   template <typename Body>
@@ -46,7 +59,7 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
 /// All these threads call and all get the result. least_move: as in find_threshold.
 template <bool kSquare, int kSolvers>
 __device__ Solution<float> solve_by(const Entmax<float>& entmax, const NearScores& near, float least_move = 0) {
-  return find_threshold(entmax, 0.0f, least_move, [&](float threshold) {
+  return find_threshold(entmax, near.start, least_move, [&](float threshold) {
     Excess<float> own;
 #pragma unroll 1
     for (int i = threadIdx.x; i < near.count; i += kSolvers) {
@@ -71,7 +84,7 @@ __device__ Solution<float> solve_by_warp(const Entmax<float>& entmax, const Near
 /// Solves for any number of near tokens. All threads of the team call and all get the result.
 template <bool kSquare, typename Real>
 __device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const NearScores& near) {
-  return find_threshold(entmax, Real(0), Real(0), [&](Real threshold) {
+  return find_threshold(entmax, static_cast<Real>(near.start), Real(0), [&](Real threshold) {
     return team.sum_of_parts<Excess<double>>([&](int part) {
       Excess<double> own;
       near.visit(part, [&](const float (&run)[kRun]) {
@@ -144,8 +157,8 @@ class Weights {
   double threshold_, mass_;
 };
 
-/// Finds the weights of a head from its near tokens: any alpha, any number. If near.by_one_block, the team must be this
-/// block. All threads of the team call and all get the result.
+/// Finds the weights of a head from its near tokens: any alpha, any number. If near.few(), the team must be
+/// this block. All threads of the team call and all get the result.
 __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const Entmax<double>& entmax,
                                                              NearScores near) {
   const float origin = near.origin;
@@ -162,12 +175,14 @@ __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const E
   const auto weights_in_float = [&](const Entmax<float>& real, auto square) {
     constexpr float kClose = 0x1p-8f;
     const auto solve = [&] {
-      return !near.by_one_block     ? solve_many<square>(team, real, near)
+      return !near.few()            ? solve_many<square>(team, real, near)
              : near.count > kOfWarp ? solve_by<square, kTeamThreads>(real, near)
                                     : solve_by_warp<square>(real, near);
     };
     Solution<float> solution = solve();
-    if (solution.mass < kClose * solution.slope) {  // many tokens just above the threshold: fp32 needs a closer origin
+    // With many tokens just above the threshold, fp32 needs a closer origin. The best score is as close as can be.
+    if (near.start == 0 && solution.mass < kClose * solution.slope) {
+      __syncthreads();  // all warps have read the solution of solve_by_warp
       const float below = 0x1p-21f * (fabsf(origin) + real.beta);
       near.origin = origin + solution.threshold * real.beta - below;
       solution = solve();
