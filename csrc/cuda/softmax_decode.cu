@@ -358,9 +358,9 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
       using Layout = decltype(layout);
       if constexpr (sizeof(T) == 2 && Layout::kVectors) {
-        const bool in_runs = is_hopper_or_later() && op.head_dim == Layout::kDims && !op.selection.by_token &&
-                             op.k_pages.stride[2] == op.head_dim && op.v_pages.stride[2] == op.head_dim;
-        if (in_runs) return attend_with(RunSlot<T, Layout>{});
+        const bool by_runs = in_runs<Layout::kDims>(op.k_pages, op.head_dim) &&
+                             in_runs<Layout::kDims>(op.v_pages, op.head_dim) && !op.selection.by_token;
+        if (by_runs) return attend_with(RunSlot<T, Layout>{});
       }
       attend_with(WordSlot<T, Layout>{});
     });

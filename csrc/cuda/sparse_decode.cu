@@ -70,8 +70,8 @@ class ScoreWriter {
   float best_[2] = {kNothing, kNothing};  // best scores that this warp has seen
 };
 
-/// Where there are more tiles than this for each warp that runs at once, `scan` has more blocks than run at once:
-/// multiprocessors are not equally fast, and the faster ones take more blocks.
+/// Tiles that a warp of `scan` has at least, where there are more blocks than run at once. There are more because
+/// multiprocessors are not equally fast: the faster ones take more blocks.
 constexpr int kTilesOfTurn = 24;
 constexpr int kMostTurns = 4;  // how many times as many blocks as run at once, at most
 
@@ -325,9 +325,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
                op, scratch);
       };
       if constexpr (Layout::kVectors) {
-        const bool in_runs = is_hopper_or_later() && op.head_dim == Layout::kDims &&
-                             op.k_pages.stride[2] == op.head_dim && !op.selection.by_token;
-        if (in_runs) return scan_with(BulkRing<T, Layout, 4>{});
+        const bool by_runs = in_runs<Layout::kDims>(op.k_pages, op.head_dim) && !op.selection.by_token;
+        if (by_runs) return scan_with(BulkRing<T, Layout, 4>{});
       }
       scan_with(ScanRing<T, Layout>{});
     });

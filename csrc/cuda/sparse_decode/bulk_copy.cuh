@@ -2,7 +2,7 @@
 // They need compute capability 9.0. For others the code is empty, and nobody launches it.
 #pragma once
 
-#include "../common/copy.cuh"
+#include "../common/ring.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define ENTMAXKV_BULK_COPIES
@@ -75,6 +75,30 @@ __device__ inline void fence_before_copies() {
 #ifdef ENTMAXKV_BULK_COPIES
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+
+/// Starts to copy the kTileRows rows of a tile, of kWords words each. Lane i passes the address of row i, or null if
+/// there is no such row, and where in shared memory it goes; the row becomes NaN if it is not there. Lanes that are
+/// multiples of `run`, a power of two, copy that many rows, unless some row of the tile is not there. All lanes call.
+template <int kWords>
+__device__ void copy_rows(CopyBarrier& s_barrier, uint4* s_own, const void* row, int run) {
+  constexpr uint32_t kRowBytes = kWords * 16;
+  const int lane = threadIdx.x % 32;
+  const uint32_t rows = __popc(__ballot_sync(kAllLanes, row != nullptr));
+  if (lane == 0) s_barrier.announce(rows * kRowBytes);
+  if (rows < kTileRows) run = 1;
+  if (row && (lane & (run - 1)) == 0) s_barrier.copy(s_own, row, run * kRowBytes);
+  if (!row) {
+    for (int word = 0; word < kWords; ++word) s_own[word] = {~0u, ~0u, ~0u, ~0u};
+    fence_before_copies();
+  }
+}
+
+/// Returns whether the rows of a page follow each other in memory without gaps, on a GPU that can copy them together.
+/// kDims: dimensions for which a slot has room.
+template <int kDims>
+bool in_runs(const Rows& rows, int head_dim) {
+  return is_hopper_or_later() && head_dim == kDims && rows.stride[2] == head_dim;
 }
 
 }  // namespace entmaxkv::cuda

@@ -2,7 +2,6 @@
 // copy engine brings a run by one instruction of one lane.
 #pragma once
 
-#include "../common/ring.cuh"
 #include "bulk_copy.cuh"
 
 namespace entmaxkv::cuda {
@@ -58,16 +57,7 @@ struct BulkRing {
   /// Lane i passes row i.
   static __device__ void load(int nth, const Row& row, int) {
     Slot& to = slot(nth);
-    const int lane = threadIdx.x % 32;
-    uint4* words = to.words + lane * Slot::kWords;
-    const uint32_t rows = __popc(__ballot_sync(kAllLanes, row.address != nullptr));
-    if (lane == 0) to.barrier.announce(rows * kRowBytes);
-    const int run = rows == kTileRows ? row.run : 1;  // else a run might have rows that are not there
-    if (row.address && (lane & (run - 1)) == 0) to.barrier.copy(words, row.address, run * kRowBytes);
-    if (!row.address) {
-      for (int word = 0; word < Slot::kWords; ++word) words[word] = {~0u, ~0u, ~0u, ~0u};
-      fence_before_copies();
-    }
+    copy_rows<Slot::kWords>(to.barrier, to.words + threadIdx.x % 32 * Slot::kWords, row.address, row.run);
   }
 
   static __device__ void end_load() {}

@@ -72,20 +72,9 @@ struct RunSlot {
   }
 
   __device__ void load(const TileRows& tile) {
-    constexpr uint32_t kRowBytes = kWords * 16;
-    const int lane = threadIdx.x % 32;
     const bool there = tile.list.has_page(tile.physical);
-    const uint32_t rows = __popc(__ballot_sync(kAllLanes, there));
-    if (lane == 0) barrier.announce(rows * kRowBytes);
-    const int run = tile.whole && rows == kTileRows ? kRun : 1;
-    uint4* own = words + index(lane, 0);
-    if (there && lane % run == 0) {
-      barrier.copy(own, tile.rows.at<T>(tile.physical, tile.kv_head, tile.in_page), run * kRowBytes);
-    }
-    if (!there) {
-      for (int word = 0; word < kWords; ++word) own[word] = {~0u, ~0u, ~0u, ~0u};  // NaN
-      fence_before_copies();
-    }
+    const T* row = there ? tile.rows.at<T>(tile.physical, tile.kv_head, tile.in_page) : nullptr;
+    copy_rows<kWords>(barrier, words + index(threadIdx.x % 32, 0), row, tile.whole ? kRun : 1);
   }
 
   static __device__ void end_load() {}
