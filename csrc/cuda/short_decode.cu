@@ -9,7 +9,6 @@
 #include "common/launch.cuh"
 #include "sparse_decode/short_decode.cuh"
 #include "sparse_decode/support.cuh"
-#include "sparse_decode/values.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -35,38 +34,60 @@ int score_bytes(const SparseDecode& op, int blocks) {
   return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
 }
 
-/// Finds the near tokens of a list of at most kShort tokens. scores [tokens] holds all scores, in shared memory; those
-/// of near tokens, and their places, come to the front of scores and places. All threads of the block call and all get
-/// the result.
+/// Finds the near tokens of a list of at most kShort tokens, as near_of_list does. scores [tokens] holds all scores, in
+/// shared memory; those of near tokens, and their places, come to the front of scores and places. All threads of the
+/// block call and all get the result.
 __device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
                                     int32_t* places) {
+  static_assert(kTileRows == 32);
   constexpr int kOwn = kShort / kTeamThreads;
   const int thread = threadIdx.x;
-  const Levels levels(entmax);
-  float own[kOwn];
+  const Levels levels_of_tiles(entmax, 0), levels(entmax, 1);
+  float own[kOwn], tiles[kOwn];  // each warp has the tokens of a tile at a time
   float best = kNothing;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
-    best = larger(best, own[i]);
+    tiles[i] = from_ordered(__reduce_max_sync(kAllLanes, ordered(own[i])));
+    best = larger(best, tiles[i]);
   }
   best = largest<kTeamThreads>(best);
+  if (thread % 32 == 0) {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) levels.count(best, own[i]);
-  const float floor = levels.floor(block, best);
-  bool near[kOwn];
+    for (int i = 0; i < kOwn; ++i) {
+      if (levels.reaches(Levels::kLevels - 1, best, tiles[i])) levels_of_tiles.count(best, tiles[i]);
+    }
+  }
+  Levels::Floor floor = levels_of_tiles.floor(block, best);
+  int count = 0;
+#pragma unroll 1
+  for (bool by_tokens = false;; by_tokens = true) {
+    bool near[kOwn];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) near[i] = own[i] > kNothing && own[i] >= floor;
-  const Places<kTeamThreads, kOwn> to(near);
+    for (int i = 0; i < kOwn; ++i) near[i] = levels.reaches(floor.level, best, own[i]);
+    const Places<kTeamThreads, kOwn> to(near);
+    count = to.count;
+    if (count > kFewTokens && !by_tokens) {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (!near[i]) continue;
-    scores[to.place[i]] = own[i];
-    places[to.place[i]] = i * kTeamThreads + thread;
+      for (int i = 0; i < kOwn; ++i) {
+        if (near[i]) levels.count(best, own[i]);
+      }
+      const int of_tiles = floor.level;
+      floor = levels.floor(block, best);
+      floor.level = min(floor.level, of_tiles);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (!near[i]) continue;
+      scores[to.place[i]] = own[i];
+      places[to.place[i]] = i * kTeamThreads + thread;
+    }
+    break;
   }
   __syncthreads();
-  NearTokens result{{scores, to.count}, places};
-  result.set_origin(entmax, best, floor);
+  NearTokens result{{scores, count}, places};
+  result.set_origin(entmax, best, floor.score);
   return result;
 }
 
@@ -132,23 +153,9 @@ __global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDeco
     Team team = Team::block();
     const NearTokens near =
         near_of_short(team, Entmax<float>(entmax), list.tokens, s_scores + h / blocks * capacity, s_places);
-    const int support = Head{op, list, row, head, group.kv_head}.find_support(
-        team, entmax, near, [&](int to, float weight, uint32_t pool_row) {
-          s_weights[to] = weight;
-          s_rows[to] = pool_row;
-        });
-    float sum[1] = {};
-    for (int from = 0; from < support; from += ValueChunk<T>::kTokens) {
-      const int count = min(ValueChunk<T>::kTokens, support - from);
-      __syncthreads();  // the tokens before these have been read
-      s_chunk.set_tokens(op, group.kv_head, s_rows + from, count);
-      s_chunk.set_weights(0, s_weights + from, count);
-      __syncthreads();
-      s_chunk.add_to(sum, op.head_dim, vectors, count);
-    }
-    if (static_cast<int>(threadIdx.x) < op.head_dim) {
-      op.out.at<T>(row, head)[threadIdx.x] = from_float<T>(support == kUndefinedHead ? kUndefined : sum[0]);
-    }
+    const Head<T> decoded{op, list, row, head, group.kv_head};
+    const int support = decoded.find_support(team, entmax, near, s_weights, s_rows);
+    decoded.write_output(support, s_weights, s_rows, s_chunk, vectors);
     __syncthreads();  // before the next head
   }
 }

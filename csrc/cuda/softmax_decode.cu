@@ -37,8 +37,14 @@ struct Scratch {
   float* sums;       // [batch, q_heads, chunks, dims] value sums relative to the chunk's best score
   Scores* scores;    // [batch, q_heads, chunks]
   uint32_t* taken;   // a counter of the chunks that warps have taken (Loader)
+  bool is_long;      // keys and values are a long stream (read_once)
+  bool q_vectors;    // queries can be read 16 bytes at a time
 
-  explicit Scratch(const SparseDecode& op) : chunks(most_chunks(capacity_of(op))), dims(ceil_div(op.head_dim, 4) * 4) {}
+  explicit Scratch(const SparseDecode& op)
+      : chunks(most_chunks(capacity_of(op))),
+        dims(ceil_div(op.head_dim, 4) * 4),
+        is_long(2 * key_bytes(op) >= kLongStream),
+        q_vectors(in_vectors(op.q, op.dtype, op.head_dim)) {}
 
   /// Places the arrays one after the other from `memory` on. Returns how many bytes they take.
   int64_t place(const SparseDecode& op, void* memory) {
@@ -114,24 +120,6 @@ struct HeadScoring {
   }
 };
 
-/// Loads the queries of a chunk, with zeros where there is no head or dimension. All lanes of a warp call.
-template <typename T, typename Layout>
-__device__ void load_queries(const SparseDecode& op, const Chunk& chunk, Queries<T, Layout>& s_q) {
-  constexpr int kAtOnce = 16;
-#pragma unroll 1
-  for (int first = threadIdx.x % 32; first < kTileHeads * Layout::kDims; first += kAtOnce * 32) {
-    T values[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int h = (first + i * 32) / Layout::kDims, d = (first + i * 32) % Layout::kDims;
-      const bool there = h < chunk.group.heads && d < op.head_dim;
-      values[i] = there ? op.q.at<T>(chunk.row, chunk.group.first_head + h)[d] : from_float<T>(0);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) s_q.values[first + i * 32] = values[i];
-  }
-}
-
 template <typename Memory>
 __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
     attend(SparseDecode op, Scratch scratch, bool by_counter) {
@@ -139,11 +127,10 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
   using T = typename Memory::T;
   using Layout = typename Memory::Layout;
   Memory& s_warp = reinterpret_cast<Memory*>(dynamic_shared())[threadIdx.x / 32];
-  for (auto& slot : s_warp.slots) slot.open();
-  Loader<Memory> loader(op, by_counter ? scratch.taken : nullptr, s_warp);
-  int nth_slot = 0, turn = -1;  // the slot that is read next, and how many times all slots have been read
-  int64_t queries_of = -1;      // the first query head in shared memory, counted over all rows
-#pragma unroll 1                // one copy of the code of each step
+  Loader<Memory> loader(op, by_counter ? scratch.taken : nullptr, s_warp, read_once(scratch.is_long));
+  int nth_slot = 0;         // the slot that is read next
+  int64_t queries_of = -1;  // the first query head in shared memory, counted over all rows
+#pragma unroll 1            // one copy of the code of each step
   for (int n = 0;; ++n) {
     const Chunk& chunk = s_warp.chunk(n);
     if (!chunk.is_there()) break;
@@ -159,10 +146,10 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
       const int tile = chunk.first + step / 2;
       const bool keys = step >= 0 && step % 2 == 0;
       if (step == 0 && queries_of != first_head) {
-        load_queries(op, chunk, s_warp.q);
+        load_queries(op.q, chunk.row, chunk.group, op.head_dim, scratch.q_vectors, s_warp.q);
         queries_of = first_head;
       }
-      if (step >= 0) slot.template wait<Memory::kSlots>(turn);
+      wait_for_copies<Memory::kSlots - 1>();
       __syncwarp();  // the other lanes' copies have arrived, too
       if (keys) {
         scores = tile_products(slot, s_warp.q, chunk.group.heads, s_warp.exchange);
@@ -171,7 +158,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<Memory>, 1)
       }
       __syncwarp();  // all lanes have read the slot
       loader.load(slot);
-      if (++nth_slot == Memory::kSlots) nth_slot = 0, ++turn;
+      if (++nth_slot == Memory::kSlots) nth_slot = 0;
       if (!keys) continue;
       scoring.score(chunk.list, tile, scores);
       const float factor = running.take(scores, chunk.list.tokens - tile * kTileRows);
@@ -343,8 +330,8 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
   const int64_t chunks = std::max<int64_t>(int64_t{op.batch} * HeadGroup::per_row(op) * scratch.chunks, 1);
   dispatch_element(op.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto attend_with = [&](auto slot) {
-      using Memory = WarpMemory<decltype(slot)>;
+    dispatch_layout(op.head_dim, vectors, [&](auto layout) {
+      using Memory = WarpMemory<T, decltype(layout)>;
       const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
       const int blocks = static_cast<int>(std::min<int64_t>(chunks, multiprocessors()));
       const int warps =
@@ -354,15 +341,6 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
       if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
       launch(name, attend<Memory>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op, scratch,
              by_counter);
-    };
-    dispatch_layout(op.head_dim, vectors, [&](auto layout) {
-      using Layout = decltype(layout);
-      if constexpr (sizeof(T) == 2 && Layout::kVectors) {
-        const bool by_runs = in_runs<Layout::kDims>(op.k_pages, op.head_dim) &&
-                             in_runs<Layout::kDims>(op.v_pages, op.head_dim) && !op.selection.by_token;
-        if (by_runs) return attend_with(RunSlot<T, Layout>{});
-      }
-      attend_with(WordSlot<T, Layout>{});
     });
     const int parts = ceil_div(scratch.dims, MergeShares(scratch.chunks).words() * 4);
     launch(name, merge<T>, {dim3(parts, op.q_heads, op.batch), kMergeThreads}, stream, op, scratch);

@@ -5,8 +5,8 @@
 // Where all lists are short (is_short), they are decoded in one launch: short_decode.cu. Else:
 //   1. scan: all blocks divide all lists; a warp scores a tile for up to 8 heads. It writes the scores, and the best
 //      score of each tile.
-//   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores. It
-//      finds the threshold, and lists the tokens with p > 0.
+//   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores, the
+//      threshold, and the tokens with p > 0. It adds up their values if the near tokens are few, and else lists them.
 //   3. add_values: all blocks divide the listed tokens of all heads and add up their values.
 // Near tokens, and all sums, depend on the head's tokens alone: not on other rows, on other tokens of the list, or on
 // the number of blocks. So a row always gets the same bits.
@@ -17,7 +17,6 @@
 #include "sparse_decode/short_decode.cuh"
 #include "sparse_decode/softmax_decode.cuh"
 #include "sparse_decode/support.cuh"
-#include "sparse_decode/values.cuh"
 
 namespace entmaxkv::cuda {
 
@@ -70,44 +69,62 @@ class ScoreWriter {
   float best_[2] = {kNothing, kNothing};  // best scores that this warp has seen
 };
 
-/// Tiles that a warp of `scan` has at least, where there are more blocks than run at once. There are more because
-/// multiprocessors are not equally fast: the faster ones take more blocks.
-constexpr int kTilesOfTurn = 24;
-constexpr int kMostTurns = 4;  // how many times as many blocks as run at once, at most
+/// How the warps of a block divide the lists of a row. Without a selection, all lists of a row have equally many
+/// tokens: then as many lists as possible are read side by side, each by as many warps, because the keys of a page's
+/// heads are neighbours in memory.
+template <int kWarps>
+struct SideBySide {
+  int lists, warps_per_list;
+
+  __device__ explicit SideBySide(const SparseDecode& op) : lists(op.selection ? 1 : kWarps) {
+    while (HeadGroup::per_row(op) % lists != 0) lists /= 2;
+    warps_per_list = kWarps / lists;
+  }
+};
+
+/// Shared memory of a block of `scan` beside its ring.
+template <typename Slots>
+using WarpQueries = Queries<typename Slots::T, typename Slots::Layout>[Slots::kWarps];
+
+/// Blocks of `scan` that share a multiprocessor of an H200.
+template <typename Slots>
+constexpr int kScansAtOnce =
+    std::min(kScanBlocks<typename Slots::Layout>,
+             static_cast<int>((227 << 10) / (Slots::kBytes + sizeof(WarpQueries<Slots>) + 1024)));
 
 template <typename Slots>
 __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Slots::Layout>)
     scan(SparseDecode op, Scratch scratch) {
   wait_for_previous_kernel();
-  using T = typename Slots::T;
-  using Layout = typename Slots::Layout;
-  __shared__ Queries<T, Layout> s_q;
-  constexpr int kBlock = 32 * Slots::kWarps;
-  const int groups = HeadGroup::per_row(op), warp = threadIdx.x / 32;
-  const auto row_of = [=](int index) { return index < groups ? 0 : index / groups; };
-  const auto tiles_of = [&](int index) {
-    const int row = row_of(index);
-    return TokenList(op, row, HeadGroup(op, index - row * groups).kv_head).tiles();
+  __shared__ WarpQueries<Slots> s_queries;
+  const int warp = threadIdx.x / 32;
+  auto& s_q = s_queries[warp];
+  const SideBySide<Slots::kWarps> together(op);
+  const int sets = HeadGroup::per_row(op) / together.lists;  // of a row's lists
+  const auto row_of = [=](int set) { return set < sets ? 0 : set / sets; };
+  const auto group_of = [&](int set, int list) {
+    return HeadGroup(op, (set - row_of(set) * sets) * together.lists + list);
   };
-  const auto work = WorkSplit::of_block<kBlock>(op.batch * groups, tiles_of);
-  work.visit(tiles_of, [&](int index, int first, int count) {
-    const int64_t row = row_of(index);
-    const HeadGroup group(op, index - static_cast<int>(row) * groups);
+  const auto tiles_of = [&](int set) { return TokenList(op, row_of(set), group_of(set, 0).kv_head).tiles(); };
+  const auto work = WorkSplit::of_block<32 * Slots::kWarps>(op.batch * sets, tiles_of);
+  work.visit(tiles_of, [&](int set, int first, int count) {
+    const int64_t row = row_of(set);
+    const HeadGroup group = group_of(set, warp % together.lists);
     const TokenList list(op, row, group.kv_head);
-    const auto tile = [=](int n) { return first + warp + n * Slots::kWarps; };
+    const int offset = warp / together.lists, step = together.warps_per_list;
+    const auto tile = [=](int n) { return first + offset + n * step; };
     LaneScoring scoring;
     ScoreWriter writer(op, scratch, row, group);
     Products scores;
-    auto stream =
-        list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, Upto{ceil_div(count - warp, Slots::kWarps)}, tile);
+    auto stream = list.keys<Slots>(op.k_pages, group.kv_head, op.head_dim, Upto{ceil_div(count - offset, step)}, tile,
+                                   read_once(scratch.is_long));
     stream.run(
-        [&] {  // while the first keys are on their way
-          const QueryLoad<T, Layout, kBlock> queries(op.q, row, group, op.head_dim);
+        [&] {            // while the first keys are on their way
+          __syncwarp();  // all lanes are done with the queries of the last list
+          load_queries(op.q, row, group, op.head_dim, scratch.q_vectors, s_q);
           scoring = LaneScoring(op, group);
           writer.prepare(op);
-          __syncthreads();  // all warps are done with the queries of the last list
-          queries.store([&](int h, int d, float q) { s_q.set(h, d, q); });
-          __syncthreads();
+          __syncwarp();
         },
         [&](int, const auto& slot) {
           scores = {};
@@ -122,9 +139,22 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
 
 constexpr int kSolveBlocks = 2;  // blocks of solve that share a multiprocessor
 
-__global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch) {
+/// Shared memory of `solve`. What it needs last takes the place of scores that nobody reads any longer.
+template <typename T>
+union SolveMemory {
+  ListScores::Memory list;
+  struct {
+    FewTokens few;  // in list.few, too
+    float weights[kFewTokens];
+    uint32_t rows[kFewTokens];
+    ValueChunk<T> chunk;
+  } last;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
-  auto& s_list = *reinterpret_cast<ListScores::Memory*>(dynamic_shared());
+  auto& s_memory = *reinterpret_cast<SolveMemory<T>*>(dynamic_shared());
   const int64_t row = blockIdx.z;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
@@ -136,7 +166,7 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   Team team = Team::cluster(), block = Team::block();
   const bool divided = team.size > 1 && list.tiles() > ListScores::kWindow;
   ListScores scores(divided ? team : block, in_float, scratch.maxima + at * scratch.tiles(),
-                    scratch.scores + at * scratch.capacity, list.tiles(), s_list);
+                    scratch.scores + at * scratch.capacity, list.tiles(), s_memory.list);
   if (!divided && scores.near_tiles() <= ListScores::kAlone) {
     if (team.rank > 0) return;
     team = block;
@@ -149,16 +179,26 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
     if (team.rank > 0) return;
     team = block;
   }
-  float* weights = scratch.weights(at);
-  uint32_t* rows = scratch.rows(at);
-  const int support =
-      Head{op, list, row, head, kv_head}.find_support(team, entmax, near, [&](int to, float weight, uint32_t pool_row) {
-        weights[to] = weight;
-        rows[to] = pool_row;
-      });
-  if (team.rank == 0 && threadIdx.x == 0) {
-    scratch.supports[at] = support;
-    scratch.arrived[at] = 0;
+  float* weights = near.few() ? s_memory.last.weights : scratch.weights(at);
+  uint32_t* rows = near.few() ? s_memory.last.rows : scratch.rows(at);
+  const Head<T> solved{op, list, row, head, kv_head};
+  const int support = solved.find_support(team, entmax, near, weights, rows);
+  const bool ends_here = near.few() ? support <= kOwnValues : support == kUndefinedHead;
+  if (team.rank == 0) {
+    if (ends_here) {
+      solved.write_output(support, weights, rows, s_memory.last.chunk, vectors);
+    } else if (near.few()) {
+      __syncthreads();  // all threads have written weights and rows
+#pragma unroll 1
+      for (int i = threadIdx.x; i < support; i += kTeamThreads) {
+        scratch.weights(at)[i] = weights[i];
+        scratch.rows(at)[i] = rows[i];
+      }
+    }
+    if (threadIdx.x == 0) {
+      scratch.supports[at] = ends_here ? 0 : support;
+      scratch.arrived[at] = 0;
+    }
   }
   team.sync();  // no block ends while another reads its shared memory
 }
@@ -187,8 +227,9 @@ struct Sharers {
     return support > kLeastValues && support == op.tokens[head / op.group];
   }
 
-  /// Returns the number of chunks that a head has.
+  /// Returns the number of chunks that a head has, 0 if `solve` has written its output.
   static __device__ int chunks_of(const SparseDecode& op, const Scratch& scratch, int head) {
+    if (scratch.supports[head] == 0) return 0;
     if (shares(op, scratch, head)) {
       for (int other = head - index_in_set(op, head); other < head; ++other) {
         if (shares(op, scratch, other)) return 0;
@@ -234,7 +275,7 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
     const auto write = [&](int nth, float sum) {
       if (thread >= op.head_dim) return;
       const int row = first_head / op.q_heads, head = first_head % op.q_heads + nth;
-      op.out.at<T>(row, head)[thread] = from_float<T>(support == kUndefinedHead ? kUndefined : sum);
+      op.out.at<T>(row, head)[thread] = from_float<T>(sum);
     };
     const auto sum_of = [&](int nth, int chunk) {
       return scratch.sums + (int64_t{first_head + nth} * scratch.chunks + chunk) * op.head_dim + thread;
@@ -318,9 +359,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       const auto scan_with = [&](auto slots) {
         using Slots = decltype(slots);
         const int64_t tiles = int64_t{op.batch} * HeadGroup::per_row(op) * scratch.tiles();
-        const int64_t at_once = kScanBlocks<Layout> * multiprocessors();
-        const int64_t turns = std::clamp<int64_t>(tiles / (kTilesOfTurn * Slots::kWarps * at_once), 1, kMostTurns);
-        const auto blocks = std::clamp<int64_t>((tiles + Slots::kWarps - 1) / Slots::kWarps, 1, turns * at_once);
+        const auto blocks = std::clamp<int64_t>((tiles + Slots::kWarps - 1) / Slots::kWarps, 1,
+                                                kScansAtOnce<Slots> * multiprocessors());
         launch(name, scan<Slots>, {dim3(static_cast<unsigned>(blocks)), 32 * Slots::kWarps, 1, Slots::kBytes}, stream,
                op, scratch);
       };
@@ -332,8 +372,8 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
     });
     int blocks = cluster::most_blocks();
     while (blocks > 1 && blocks * heads > kSolveBlocks * multiprocessors()) blocks /= 2;
-    launch(name, solve, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(ListScores::Memory)}, stream,
-           op, scratch);
+    launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(SolveMemory<T>)}, stream,
+           op, scratch, value_vectors);
     const auto value_blocks = std::clamp<int64_t>(heads * scratch.chunks, 1, kValueBlocks * multiprocessors());
     launch(name, add_values<T>, {dim3(static_cast<unsigned>(value_blocks)), kTeamThreads}, stream, op, scratch,
            value_vectors);

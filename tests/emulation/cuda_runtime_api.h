@@ -367,7 +367,7 @@ class alignas(16) CopyBarrier {
   static void fence() {}
   void announce(uint32_t bytes) { missing_ += bytes; }
 
-  void copy(uint4* s_to, const void* from, uint32_t bytes) {
+  void copy(uint4* s_to, const void* from, uint32_t bytes, uint64_t) {
     std::memcpy(s_to, from, bytes);
     missing_ -= bytes;
   }

@@ -24,14 +24,25 @@ __device__ inline void wait_for_parity(const uint64_t& s_barrier, int parity) {
   }
 }
 
-/// Returns the policy for memory that is read once: L2 gives its lines up first. So a stream of keys evicts neither
-/// what others need nor lines that would have to be written back.
-__device__ inline uint64_t read_once() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+
+/// From so many bytes on, a stream is long: read_once.
+constexpr int64_t kLongStream = 400 << 20;
+
+/// Returns L2's policy for memory that is read once. L2 gives its lines up first: so a stream evicts neither what
+/// others need nor lines that would have to be written back. Where it is long, its lines take part in no order: an H200
+/// reads them 3 % faster, which outweighs the lines that are written back.
+__device__ inline uint64_t read_once([[maybe_unused]] bool is_long = false) {
+  uint64_t policy = 0;
+#ifndef EMULATE_CUDA
+  if (is_long) {
+    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  }
+#endif
   return policy;
 }
-#endif
 
 /// Starts to load the cache line at `address` into L2.
 __device__ inline void prefetch([[maybe_unused]] const void* address) {
@@ -51,13 +62,13 @@ __device__ inline void copy_async(uint4& s_to, const void* from, bool valid) {
 #endif
 }
 
-/// Does what copy_async does, for memory that is read once.
-__device__ inline void stream_async(uint4& s_to, const void* from, bool valid) {
+/// Does what copy_async does, for memory that is read once; `policy` is that of read_once.
+__device__ inline void stream_async(uint4& s_to, const void* from, bool valid, [[maybe_unused]] uint64_t policy) {
 #ifdef EMULATE_CUDA
   copy_async(s_to, from, valid);
 #else
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(&s_to)),
-               "l"(from), "r"(valid ? 16 : 0), "l"(read_once())
+               "l"(from), "r"(valid ? 16 : 0), "l"(policy)
                : "memory");
 #endif
 }

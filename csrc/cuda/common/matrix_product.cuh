@@ -101,6 +101,22 @@ class QueryLoad {
   T values_[kHeld];
 };
 
+/// Loads the queries of a group, with zeros where there is no head or dimension. vectors: 16 bytes can be read at a
+/// time. All lanes of a warp call.
+template <typename T, typename Layout>
+__device__ void load_queries(const Rows& q, int64_t row, const HeadGroup& group, int head_dim, bool vectors,
+                             Queries<T, Layout>& s_q) {
+  constexpr int kCount = 16 / sizeof(T), kWords = Layout::kDims / kCount;  // of a query
+  auto* s_words = reinterpret_cast<uint4*>(s_q.values);
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i < kTileHeads * kWords; i += 32) {
+    const int h = i / kWords, d = i % kWords * kCount;
+    const T* query = q.at<T>(row, group.first_head + min(h, group.heads - 1));
+    const int dims = h < group.heads ? head_dim : 0;
+    s_words[i] = vectors ? load_word<true>(query, d, dims) : load_word<false>(query, d, dims);
+  }
+}
+
 /// D = A B + C on a tensor core, A [16 rows, 16 dimensions], B [16 dimensions, 8 heads], in the fragment layout of PTX
 /// mma.m16n8k16. All lanes call.
 template <typename T>

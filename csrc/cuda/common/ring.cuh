@@ -83,10 +83,10 @@ struct Slot {
     return words[index(row, 4 * nth + static_cast<int>(threadIdx.x % 4))];
   }
 
-  /// Starts to copy 32 rows. Lane i passes the address of row i. kAtOnce: how often the loop is unrolled; short code
-  /// suits small kernels, which wait for instructions. All lanes call.
+  /// Starts to copy 32 rows. Lane i passes the address of row i; `policy` is that of read_once. kAtOnce: how often the
+  /// loop is unrolled; short code suits small kernels, which wait for instructions. All lanes call.
   template <int kAtOnce = 4>
-  __device__ void load(const T* row, int head_dim) {
+  __device__ void load(const T* row, int head_dim, uint64_t policy) {
     constexpr int kCount = 16 / sizeof(T);
     const auto address = reinterpret_cast<unsigned long long>(row);
 #pragma unroll kAtOnce
@@ -95,7 +95,7 @@ struct Slot {
       const T* its_row = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, from));
       uint4& to = words[index(from, nth)];
       if constexpr (Layout::kVectors) {
-        stream_async(to, its_row + nth * kCount, nth * kCount < head_dim);
+        stream_async(to, its_row + nth * kCount, nth * kCount < head_dim, policy);
       } else {
         to = load_word<false>(its_row, nth * kCount, head_dim);
       }
@@ -123,7 +123,9 @@ struct Ring {
   // What a TileStream calls.
   static constexpr bool kWholeRuns = false;
   static __device__ void begin() {}
-  static __device__ void load(int nth, const T* row, int head_dim) { slot(nth).load(row, head_dim); }
+  static __device__ void load(int nth, const T* row, int head_dim, uint64_t policy) {
+    slot(nth).load(row, head_dim, policy);
+  }
   static __device__ void end_load() { commit_copies(); }
   static __device__ void wait(int, int) {
     wait_for_copies<kSlots - 1>();
@@ -162,15 +164,15 @@ struct Upto {
 /// more and lookup are called one tile ahead of row_of, so that the latency of the look-up is hidden. All lanes of a
 /// warp call what Slots provides:
 ///   begin()                     before the first load
-///   load(slot, row, head_dim)   starts to copy the rows of a tile; `row` is what row_of returned
+///   load(slot, row, head_dim, policy)  starts to copy the rows of a tile; `row` is what row_of returned
 ///   end_load()                  after each load, and in place of loads that there is no tile for
 ///   wait(tile, slot)            until the rows of the warp's nth tile are in the slot
 ///   end()                       when all tiles have been read
 template <typename Slots, typename More, typename Lookup, typename RowOf>
 class TileStream {
  public:
-  __device__ TileStream(Slots, More more, int head_dim, Lookup lookup, RowOf row_of)
-      : head_dim_(head_dim), more_(more), lookup_(lookup), row_of_(row_of) {}
+  __device__ TileStream(Slots, More more, int head_dim, Lookup lookup, RowOf row_of, uint64_t policy = read_once())
+      : head_dim_(head_dim), policy_(policy), more_(more), lookup_(lookup), row_of_(row_of) {}
 
   /// Starts the first loads, calls prepare(), and then for each tile n read(n, slot), which reads the slot, and
   /// finish(n) after the slot's next load has started. All lanes call.
@@ -199,12 +201,13 @@ class TileStream {
     if (more_(n)) {
       const auto found = next_;
       if (more_(n + 1)) next_ = lookup_(n + 1);
-      Slots::load(nth, row_of_(n, found), head_dim_);
+      Slots::load(nth, row_of_(n, found), head_dim_, policy_);
     }
     Slots::end_load();
   }
 
   int head_dim_;
+  uint64_t policy_;
   More more_;
   Lookup lookup_;
   RowOf row_of_;

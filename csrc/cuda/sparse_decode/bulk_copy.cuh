@@ -40,13 +40,14 @@ class alignas(16) CopyBarrier {
 #endif
   }
 
-  /// Starts to copy bytes that are read once. Both addresses and their number are multiples of 16.
-  __device__ void copy(uint4* s_to, const void* from, uint32_t bytes) {
+  /// Starts to copy bytes that are read once; `policy` is that of read_once. Both addresses and the number of bytes are
+  /// multiples of 16.
+  __device__ void copy(uint4* s_to, const void* from, uint32_t bytes, uint64_t policy) {
 #ifdef ENTMAXKV_BULK_COPIES
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
         "%4;" ::"r"(shared_address(s_to)),
-        "l"(from), "r"(bytes), "r"(shared_address(&word_)), "l"(read_once())
+        "l"(from), "r"(bytes), "r"(shared_address(&word_)), "l"(policy)
         : "memory");
 #endif
   }
@@ -81,13 +82,13 @@ __device__ inline void fence_before_copies() {
 /// there is no such row, and where in shared memory it goes; the row becomes NaN if it is not there. Lanes that are
 /// multiples of `run`, a power of two, copy that many rows, unless some row of the tile is not there. All lanes call.
 template <int kWords>
-__device__ void copy_rows(CopyBarrier& s_barrier, uint4* s_own, const void* row, int run) {
+__device__ void copy_rows(CopyBarrier& s_barrier, uint4* s_own, const void* row, int run, uint64_t policy) {
   constexpr uint32_t kRowBytes = kWords * 16;
   const int lane = threadIdx.x % 32;
   const uint32_t rows = __popc(__ballot_sync(kAllLanes, row != nullptr));
   if (lane == 0) s_barrier.announce(rows * kRowBytes);
   if (rows < kTileRows) run = 1;
-  if (row && (lane & (run - 1)) == 0) s_barrier.copy(s_own, row, run * kRowBytes);
+  if (row && (lane & (run - 1)) == 0) s_barrier.copy(s_own, row, run * kRowBytes, policy);
   if (!row) {
     for (int word = 0; word < kWords; ++word) s_own[word] = {~0u, ~0u, ~0u, ~0u};
     fence_before_copies();

@@ -55,9 +55,9 @@ struct BulkRing {
   };
 
   /// Lane i passes row i.
-  static __device__ void load(int nth, const Row& row, int) {
+  static __device__ void load(int nth, const Row& row, int, uint64_t policy) {
     Slot& to = slot(nth);
-    copy_rows<Slot::kWords>(to.barrier, to.words + threadIdx.x % 32 * Slot::kWords, row.address, row.run);
+    copy_rows<Slot::kWords>(to.barrier, to.words + threadIdx.x % 32 * Slot::kWords, row.address, row.run, policy);
   }
 
   static __device__ void end_load() {}

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../common/reduce.cuh"
-#include "tile_slots.cuh"
 #include "token_list.cuh"
 #include "value_sums.cuh"
 
@@ -95,15 +94,14 @@ class Work {
 };
 
 /// What a warp of `attend` has in shared memory.
-template <typename TheSlot>
+template <typename TheT, typename TheLayout>
 struct WarpMemory {
-  using Slot = TheSlot;
-  using T = typename Slot::T;
-  using Layout = typename Slot::Layout;
-  static constexpr int kSlots = std::clamp((16 << 10) / (kTileRows * Slot::kWords * 16), 1, 4);
+  using T = TheT;
+  using Layout = TheLayout;
+  static constexpr int kSlots = std::clamp((16 << 10) / int{sizeof(Slot<T, Layout>)}, 1, 4);
   static constexpr int kAhead = 4;  // more than the chunks that kSlots tiles can lie in
 
-  Slot slots[kSlots];
+  Slot<T, Layout> slots[kSlots];
   Queries<T, Layout> q;
   [[no_unique_address]] Exchange<T> exchange;
   Chunk chunks[kAhead];  // from the chunk that is being added up to the chunk that is being loaded
@@ -122,24 +120,28 @@ constexpr int kMostWarps =
 template <typename Memory>
 class Loader {
  public:
+  using T = typename Memory::T;
+  using Layout = typename Memory::Layout;
+
   /// Takes the first chunk. `taken` counts the numbers that all warps have taken beyond their first. If it is null,
-  /// each warp takes every nth number. All lanes call.
-  __device__ Loader(const SparseDecode& op, uint32_t* taken, Memory& s_warp)
-      : op_(op), s_warp_(s_warp), work_(op), taken_(taken) {
+  /// each warp takes every nth number. `policy` is that of read_once. All lanes call.
+  __device__ Loader(const SparseDecode& op, uint32_t* taken, Memory& s_warp, uint64_t policy)
+      : op_(op), s_warp_(s_warp), work_(op), taken_(taken), policy_(policy) {
     next_ = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
     take();
   }
 
   /// Starts to copy the next 32 rows into a slot. All lanes call.
-  __device__ void load(typename Memory::Slot& slot) {
+  __device__ void load(Slot<T, Layout>& slot) {
+    constexpr int kAtOnce = Layout::kVectors && Layout::kDims * sizeof(T) <= 512 ? 8 : 1;
     const Chunk& chunk = s_warp_.chunk(chunk_);
     if (!values_ && tile_ + 1 == chunk.last) ask();
     if (tile_ < chunk.last) {
-      const TokenList& list = chunk.list;
-      slot.load({list, values_ ? op_.v_pages : op_.k_pages, chunk.group.kv_head, op_.head_dim, page_, in_page_,
-                 (tile_ + 1) * kTileRows <= list.tokens});
+      const Rows& rows = values_ ? op_.v_pages : op_.k_pages;
+      slot.template load<kAtOnce>(chunk.list.template row<T>(rows, chunk.group.kv_head, page_, in_page_), op_.head_dim,
+                                  policy_);
     }
-    slot.end_load();
+    commit_copies();
     if (values_ && chunk.is_there()) {
       if (++tile_ == chunk.last) {
         ++chunk_;
@@ -190,6 +192,7 @@ class Loader {
   Memory& s_warp_;
   Work work_;
   uint32_t* taken_;
+  uint64_t policy_;
   int next_;
   int chunk_ = 0, tile_, page_, in_page_;
   bool values_ = false;

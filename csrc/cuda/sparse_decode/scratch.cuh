@@ -9,8 +9,10 @@ namespace entmaxkv::cuda {
 struct Scratch {
   Entmax<double> entmax;  // of an alpha that all heads share: found on the host, since it takes divisions in double
 
-  int capacity;  // tokens of the longest list, in whole tiles
-  int chunks;    // most chunks of a head's tokens with weight (values.cuh)
+  int capacity;    // tokens of the longest list, in whole tiles
+  int chunks;      // most chunks of a head's tokens with weight (values.cuh)
+  bool is_long;    // the keys are a long stream (read_once)
+  bool q_vectors;  // queries can be read 16 bytes at a time
   // Written by `scan`:
   float* maxima;  // [batch, q_heads, capacity / 32] best score of each tile
   float* scores;  // [batch, q_heads, capacity] by place in the list; `solve` puts weights here
@@ -18,7 +20,7 @@ struct Scratch {
   uint32_t* pool_rows;   // [batch, q_heads, capacity] rows of the tokens with weight
   float* near_scores;    // [batch, q_heads, capacity] near tokens, where they are many
   int32_t* near_places;  // [batch, q_heads, capacity]
-  int32_t* supports;     // [batch, q_heads] number of tokens with weight, or kUndefinedHead
+  int32_t* supports;     // [batch, q_heads] number of listed tokens; 0 if the output has been written
   uint32_t* arrived;     // [batch, q_heads] chunks whose values are summed; starts at 0
   // Written by `add_values`:
   float* sums;  // [batch, q_heads, chunks, head_dim]
@@ -26,7 +28,9 @@ struct Scratch {
   explicit Scratch(const SparseDecode& op)
       : entmax(op.alpha.value),
         capacity(capacity_of(op)),
-        chunks(std::min(ceil_div(capacity, kLeastValues), kMostValueChunks)) {}
+        chunks(std::min(ceil_div(capacity, kLeastValues), kMostValueChunks)),
+        is_long(key_bytes(op) >= kLongStream),
+        q_vectors(in_vectors(op.q, op.dtype, op.head_dim)) {}
 
   __device__ Entmax<double> entmax_of(const Alpha& alpha, int head) const {
     return alpha.per_head ? Entmax<double>(alpha.of(head)) : entmax;

@@ -76,11 +76,14 @@ class Team {
   }
 
   /// Returns the sum of the blocks' copies of a shared number. Any thread may call once sync has ordered the copies; it
-  /// reads each of them, so only few threads should.
+  /// reads each of them.
   __device__ int sum_of(const int& s_number) const {
     if (size == 1) return s_number;
     int sum = 0;
-    for (int other = 0; other < size; ++other) sum += of(other, s_number);
+#pragma unroll
+    for (int other = 0; other < cluster::kMostBlocks; ++other) {
+      if (other < size) sum += of(other, s_number);
+    }
     return sum;
   }
 
@@ -159,13 +162,13 @@ struct WarpRun {
 struct Kept {
   int before, all;
 
-  /// Counts the items of the run for whose value read(i) keep(value) is true. All threads of the block call.
+  /// Adds up keep(value), 0 or 1 for a single item, over the values read(i) of the run. All threads of the block call.
   template <int kAtOnce, typename Read, typename Keep>
   static __device__ Kept of(const WarpRun& run, Read read, Keep keep) {
     constexpr int kWarps = kTeamThreads / 32;
     __shared__ int s_kept[kWarps];
     int own = 0;
-    run.visit<kAtOnce>(read, [&](int, auto value, bool there) { own += there && keep(value); });
+    run.visit<kAtOnce>(read, [&](int, auto value, bool there) { own += there ? int{keep(value)} : 0; });
     own = sum<32>(own);
     __syncthreads();  // the counts of an earlier call have been read
     if (threadIdx.x % 32 == 0) s_kept[threadIdx.x / 32] = own;

@@ -89,7 +89,8 @@ struct TokenList {
   /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
   /// its last token, or with whole runs the row at its own slot of the last token's page, whatever that holds.
   template <typename Slots, typename More, typename Tile>
-  __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile) const {
+  __device__ auto keys(const Rows& k_pages, int kv_head, int head_dim, More more, Tile tile,
+                       uint64_t policy = read_once()) const {
     const auto place = [*this, tile](int n) {
       return min(tile(n) * kTileRows + static_cast<int>(threadIdx.x % 32), tokens - 1);
     };
@@ -104,7 +105,7 @@ struct TokenList {
         return row<T>(k_pages, kv_head, physical, slot(place(n)));
       }
     };
-    return TileStream(Slots{}, more, head_dim, lookup, row_of);
+    return TileStream(Slots{}, more, head_dim, lookup, row_of, policy);
   }
 
  private:
@@ -145,6 +146,12 @@ struct LaneScoring {
 inline int capacity_of(const SparseDecode& op) {
   const int entries = op.selection ? op.selection.max_selected : op.max_pages;
   return ceil_div(entries * (op.selection.by_token ? 1 : op.page_size), 4 * kTileRows) * 4 * kTileRows;
+}
+
+/// Returns how many bytes the keys of all lists have, if all are as long as they can be.
+inline int64_t key_bytes(const SparseDecode& op) {
+  const int64_t of_element = op.dtype == Dtype::kFloat32 ? 4 : 2;
+  return int64_t{op.batch} * op.kv_heads * capacity_of(op) * op.head_dim * of_element;
 }
 
 }  // namespace entmaxkv::cuda

@@ -26,6 +26,13 @@ __host__ __device__ constexpr int value_chunks_of(int support) {
   return support <= kLeastValues ? 1 : ceil_div(support, value_chunk_size(support));
 }
 
+/// Returns the value with a row in the pool (TokenList::pool_row).
+template <typename T>
+__device__ const T* value_of(const SparseDecode& op, int kv_head, uint32_t pool_row) {
+  const uint32_t slot = pool_row & static_cast<uint32_t>(op.page_size - 1);
+  return op.v_pages.at<T>(pool_row >> log2_of(op.page_size), kv_head, slot);
+}
+
 /// Tokens whose values a block adds up for up to kMostHeads heads, in shared memory.
 template <typename T, int kMostHeads = 1>
 struct ValueChunk {
@@ -37,10 +44,7 @@ struct ValueChunk {
 
   /// Sets the first `count` tokens from their rows in the pool (TokenList::pool_row). All threads call.
   __device__ void set_tokens(const SparseDecode& op, int kv_head, const uint32_t* rows, int count) {
-    if (const int i = threadIdx.x; i < count) {
-      const uint32_t row = rows[i], slot = row & static_cast<uint32_t>(op.page_size - 1);
-      values[i] = op.v_pages.at<T>(row >> log2_of(op.page_size), kv_head, slot);
-    }
+    if (const int i = threadIdx.x; i < count) values[i] = value_of<T>(op, kv_head, rows[i]);
   }
 
   /// Sets the weights of the first `count` tokens for the nth head. All threads call.

@@ -7,9 +7,9 @@
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 8;           // scores that a lane reads at once, where near tokens are many
-constexpr int kFewTokens = 2048;  // near tokens for which there is room in a block's shared memory
-constexpr int kOfWarp = 256;      // near tokens that one warp solves, without barriers
+constexpr int kRun = 16;          // scores that a lane reads at once, where near tokens are many
+constexpr int kFewTokens = 4096;  // near tokens for which there is room in a block's shared memory
+constexpr int kOfWarp = 256;      // near tokens that one warp solves where powers take long
 
 /// The scores of a head's near tokens.
 struct NearScores {
@@ -55,49 +55,85 @@ __device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real 
   }
 }
 
-/// Finds the threshold, relative to (alpha-1) origin, from few near tokens with kSolvers threads, a block or a warp.
-/// All these threads call and all get the result. least_move: as in find_threshold.
-template <bool kSquare, int kSolvers>
-__device__ Solution<float> solve_by(const Entmax<float>& entmax, const NearScores& near, float least_move = 0) {
-  return find_threshold(entmax, near.start, least_move, [&](float threshold) {
-    Excess<float> own;
+/// Improves a threshold until it is right in double precision. excess_at(t) returns the sums at a trial threshold. The
+/// sums of fp32 depend on the near tokens without weight, which change their order, and on the origin. In double
+/// precision these change nothing that is left after rounding to fp32.
+template <typename ExcessAt>
+__device__ double polished(const Entmax<double>& entmax, double threshold, ExcessAt excess_at) {
 #pragma unroll 1
+  for (int step = 0; step < 4; ++step) {
+    const double move = entmax.step(excess_at(threshold));
+    threshold += move;
+    if (!(fabs(move) > 0x1p-20)) break;  // convergence is quadratic: the next move would be below 2^-40
+  }
+  return threshold;
+}
+
+/// Finds the threshold, relative to (alpha-1) origin, from few near tokens with kSolvers threads, a block or a warp.
+/// All these threads call and all get the result.
+template <bool kSquare, int kSolvers>
+__device__ double solve_by(const Entmax<double>& entmax, const NearScores& near) {
+  constexpr float kLeastMove = 0x1p-14f;  // the rest is done in double precision
+  const Entmax<float> in_float(entmax);
+  const Solution<float> solution = find_threshold(in_float, near.start, kLeastMove, [&](float threshold) {
+    Excess<float> own;
+#pragma unroll(kSquare ? 4 : 1)
     for (int i = threadIdx.x; i < near.count; i += kSolvers) {
-      add_if_above<kSquare>(own, entmax.gap * (near.scores[i] - near.origin), threshold, entmax.beta);
+      add_if_above<kSquare>(own, in_float.gap * (near.scores[i] - near.origin), threshold, in_float.beta);
+    }
+    return sum<kSolvers>(own);
+  });
+  return polished(entmax, solution.threshold, [&](double threshold) {
+    Excess<double> own;
+#pragma unroll(kSquare ? 2 : 1)
+    for (int i = threadIdx.x; i < near.count; i += kSolvers) {
+      add_if_above<kSquare>(own, entmax.gap * (double{near.scores[i]} - near.origin), threshold, entmax.beta);
     }
     return sum<kSolvers>(own);
   });
 }
 
-/// Solves for at most kOfWarp near tokens by one warp. All threads of the block call and all get the result.
+/// Solves for few near tokens by one warp. All threads of the block call and all get the result.
 template <bool kSquare>
-__device__ Solution<float> solve_by_warp(const Entmax<float>& entmax, const NearScores& near, float least_move = 0) {
-  __shared__ Solution<float> s_solution;
+__device__ double solve_by_warp(const Entmax<double>& entmax, const NearScores& near) {
+  __shared__ double s_threshold;
+  __syncthreads();  // all warps have read the last one
   if (threadIdx.x < 32) {
-    const Solution<float> solution = solve_by<kSquare, 32>(entmax, near, least_move);
-    if (threadIdx.x == 0) s_solution = solution;
+    const double threshold = solve_by<kSquare, 32>(entmax, near);
+    if (threadIdx.x == 0) s_threshold = threshold;
   }
   __syncthreads();
-  return s_solution;
+  return s_threshold;
 }
 
-/// Solves for any number of near tokens. All threads of the team call and all get the result.
+/// The sums of any number of near tokens at a trial threshold. All threads of the team call and all get the result.
 template <bool kSquare, typename Real>
-__device__ ENTMAXKV_NOINLINE Solution<Real> solve_many(Team& team, const Entmax<Real>& entmax, const NearScores& near) {
-  return find_threshold(entmax, static_cast<Real>(near.start), Real(0), [&](Real threshold) {
-    return team.sum_of_parts<Excess<double>>([&](int part) {
-      Excess<double> own;
-      near.visit(part, [&](const float (&run)[kRun]) {
-        Excess<Real> few;
+__device__ ENTMAXKV_NOINLINE Excess<double> excess_of_many(Team& team, const Entmax<Real>& entmax,
+                                                           const NearScores& near, Real threshold) {
+  return team.sum_of_parts<Excess<double>>([&](int part) {
+    Excess<double> own;
+    near.visit(part, [&](const float (&run)[kRun]) {
+      Excess<Real> few;
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - near.origin), threshold, entmax.beta);
-        }
-        own = own + Excess<double>{few.mass, few.slope};
-      });
-      return own;
+      for (int i = 0; i < kRun; ++i) {
+        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - near.origin), threshold, entmax.beta);
+      }
+      own = own + Excess<double>{few.mass, few.slope};
     });
+    return own;
   });
+}
+
+/// Finds the threshold from any number of near tokens, relative to (alpha-1) origin: first in Real. All threads of the
+/// team call and all get the result.
+template <bool kSquare, typename Real>
+__device__ double solve_many(Team& team, const Entmax<double>& entmax, const NearScores& near) {
+  const Entmax<Real> real(entmax);
+  const Solution<Real> solution = find_threshold(real, static_cast<Real>(near.start), Real(0), [&](Real threshold) {
+    return excess_of_many<kSquare, Real>(team, real, near, threshold);
+  });
+  return polished(entmax, solution.threshold,
+                  [&](double threshold) { return excess_of_many<kSquare, double>(team, entmax, near, threshold); });
 }
 
 /// The weights of a head as a function of the score.
@@ -105,22 +141,14 @@ class Weights {
  public:
   float tau;
 
-  /// The weights that a solution gives; `origin` as in NearScores.
-  template <typename Real>
-  __device__ Weights(const Entmax<double>& entmax, float origin, const Solution<Real>& solution)
-      : Weights(entmax, origin, solution.threshold, solution.mass,
-                static_cast<float>(solution.threshold + entmax.gap * origin)) {}
+  /// The weights above a threshold, which is relative to (alpha-1) origin.
+  __device__ Weights(const Entmax<double>& entmax, float origin, double threshold)
+      : Weights(entmax, origin, threshold, static_cast<float>(threshold + entmax.gap * origin)) {}
 
-  __device__ Weights(const Entmax<double>& entmax, float origin, double threshold, double mass, float tau)
-      : tau(tau),
-        square_(entmax.beta == 2),
-        origin_(origin),
-        gap_in_float_(static_cast<float>(entmax.gap)),
-        threshold_in_float_(static_cast<float>(threshold)),
-        per_mass_(reciprocal(static_cast<float>(mass))),
-        entmax_(entmax),
-        threshold_(threshold),
-        mass_(mass) {}
+  /// Returns the weights of softmax, exp(score - best) / mass.
+  static __device__ Weights of_softmax(const Entmax<double>& entmax, float best, double mass) {
+    return {entmax, best, mass, best + logf(static_cast<float>(mass))};
+  }
 
   /// Returns whether fp32 is precise enough. Powers above 15 magnify its rounding too much.
   template <typename Real>
@@ -134,33 +162,34 @@ class Weights {
   /// Returns the weight p of a score.
   __device__ float of(float score) const {
     if (!square_) return any_of(score);
-    const float y = fmaxf(gap_in_float_ * (score - origin_) - threshold_in_float_, 0);  // NaN becomes 0
-    return y * y * per_mass_;
+    const float y = fmaxf(static_cast<float>(excess(score)), 0);  // NaN becomes 0
+    return y * y;
   }
 
  private:
+  __device__ Weights(const Entmax<double>& entmax, float origin, double threshold_or_mass, float tau)
+      : tau(tau), square_(entmax.beta == 2), origin_(origin), entmax_(entmax), threshold_(threshold_or_mass) {}
+
+  __device__ double excess(float score) const { return entmax_.gap * (double{score} - origin_) - threshold_; }
+
   __device__ ENTMAXKV_NOINLINE float any_of(float score) const {
-    if (entmax_.is_softmax()) return expf(score - origin_) * per_mass_;
-    return are_in_float(entmax_) ? power_of<float>(score) : power_of<double>(score);
+    if (entmax_.is_softmax()) return expf(score - origin_) / static_cast<float>(threshold_);
+    const double y = excess(score);
+    if (!(y > 0)) return 0;
+    return are_in_float(entmax_) ? power(static_cast<float>(y), static_cast<float>(entmax_.beta))
+                                 : static_cast<float>(power(y, entmax_.beta));
   }
 
-  template <typename Real>
-  __device__ float power_of(float score) const {
-    const Real y =
-        static_cast<Real>(entmax_.gap) * (static_cast<Real>(score) - origin_) - static_cast<Real>(threshold_);
-    return static_cast<float>(y > 0 ? power(y, static_cast<Real>(entmax_.beta)) / static_cast<Real>(mass_) : 0);
-  }
-
-  bool square_;  // beta is 2
-  float origin_, gap_in_float_, threshold_in_float_, per_mass_;
+  bool square_;   // beta is 2
+  float origin_;  // of softmax, the best score
   Entmax<double> entmax_;
-  double threshold_, mass_;
+  double threshold_;  // of softmax, the mass
 };
 
 /// Finds the weights of a head from its near tokens: any alpha, any number. If near.few(), the team must be
 /// this block. All threads of the team call and all get the result.
 __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const Entmax<double>& entmax,
-                                                             NearScores near) {
+                                                             const NearScores& near) {
   const float origin = near.origin;
   if (entmax.is_softmax()) {
     const auto mass = team.sum_of_parts<double>([&](int part) {
@@ -170,37 +199,22 @@ __device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const E
       });
       return own;
     });
-    return {entmax, origin, 0, mass, origin + logf(static_cast<float>(mass))};
+    return Weights::of_softmax(entmax, origin, mass);
   }
-  const auto weights_in_float = [&](const Entmax<float>& real, auto square) {
-    constexpr float kClose = 0x1p-8f;
-    const auto solve = [&] {
-      return !near.few()            ? solve_many<square>(team, real, near)
-             : near.count > kOfWarp ? solve_by<square, kTeamThreads>(real, near)
-                                    : solve_by_warp<square>(real, near);
-    };
-    Solution<float> solution = solve();
-    // With many tokens just above the threshold, fp32 needs a closer origin. The best score is as close as can be.
-    if (near.start == 0 && solution.mass < kClose * solution.slope) {
-      __syncthreads();  // all warps have read the solution of solve_by_warp
-      const float below = 0x1p-21f * (fabsf(origin) + real.beta);
-      near.origin = origin + solution.threshold * real.beta - below;
-      solution = solve();
-    }
-    return Weights(entmax, near.origin, solution);
+  const auto threshold = [&] {
+    if (!Weights::are_in_float(entmax)) return solve_many<false, double>(team, entmax, near);
+    if (entmax.beta == 2) return solve_many<true, float>(team, entmax, near);  // they are not few
+    if (!near.few()) return solve_many<false, float>(team, entmax, near);
+    return near.count > kOfWarp ? solve_by<false, kTeamThreads>(entmax, near) : solve_by_warp<false>(entmax, near);
   };
-  if (!Weights::are_in_float(entmax)) return {entmax, origin, solve_many<false>(team, entmax, near)};
-  return entmax.beta == 2 ? weights_in_float(Entmax<float>(entmax), std::true_type{})  // alpha = 1.5
-                          : weights_in_float(Entmax<float>(entmax), std::false_type{});
+  return {entmax, origin, threshold()};
 }
 
 /// Does what find_any_weights does. The usual case has code of its own, as short as possible: code that runs once waits
 /// for instructions (bench/NOTES.md).
 __device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, const NearScores& near) {
-  if (entmax.beta != 2 || near.count > kOfWarp) return find_any_weights(team, entmax, near);
-  constexpr float kLeastMove = 0x1p-26f;  // of so few tokens none has a weight that smaller moves change
-  const Solution<float> solution = solve_by_warp<true>(Entmax<float>(entmax), near, kLeastMove);
-  return {entmax, near.origin, solution};
+  if (entmax.beta != 2 || !near.few()) return find_any_weights(team, entmax, near);
+  return {entmax, near.origin, solve_by_warp<true>(entmax, near)};
 }
 
 }  // namespace entmaxkv::cuda
