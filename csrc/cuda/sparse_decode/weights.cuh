@@ -64,7 +64,7 @@ __device__ double polished(const Entmax<double>& entmax, double threshold, Exces
   for (int step = 0; step < 4; ++step) {
     const double move = entmax.step(excess_at(threshold));
     threshold += move;
-    if (!(fabs(move) > 0x1p-20)) break;  // convergence is quadratic: the next move would be below 2^-40
+    if (!(fabs(move) > 0x1p-40)) break;
   }
   return threshold;
 }
@@ -73,7 +73,7 @@ __device__ double polished(const Entmax<double>& entmax, double threshold, Exces
 /// All these threads call and all get the result.
 template <bool kSquare, int kSolvers>
 __device__ double solve_by(const Entmax<double>& entmax, const NearScores& near) {
-  constexpr float kLeastMove = 0x1p-14f;  // the rest is done in double precision
+  constexpr float kLeastMove = 0x1p-21f;  // the rest is done in double precision
   const Entmax<float> in_float(entmax);
   const Solution<float> solution = find_threshold(in_float, near.start, kLeastMove, [&](float threshold) {
     Excess<float> own;
@@ -141,9 +141,16 @@ class Weights {
  public:
   float tau;
 
-  /// The weights above a threshold, which is relative to (alpha-1) origin.
+  /// The weights above a threshold, which is relative to (alpha-1) origin. The score at the threshold is rounded to
+  /// multiples of 2^-34, unless scores are huge: so what is left of other orders of sums changes no weight.
   __device__ Weights(const Entmax<double>& entmax, float origin, double threshold)
-      : Weights(entmax, origin, threshold, static_cast<float>(threshold + entmax.gap * origin)) {}
+      : Weights(entmax, origin, threshold, static_cast<float>(threshold + entmax.gap * origin)) {
+    constexpr double kRound = 1.5 * 0x1p18;
+    const double least = least_score();
+    if (!(fabs(least) < 0x1p16)) return;
+    origin_ = least + kRound - kRound;
+    threshold_ = 0;
+  }
 
   /// Returns the weights of softmax, exp(score - best) / mass.
   static __device__ Weights of_softmax(const Entmax<double>& entmax, float best, double mass) {
@@ -167,21 +174,21 @@ class Weights {
   }
 
  private:
-  __device__ Weights(const Entmax<double>& entmax, float origin, double threshold_or_mass, float tau)
+  __device__ Weights(const Entmax<double>& entmax, double origin, double threshold_or_mass, float tau)
       : tau(tau), square_(entmax.beta == 2), origin_(origin), entmax_(entmax), threshold_(threshold_or_mass) {}
 
   __device__ double excess(float score) const { return entmax_.gap * (double{score} - origin_) - threshold_; }
 
   __device__ ENTMAXKV_NOINLINE float any_of(float score) const {
-    if (entmax_.is_softmax()) return expf(score - origin_) / static_cast<float>(threshold_);
+    if (entmax_.is_softmax()) return expf(score - static_cast<float>(origin_)) / static_cast<float>(threshold_);
     const double y = excess(score);
     if (!(y > 0)) return 0;
     return are_in_float(entmax_) ? power(static_cast<float>(y), static_cast<float>(entmax_.beta))
                                  : static_cast<float>(power(y, entmax_.beta));
   }
 
-  bool square_;   // beta is 2
-  float origin_;  // of softmax, the best score
+  bool square_;    // beta is 2
+  double origin_;  // of softmax, the best score
   Entmax<double> entmax_;
   double threshold_;  // of softmax, the mass
 };
