@@ -39,10 +39,10 @@ int score_bytes(const SparseDecode& op, int blocks) {
 /// block call and all get the result.
 __device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
                                     int32_t* places) {
-  static_assert(kTileRows == 32);
+  static_assert(kTileRows == 32 && kShort <= kFewTokens);  // near_of_list counts tokens only where there are more
   constexpr int kOwn = kShort / kTeamThreads;
   const int thread = threadIdx.x;
-  const Levels levels_of_tiles(entmax, 0), levels(entmax, 1);
+  const Levels levels(entmax);
   float own[kOwn], tiles[kOwn];  // each warp has the tokens of a tile at a time
   float best = kNothing;
 #pragma unroll
@@ -55,38 +55,22 @@ __device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, in
   if (thread % 32 == 0) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (levels.reaches(Levels::kLevels - 1, best, tiles[i])) levels_of_tiles.count(best, tiles[i]);
+      if (levels.reaches(Levels::kLevels - 1, best, tiles[i])) levels.count(best, tiles[i]);
     }
   }
-  Levels::Floor floor = levels_of_tiles.floor(block, best);
-  int count = 0;
-#pragma unroll 1
-  for (bool by_tokens = false;; by_tokens = true) {
-    bool near[kOwn];
+  const Levels::Floor floor = levels.floor(block, best);
+  bool near[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) near[i] = levels.reaches(floor.level, best, own[i]);
-    const Places<kTeamThreads, kOwn> to(near);
-    count = to.count;
-    if (count > kFewTokens && !by_tokens) {
+  for (int i = 0; i < kOwn; ++i) near[i] = levels.reaches(floor.level, best, own[i]);
+  const Places<kTeamThreads, kOwn> to(near);
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (near[i]) levels.count(best, own[i]);
-      }
-      const int of_tiles = floor.level;
-      floor = levels.floor(block, best);
-      floor.level = min(floor.level, of_tiles);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (!near[i]) continue;
-      scores[to.place[i]] = own[i];
-      places[to.place[i]] = i * kTeamThreads + thread;
-    }
-    break;
+  for (int i = 0; i < kOwn; ++i) {
+    if (!near[i]) continue;
+    scores[to.place[i]] = own[i];
+    places[to.place[i]] = i * kTeamThreads + thread;
   }
   __syncthreads();
-  NearTokens result{{scores, count}, places};
+  NearTokens result{{scores, to.count}, places};
   result.set_origin(entmax, best, floor.score);
   return result;
 }

@@ -6,10 +6,10 @@
 //   1. scan: all blocks divide all lists; a warp scores a tile for up to 8 heads. It writes the scores, and the best
 //      score of each tile.
 //   2. solve: a block, or a cluster if they are many, finds a head's near tokens in the tiles with high scores, the
-//      threshold, and the tokens with p > 0. It adds up their values if the near tokens are few, and else lists them.
+//      threshold, and the tokens with p > 0. It adds up their values if these are few, and else lists them.
 //   3. add_values: all blocks divide the listed tokens of all heads and add up their values.
-// Near tokens, and all sums, depend on the head's tokens alone: not on other rows, on other tokens of the list, or on
-// the number of blocks. So a row always gets the same bits.
+// Weights, and the sums of values, depend on the head's tokens with weight alone: not on other rows, on other tokens of
+// the list, or on the number of blocks. So a row always gets the same bits.
 #include "common/work_split.cuh"
 #include "kernels.h"
 #include "sparse_decode/bulk_ring.cuh"

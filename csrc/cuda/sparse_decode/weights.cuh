@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../../entmax.h"
-#include "../common/fast_math.cuh"
 #include "team.cuh"
 
 namespace entmaxkv::cuda {
