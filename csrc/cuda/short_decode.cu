@@ -34,34 +34,29 @@ int score_bytes(const SparseDecode& op, int blocks) {
   return ceil_div(std::min(op.group, kTileHeads), blocks) * capacity_of(op) * static_cast<int>(sizeof(float));
 }
 
-/// Finds the near tokens of a list of at most kShort tokens, as near_of_list does. scores [tokens] holds all scores, in
+/// Finds the near tokens of a list of at most kShort tokens, as find_near does. scores [tokens] holds all scores, in
 /// shared memory; those of near tokens, and their places, come to the front of scores and places. All threads of the
 /// block call and all get the result.
-__device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, int tokens, float* scores,
-                                    int32_t* places) {
-  static_assert(kTileRows == 32 && kShort <= kFewTokens);  // near_of_list counts tokens only where there are more
+__device__ NearTokens near_of_short(const Entmax<float>& entmax, int tokens, float* scores, int32_t* places) {
+  static_assert(kTileRows == 32 && kShort <= kFewTokens);
   constexpr int kOwn = kShort / kTeamThreads;
   const int thread = threadIdx.x;
-  const Levels levels(entmax);
-  float own[kOwn], tiles[kOwn];  // each warp has the tokens of a tile at a time
-  float best = kNothing;
+  __shared__ float s_maxima[kShort / kTileRows];
+  float own[kOwn], best = kNothing;  // each warp has the tokens of a tile at a time
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    own[i] = i * kTeamThreads + thread < tokens ? scores[i * kTeamThreads + thread] : kNothing;
-    tiles[i] = from_ordered(__reduce_max_sync(kAllLanes, ordered(own[i])));
-    best = larger(best, tiles[i]);
+    const int token = i * kTeamThreads + thread;
+    own[i] = token < tokens ? scores[token] : kNothing;
+    const float of_tile = from_ordered(__reduce_max_sync(kAllLanes, ordered(own[i])));
+    if (thread % 32 == 0) s_maxima[token / kTileRows] = of_tile;
+    best = larger(best, of_tile);
   }
-  best = largest<kTeamThreads>(best);
-  if (thread % 32 == 0) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (levels.reaches(Levels::kLevels - 1, best, tiles[i])) levels.count(best, tiles[i]);
-    }
-  }
-  const Levels::Floor floor = levels.floor(block, best);
+  best = largest<kTeamThreads>(best);  // its barriers also order s_maxima
+  Team block = Team::block();
+  const float floor = find_floor(entmax, best, FewScores<Team>{block, s_maxima, ceil_div(tokens, kTileRows)});
   bool near[kOwn];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) near[i] = levels.reaches(floor.level, best, own[i]);
+  for (int i = 0; i < kOwn; ++i) near[i] = own[i] > floor;
   const Places<kTeamThreads, kOwn> to(near);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -71,7 +66,7 @@ __device__ NearTokens near_of_short(Team& block, const Entmax<float>& entmax, in
   }
   __syncthreads();
   NearTokens result{{scores, to.count}, places};
-  result.set_origin(entmax, best, floor.score);
+  result.set_origin(entmax, best, floor);
   return result;
 }
 
@@ -130,16 +125,12 @@ __global__ void __launch_bounds__(kTeamThreads, kBlocks) decode_short(SparseDeco
     const Entmax<double> entmax(op.alpha.of(head));
     // The ring is free now.
     auto* s_places = reinterpret_cast<int32_t*>(dynamic_shared());
-    auto* s_rows = reinterpret_cast<uint32_t*>(s_places + kShort);
-    auto* s_weights = reinterpret_cast<float*>(s_rows + kShort);
-    auto& s_chunk = *reinterpret_cast<ValueChunk<T>*>(s_weights + kShort);
-    static_assert(3 * kShort * sizeof(float) + sizeof(ValueChunk<T>) <= Slots::kBytes);
-    Team team = Team::block();
+    auto& s_values = *reinterpret_cast<OwnValues<T>*>(s_places + kShort);
+    static_assert(kShort * sizeof(*s_places) + sizeof(s_values) <= Slots::kBytes);
     const NearTokens near =
-        near_of_short(team, Entmax<float>(entmax), list.tokens, s_scores + h / blocks * capacity, s_places);
+        near_of_short(Entmax<float>(entmax), list.tokens, s_scores + h / blocks * capacity, s_places);
     const Head<T> decoded{op, list, row, head, group.kv_head};
-    const int support = decoded.find_support(team, entmax, near, s_weights, s_rows);
-    decoded.write_output(support, s_weights, s_rows, s_chunk, vectors);
+    decoded.decode_few(entmax, near, kShort, s_values, vectors);
     __syncthreads();  // before the next head
   }
 }

@@ -137,24 +137,13 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
   });
 }
 
-constexpr int kSolveBlocks = 2;  // blocks of solve that share a multiprocessor
-
-/// Shared memory of `solve`. What it needs last takes the place of scores that nobody reads any longer.
-template <typename T>
-union SolveMemory {
-  ListScores::Memory list;
-  struct {
-    FewTokens few;  // in list.few, too
-    float weights[kFewTokens];
-    uint32_t rows[kFewTokens];
-    ValueChunk<T> chunk;
-  } last;
-};
+constexpr int kSolveBlocks = 2;         // blocks of solve that share a multiprocessor
+constexpr int kTokensAlone = 64 << 10;  // tokens of a list that one block solves, at most: a cluster starts later
 
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
-  auto& s_memory = *reinterpret_cast<SolveMemory<T>*>(dynamic_shared());
+  Team team = Team::cluster();
   const int64_t row = blockIdx.z;
   const int head = blockIdx.y, kv_head = head / op.group;
   const int64_t at = row * op.q_heads + head;
@@ -163,54 +152,48 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   const Entmax<float> in_float(entmax);
   // If the list has at most kWindow tiles, every block looks at all of them. So all agree on whether the first block
   // can finish alone.
-  Team team = Team::cluster(), block = Team::block();
   const bool divided = team.size > 1 && list.tiles() > ListScores::kWindow;
-  ListScores scores(divided ? team : block, in_float, scratch.maxima + at * scratch.tiles(),
-                    scratch.scores + at * scratch.capacity, list.tiles(), s_memory.list);
-  if (!divided && scores.near_tiles() <= ListScores::kAlone) {
+  team.meet();
+  Team lookers = divided ? team : Team::block();
+  ListScores scores(lookers, in_float, scratch.maxima + at * scratch.tiles(), scratch.scores + at * scratch.capacity,
+                    list.tiles());
+  if (divided) {
+    team = lookers;
+  } else if (scores.near_tiles() <= ListScores::kAlone) {
     if (team.rank > 0) return;
-    team = block;
+    team = lookers;
+  } else {
+    scores.share(team);
   }
-  if (!divided && team.size > 1) scores.share(team);
-  const NearTokens near =
-      near_of_list(team, in_float, scores,
-                   {scratch.near_scores + at * scratch.capacity, scratch.near_places + at * scratch.capacity});
+  const HeadArrays arrays{scratch.weights(at), scratch.rows(at)};
+  const NearTokens near = find_near(team, in_float, scores);
+  const Head<T> solved{op, list, row, head, kv_head};
+  int listed = 0;
   if (near.few()) {
     if (team.rank > 0) return;
-    team = block;
-  }
-  float* weights = near.few() ? s_memory.last.weights : scratch.weights(at);
-  uint32_t* rows = near.few() ? s_memory.last.rows : scratch.rows(at);
-  const Head<T> solved{op, list, row, head, kv_head};
-  const int support = solved.find_support(team, entmax, near, weights, rows);
-  const bool ends_here = near.few() ? support <= kOwnValues : support == kUndefinedHead;
-  if (team.rank == 0) {
-    if (ends_here) {
-      solved.write_output(support, weights, rows, s_memory.last.chunk, vectors);
-    } else if (near.few()) {
-      __syncthreads();  // all threads have written weights and rows
+    team = Team::block();
+    static_assert(sizeof(OwnValues<T>) <= sizeof(ListScores::Memory::scores));
+    auto& s_values = reinterpret_cast<OwnValues<T>&>(ListScores::memory().scores);  // nobody reads these any longer
+    const int support = solved.decode_few(entmax, near, kOwnValues, s_values, vectors);
+    if (support > kOwnValues) {
+      listed = support;
 #pragma unroll 1
       for (int i = threadIdx.x; i < support; i += kTeamThreads) {
-        scratch.weights(at)[i] = weights[i];
-        scratch.rows(at)[i] = rows[i];
+        arrays.weights[i] = near.scores[i];
+        arrays.rows[i] = static_cast<uint32_t>(near.places[i]);
       }
     }
-    if (threadIdx.x == 0) {
-      scratch.supports[at] = ends_here ? 0 : support;
-      scratch.arrived[at] = 0;
-    }
+  } else {
+    listed = max(solved.list_many(team, entmax, scores, near, arrays), 0);
+  }
+  if (team.rank == 0 && threadIdx.x == 0) {
+    scratch.supports[at] = listed;
+    scratch.arrived[at] = 0;
   }
   team.sync();  // no block ends while another reads its shared memory
 }
 
-constexpr int kValueBlocks = 3;  // blocks of add_values that share a multiprocessor
-/// Blocks per multiprocessor that the compiler must leave registers for; where it is 2, with 3 registers would spill.
-template <typename T>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kValueOccupancy = 2;
-#else
-constexpr int kValueOccupancy = sizeof(T) == 4 ? 2 : kValueBlocks;
-#endif
+constexpr int kValueBlocks = 2;  // blocks of add_values that share a multiprocessor
 constexpr int kMostSharers = 4;  // heads for which a value is read once, at most
 
 /// The heads for which a block adds up values: one head, or those of up to kMostSharers heads of a group that have
@@ -261,10 +244,11 @@ struct Sharers {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
+__global__ void __launch_bounds__(kTeamThreads, kValueBlocks)
     add_values(SparseDecode op, Scratch scratch, bool vectors) {
   wait_for_previous_kernel();
-  __shared__ ValueChunk<T, kMostSharers> s_chunk;
+  using Chunk = ValueChunk<T, kMostSharers>;
+  __shared__ Chunk s_chunk;
   __shared__ bool s_last;
   const int thread = threadIdx.x;
   const auto chunks_of = [&](int head) { return Sharers::chunks_of(op, scratch, head); };
@@ -277,29 +261,43 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
       const int row = first_head / op.q_heads, head = first_head % op.q_heads + nth;
       op.out.at<T>(row, head)[thread] = from_float<T>(sum);
     };
-    const auto sum_of = [&](int nth, int chunk) {
-      return scratch.sums + (int64_t{first_head + nth} * scratch.chunks + chunk) * op.head_dim + thread;
+    const auto sums_of = [&](int nth, int chunk) {
+      return scratch.sums + (int64_t{first_head + nth} * scratch.chunks + chunk) * scratch.dims;
     };
     const auto add_chunk = [&](int chunk, auto heads) {
       constexpr int kHeads = decltype(heads)::value;
-      const int end = chunk == chunks - 1 ? support : (chunk + 1) * size;
-      float totals[kHeads] = {};
+      const int begin = chunk * size, end = chunk == chunks - 1 ? support : begin + size;
+      typename Chunk::template Own<kHeads> own;
+      // While the values of some tokens are added up, the rows and weights of the next ones are on their way.
+      uint32_t next_row = 0;
+      float next_weights[kHeads] = {};
+      const auto load_next = [&](int from) {
+        if (from + thread >= end) return;
+        next_row = scratch.rows(first_head)[from + thread];
+#pragma unroll
+        for (int nth = 0; nth < kHeads; ++nth) {
+          if (sharers.members >> nth & 1) next_weights[nth] = scratch.weights(first_head + nth)[from + thread];
+        }
+      };
+      load_next(begin);
 #pragma unroll 1
-      for (int from = chunk * size; from < end; from += kLeastValues) {
-        const int count = min(kLeastValues, end - from);
+      for (int from = begin; from < end; from += kLeastValues) {
         __syncthreads();  // the tokens before these have been read
-        s_chunk.set_tokens(op, first_head % op.q_heads / op.group, scratch.rows(first_head) + from, count);
-        sharers.visit([&](int nth) { s_chunk.set_weights(nth, scratch.weights(first_head + nth) + from, count); });
+        s_chunk.values[thread] = value_of<T>(op, first_head % op.q_heads / op.group, next_row);
+#pragma unroll
+        for (int nth = 0; nth < kHeads; ++nth) s_chunk.weights[nth][thread] = next_weights[nth];
         __syncthreads();
-        s_chunk.template add_to<kHeads>(totals, op.head_dim, vectors, count);
+        load_next(from + kLeastValues);
+        s_chunk.add_to(own, op.head_dim, vectors, min(kLeastValues, end - from));
       }
 #pragma unroll
       for (int nth = 0; nth < kHeads; ++nth) {
+        const float total = s_chunk.total(own, nth, op.head_dim, end - begin);
         if (!(sharers.members >> nth & 1)) continue;
         if (chunks == 1) {
-          write(nth, totals[nth]);
-        } else if (thread < op.head_dim) {
-          *sum_of(nth, chunk) = totals[nth];
+          write(nth, total);
+        } else if (thread < scratch.dims) {
+          sums_of(nth, chunk)[thread] = total;
         }
       }
     };
@@ -322,13 +320,7 @@ __global__ void __launch_bounds__(kTeamThreads, kValueOccupancy<T>)
     __syncthreads();
     if (!s_last) return;
     __threadfence();
-    if (thread >= op.head_dim) return;
-    sharers.visit([&](int nth) {
-      float total = 0;
-#pragma unroll 16
-      for (int chunk = 0; chunk < chunks; ++chunk) total += __ldcg(sum_of(nth, chunk));
-      write(nth, total);
-    });
+    sharers.visit([&](int nth) { write(nth, total_of_chunks(sums_of(nth, 0), chunks, scratch.dims, s_chunk.sums)); });
   });
 }
 
@@ -370,10 +362,10 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
       scan_with(ScanRing<T, Layout>{});
     });
-    int blocks = cluster::most_blocks();
+    int blocks = scratch.capacity > kTokensAlone ? cluster::most_blocks() : 1;
     while (blocks > 1 && blocks * heads > kSolveBlocks * multiprocessors()) blocks /= 2;
-    launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(SolveMemory<T>)}, stream,
-           op, scratch, value_vectors);
+    launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(ListScores::Memory)},
+           stream, op, scratch, value_vectors);
     const auto value_blocks = std::clamp<int64_t>(heads * scratch.chunks, 1, kValueBlocks * multiprocessors());
     launch(name, add_values<T>, {dim3(static_cast<unsigned>(value_blocks)), kTeamThreads}, stream, op, scratch,
            value_vectors);

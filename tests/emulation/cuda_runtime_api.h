@@ -301,6 +301,11 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline float __double2float_rd(double x) {
+  const auto rounded = static_cast<float>(x);
+  return rounded > x ? std::nextafter(rounded, -HUGE_VALF) : rounded;
+}
+
 inline float __fsub_rd(float a, float b) {
   const double x = a, y = b, difference = x - y, taken = x - difference;
   const double error = (x - (difference + taken)) + (taken - y);  // of the difference, which may need more bits

@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2) find_floors(SelectSketch op, 
       const Places<kTeamThreads, 1> to(is_near);  // its barrier orders the reads before the writes
       if (is_near[0]) s_scores[to.place[0]] = own;
       __syncthreads();
-      Team team = Team::block();
-      found = find_weights(team, entmax, {s_scores, to.count, origin, 0}).least_score();
+      found = find_weights(entmax, {s_scores, to.count, origin, 0}).least_score();
     }
     const double rounding = 0x1p-15 * q_norm * sqrtf(most_square) +
                             0x1p-18 * (fabs(found) + fabsf(best) + depth + fabsf(slope) * static_cast<float>(seq_len));

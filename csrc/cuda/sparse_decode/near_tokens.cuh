@@ -1,5 +1,4 @@
 // The near tokens of a head: those whose scores are above a floor, a score that is proved to be below the threshold.
-// The floor is at most beta below the best score (entmax.h).
 #pragma once
 
 #include "../common/ring.cuh"
@@ -7,10 +6,31 @@
 
 namespace entmaxkv::cuda {
 
+/// Finds a floor from scores of some distinct tokens, of which `best` is the best of the list: a score that is proved
+/// to be below the threshold of these tokens, and other tokens only raise it. Newton's steps do not pass a threshold,
+/// so the search may end early: where few scores are above, more steps would take longer than they save. `scores` is as
+/// FewScores. All its threads call and all get the result.
+template <bool kSquare, typename Scores>
+__device__ float floor_of(const Entmax<float>& entmax, float best, const Scores& scores) {
+  constexpr float kRoom = 0x1p-9f;  // for rounding
+  constexpr float kAllNear = 128;
+  const float threshold = rough_threshold<kSquare, CountedExcess>(
+      entmax, best, -1, kRoom, scores, [](const CountedExcess& above) { return above.count <= kAllNear; });
+  return __fsub_rd(best, entmax.beta * (kRoom - threshold));
+}
+
+/// Does the same for any alpha. The usual one has code of its own.
+template <typename Scores>
+__device__ float find_floor(const Entmax<float>& entmax, float best, const Scores& scores) {
+  if (entmax.beta == 2) return floor_of<true>(entmax, best, scores);
+  if (entmax.beta <= RoughEntmax<false>::kMostBeta) return floor_of<false>(entmax, best, scores);
+  return __fsub_rd(best, (1 + 0x1p-20f) * entmax.beta);
+}
+
 /// Returns where the share of a block begins, if the blocks of a team divide `count` items; of block `size`, the end.
+/// `size` is a power of two.
 __device__ inline int share_begin(int count, int rank, int size) {
-  return static_cast<int>(static_cast<unsigned>(count * rank) /
-                          static_cast<unsigned>(size));  // the product is below 2^30
+  return count * rank >> log2_of(size);  // the product is below 2^30
 }
 
 /// Near tokens of a head that has few of them.
@@ -22,155 +42,52 @@ struct FewTokens {
 /// The near tokens of a head, in the order of the list.
 struct NearTokens : NearScores {
   int32_t* places;
-};
 
-/// A histogram of scores that gives a floor: a score that is proved to be below the threshold. kLevels levels divide
-/// the range from the best score to beta below it, where weights end. If each token is moved down from its score to the
-/// end of its level, the threshold falls, and more tokens only raise it. So the threshold is above the end of the first
-/// level up to which the tokens, moved down, have a mass of 1. The floor is the end of the next level, which makes room
-/// for rounding. Where only kAllNear tokens or fewer reach the last level, a search would take longer than it saves:
-/// the floor is the end of that level.
-class Levels {
- public:
-  static constexpr int kLevels = kTeamThreads;    // one per thread
-  static constexpr float kStep = 1.0f / kLevels;  // what a level spans, in units of beta
-  static constexpr int kAllNear = 128;
-
-  struct Floor {
-    int level = -1;   // tokens up to this level are near
-    float score = 0;  // where that level ends
-    int own = 0;      // tokens of this block up to that level
-  };
-
-  /// Clears one of the block's two sets of counts: best scores of tiles are counted in set 0, tokens in set 1. All
-  /// threads call, and then __syncthreads.
-  __device__ explicit Levels(const Entmax<float>& entmax, int set = 0)
-      : s_counts_(counts(set)), beta_(entmax.beta), per_level_(kLevels * entmax.gap) {
-    s_counts_[threadIdx.x] = 0;
-  }
-
-  /// Returns whether the level of a score is at most `level`. That of kNothing or NaN never is. For softmax, all other
-  /// scores have level 0.
-  __device__ bool reaches(int level, float best, float score) const { return depth(best, score) < level + 1; }
-
-  /// Counts a token that reaches level kLevels - 1. Any thread may call.
-  __device__ void count(float best, float score) const {
-    atomicAdd(&s_counts_[static_cast<int>(depth(best, score))], 1);
-  }
-
-  /// Returns the floor that the tokens of all blocks give. All threads of the team call and all get the result.
-  __device__ Floor floor(Team& team, float best) const {
-    __shared__ float s_tokens[kLevels], s_powers[kLevels];
-    __shared__ Floor s_floor;
-    team.sync();
-    s_powers[threadIdx.x] = threadIdx.x > 0 ? power(threadIdx.x * kStep, beta_) : 0;
-    s_tokens[threadIdx.x] = static_cast<float>(team.sum_of(s_counts_[threadIdx.x]));
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      const int level = min(first_with_mass(s_tokens, s_powers) + 1, kLevels - 1);
-      int own = 0;
-      for (int other = threadIdx.x; other <= level; other += 32) own += s_counts_[other];
-      own = sum<32>(own);
-      if (threadIdx.x == 0) s_floor = {level, __fsub_rd(best, (level + 1) * kStep * beta_), own};
-    }
-    __syncthreads();
-    return s_floor;
-  }
-
- private:
-  static __device__ int* counts(int set) {
-    __shared__ int s_counts[2][kLevels];
-    return s_counts[set];
-  }
-
-  /// Returns how many levels a score is below the best.
-  __device__ float depth(float best, float score) const { return (best - score) * per_level_; }
-
-  /// Returns the first level up to which the tokens, moved down to its end, have a mass of 1; kLevels if there is none,
-  /// or if all tokens are near. s_powers[n] is the mass of a token n levels above. All lanes of a warp call.
-  static __device__ int first_with_mass(const float* s_tokens, const float* s_powers) {
-    constexpr float kEnough = 1 + 1e-4f;  // a mass of 1, and room for rounding
-    constexpr int kProbes = 3, kOwn = kLevels / 32;
-    const int lane = threadIdx.x;
-    float tokens[kOwn], all = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      tokens[i] = s_tokens[i * 32 + lane];
-      all += tokens[i];
-    }
-    if (sum<32>(all) <= kAllNear) return kLevels;
-    int first = 0, end = kLevels;
-#pragma unroll 1
-    while (first < end) {
-      int probes[kProbes];
-      float masses[kProbes] = {};
-#pragma unroll
-      for (int n = 0; n < kProbes; ++n) {
-        probes[n] = first + (end - first) * (n + 1) / (kProbes + 1);
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) masses[n] += tokens[i] * s_powers[max(probes[n] - i * 32 - lane, 0)];
-      }
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) {
-#pragma unroll
-        for (float& mass : masses) mass += shuffle_xor(mass, distance);
-      }
-#pragma unroll
-      for (int n = 0; n < kProbes; ++n) {
-        if (masses[n] >= kEnough) {
-          end = min(end, probes[n]);
-        } else {
-          first = max(first, probes[n] + 1);
-        }
-      }
-    }
-    return first;
-  }
-
-  int* s_counts_;
-  float beta_, per_level_;
+  /// Returns whether one block solves.
+  __device__ bool few() const { return count <= kFewTokens; }
 };
 
 /// The scores that a head's list has, as the blocks of a team look at them: first the best score of each tile, and then
 /// all scores of the near tiles, which may hold near tokens. Near tiles are those whose best score is above the floor
 /// that the tiles' best scores give, which are scores of distinct tokens.
-///   The block copies kWindow best scores, or the scores of kBatch tiles, to shared memory at a time. Where one window
-/// and one batch are all, each score is copied once.
+///   The block copies kWindow best scores, or the scores of a batch of tiles, to shared memory at a time. Where one
+/// window and one batch are all, each score is copied once.
 class ListScores {
  public:
-  static constexpr int kWindow = 4096, kBatch = 320;
-  static constexpr int kAlone = 128;  // so many near tiles, or fewer, are left to one block
+  static constexpr int kWindow = 4096, kBatch = 256;
+  static constexpr int kAlone = 128;       // so many near tiles, or fewer, are left to one block
+  static constexpr int kManyTiles = 1024;  // where they are more, near tokens are not counted
   static constexpr int kFours = kTileRows / 4;
 
   struct Memory {
     union {
-      float maxima[kWindow];
-      FewTokens few;  // where one window is all, few near tokens are written when nobody needs the maxima any longer
+      float4 maxima[kWindow / 4];
+      int32_t places[kWindow];  // of a turn of `compact`
     };
-    float4 scores[kBatch * kFours];
     uint16_t tiles[kWindow];  // near tiles, counted from the beginning of the window
+    FewTokens few;            // the near tokens, if they are few
+    float4 scores[kBatch * kFours];
   };
 
-  float best;           // best score of the list
-  Levels::Floor floor;  // of the tiles' best scores
+  /// Returns the block's Memory, which begins its dynamic shared memory.
+  static __device__ Memory& memory() { return *reinterpret_cast<Memory*>(dynamic_shared()); }
+
+  float best;   // best score of the list
+  float floor;  // from the tiles' best scores
 
   /// maxima [tiles]: best score of each tile. scores [tiles, kTileRows]: all scores of the near tiles. The blocks of
   /// `lookers` divide the tiles. All their threads call.
-  __device__ ListScores(Team& lookers, const Entmax<float>& entmax, const float* maxima, const float* scores, int tiles,
-                        Memory& memory)
-      : s_(memory), levels_(entmax), maxima_(maxima), scores_(scores) {
+  __device__ ListScores(Team& lookers, const Entmax<float>& entmax, const float* maxima, const float* scores, int tiles)
+      : maxima_(maxima), scores_(scores) {
     // Whole words of 16 bytes are copied.
     const int words = ceil_div(tiles, 4);
     begin_ = share_begin(words, lookers.rank, lookers.size) * 4;
     end_ = min(share_begin(words, lookers.rank + 1, lookers.size) * 4, tiles);
-    one_window_ = ceil_div(words, lookers.size) * 4 <= kWindow;
+    one_window_ = words <= lookers.size * (kWindow / 4);
     float own = kNothing;
     for_each_maximum([&](float score) { own = larger(own, score); });
     best = lookers.largest(own);
-    for_each_maximum([&](float score) {
-      if (levels_.reaches(Levels::kLevels - 1, best, score)) levels_.count(best, score);
-    });
-    floor = levels_.floor(lookers, best);
+    floor = find_floor(entmax, best, Maxima{*this, lookers});
     if (!one_window_) return;
     copy_window(begin_);
     list();
@@ -183,14 +100,102 @@ class ListScores {
 
   /// Leaves to this block its share of the near tiles of one window, which all blocks of the team have listed.
   __device__ void share(const Team& team) {
+    is_shared_ = true;
     first_ = share_begin(near_, team.rank, team.size);
     last_ = share_begin(near_, team.rank + 1, team.size);
   }
 
-  /// Calls body(run) for each batch, with this warp's run of fours of tokens; scores(i) are those of a four, and
-  /// place(i) is that of its first token. All threads of the block call.
+  /// Returns whether near tiles, which have a near token each, are so many that near tokens are taken for many.
+  __device__ bool has_many() const { return is_shared_ && near_ > kManyTiles; }
+
+  /// Lets batches take the memory of few near tokens, too, for good, and forgets what has been copied.
+  __device__ void widen_batches() {
+    first_word_ = -static_cast<int>(sizeof(FewTokens) / sizeof(float4));
+    batch_ = -1;
+  }
+
+  /// Calls add(score) for each token of this block's near tiles. All threads of the block call.
+  template <typename Add>
+  __device__ void for_each(Add add) {
+    for_each_batch([&](int fours) {
+#pragma unroll 2
+      for (int i = threadIdx.x; i < fours; i += kTeamThreads) {
+        const float4 four = scores(i);
+        add(four.x), add(four.y), add(four.z), add(four.w);
+      }
+    });
+  }
+
+  /// Tokens in shared memory.
+  struct Turn {
+    float* scores;
+    int32_t* places;
+  };
+
+  /// Stream compaction of this block's near tiles: keeps the tokens for whose score keep(score) is true, as the tokens
+  /// first, first + 1, ... in the order of the list. After each turn, calls use(turn, begin, end) for the tokens begin
+  /// ... end - 1 that it kept, which are at the front of `turn`. Returns the end of all. Overwrites what is in shared
+  /// memory, so another look must widen_batches() before. All threads of the block call.
+  template <typename Keep, typename Use>
+  __device__ int compact(int first, Keep keep, Use use) {
+    constexpr int kOwn = kWindow / 4 / kTeamThreads;  // fours of a thread, one after the other
+    Compaction<5> kept(first);
+    for_each_batch([&](int fours) {
+#pragma unroll 1
+      for (int begin = 0; begin < fours; begin += kOwn * kTeamThreads) {
+        const int each = min(kOwn, ceil_div(fours - begin, kTeamThreads));
+        const int first_four = begin + static_cast<int>(threadIdx.x) * each, before = kept.end();
+        float own[kOwn][4];
+        int count = 0;
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) {
+          const bool is_there = n < each && first_four + n < fours;
+          const float4 four = is_there ? scores(first_four + n) : float4{kNothing, kNothing, kNothing, kNothing};
+          own[n][0] = four.x, own[n][1] = four.y, own[n][2] = four.z, own[n][3] = four.w;
+#pragma unroll
+          for (const float score : own[n]) count += keep(score);
+        }
+        int to = kept.take(count) - before;  // all threads have read their scores
+        // They come to where the scores of this turn were, and the best scores.
+        const Turn turn{reinterpret_cast<float*>(&scores(begin)), memory().places};
+        if (count > 0) {
+#pragma unroll
+          for (int n = 0; n < kOwn; ++n) {
+            const int its_place = place(min(first_four + n, fours - 1));
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              if (!keep(own[n][k])) continue;
+              turn.scores[to] = own[n][k];
+              turn.places[to++] = its_place + k;
+            }
+          }
+        }
+        __syncthreads();
+        use(turn, before, kept.end());
+      }
+    });
+    return kept.end();
+  }
+
+ private:
+  /// The tiles' best scores; as FewScores.
+  struct Maxima {
+    ListScores& list;
+    Team& lookers;
+
+    template <typename Value, typename Add>
+    __device__ Value sum(Add add) const {
+      Value own{};
+      list.for_each_maximum([&](float score) { add(own, score); });
+      return lookers.sum(own);
+    }
+  };
+
+  /// Calls body(fours) for each batch, with the number of its fours of tokens; scores(i) are those of a four. All
+  /// threads of the block call.
   template <typename Body>
   __device__ void for_each_batch(Body body) {
+    const int most = kBatch - first_word_ / kFours;
 #pragma unroll 1
     for (int window = begin_; window == begin_ || window < end_; window += kWindow) {
       if (!one_window_) {
@@ -199,56 +204,79 @@ class ListScores {
         first_ = 0, last_ = near_;
       }
 #pragma unroll 1
-      for (int first = first_; first < last_; first += kBatch) {
-        const int count = min(kBatch, last_ - first);
+      for (int first = first_; first < last_; first += most) {
+        const int count = min(most, last_ - first);
         copy_batch(first, count);
-        body(WarpRun::of_block(0, count * kFours));
+        body(count * kFours);
       }
     }
   }
 
-  __device__ float4 scores(int i) const { return s_.scores[i]; }
-  __device__ int place(int i) const { return (window_ + s_.tiles[batch_ + i / kFours]) * kTileRows + i % kFours * 4; }
+  __device__ float4& scores(int i) const { return memory().scores[first_word_ + i]; }
 
-  /// Memory for few near tokens, in the block of a rank of the team.
-  __device__ FewTokens& few(const Team& team, int rank) const { return team.of(rank, s_.few); }
-  __device__ FewTokens& few() const { return s_.few; }
+  /// Returns the place of the first token of a four.
+  __device__ int place(int i) const {
+    return (window_ + memory().tiles[batch_ + i / kFours]) * kTileRows + i % kFours * 4;
+  }
 
- private:
+  /// Calls use(score) for the best score of each tile, and at the end for some that are kNothing.
   template <typename Use>
   __device__ void for_each_maximum(Use use) {
 #pragma unroll 1
     for (int window = begin_; window < end_; window += kWindow) {
       copy_window(window);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < min(kWindow, end_ - window); i += kTeamThreads) use(s_.maxima[i]);
+      for (int word = threadIdx.x; word < words_of(window); word += kTeamThreads) {
+        const float4 four = memory().maxima[word];
+        use(four.x), use(four.y), use(four.z), use(four.w);
+      }
     }
   }
+
+  __device__ int words_of(int window) const { return ceil_div(min(kWindow, end_ - window), 4); }
 
   /// Copies the best scores of a window's tiles, unless they are there. A barrier follows.
   __device__ void copy_window(int window) {
     if (window_ == window) return;
     __syncthreads();  // the last window has been read
     window_ = window;
-    auto* s_words = reinterpret_cast<uint4*>(s_.maxima);
-    const auto* words = reinterpret_cast<const uint4*>(maxima_ + window);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < ceil_div(min(kWindow, end_ - window), 4); i += kTeamThreads) {
-      copy_async(s_words[i], words + i, true);
+    const int words = words_of(window);
+    const auto* from = reinterpret_cast<const uint4*>(maxima_ + window);
+#pragma unroll 1
+    for (int word = threadIdx.x; word < words; word += kTeamThreads) {
+      copy_async(reinterpret_cast<uint4&>(memory().maxima[word]), from + word, true);
     }
-    end_copies();
+    commit_copies();
+    wait_for_copies<0>();
+    if (static_cast<int>(threadIdx.x) == (words - 1) % kTeamThreads) {  // it has copied the last word
+      float4& last = memory().maxima[words - 1];
+      const int tiles = end_ - window - (words - 1) * 4;
+      if (tiles < 2) last.y = kNothing;
+      if (tiles < 3) last.z = kNothing;
+      if (tiles < 4) last.w = kNothing;
+    }
+    __syncthreads();
   }
 
   /// Lists the near tiles of the window. A barrier follows.
   __device__ void list() {
-    const WarpRun run = WarpRun::of_block(0, min(kWindow, end_ - window_));
-    const auto read = [&](int i) { return s_.maxima[i]; };
-    const auto is_near = [&](float score) { return levels_.reaches(floor.level, best, score); };
-    constexpr int kAtOnce = 4;
-    const Kept kept = Kept::of<kAtOnce>(run, read, is_near);
-    compact<kAtOnce>(run, kept.before, read, is_near,
-                     [&](int to, int i, float) { s_.tiles[to] = static_cast<uint16_t>(i); });
-    near_ = kept.all;
+    constexpr int kOwn = kWindow / 4 / kTeamThreads;  // words of a thread, one after the other
+    const int words = words_of(window_), each = ceil_div(words, kTeamThreads);
+    const int first = static_cast<int>(threadIdx.x) * each;
+    uint32_t nears = 0;  // bit i: whether the ith of this thread's tiles is near
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      if (n >= each || first + n >= words) break;
+      const float4 four = memory().maxima[first + n];
+      nears |= ((four.x > floor) + 2u * (four.y > floor) + 4u * (four.z > floor) + 8u * (four.w > floor)) << 4 * n;
+    }
+    Compaction<5> kept(0);
+    int to = kept.take(__popc(nears));
+#pragma unroll 1
+    for (; nears; nears &= nears - 1) {
+      memory().tiles[to++] = static_cast<uint16_t>(first * 4 + __ffs(nears) - 1);
+    }
+    near_ = kept.end();
     batch_ = -1;
     __syncthreads();
   }
@@ -258,23 +286,16 @@ class ListScores {
     if (batch_ == first) return;
     __syncthreads();  // the last batch has been read
     batch_ = first;
-    auto* s_words = reinterpret_cast<uint4*>(s_.scores);
 #pragma unroll 4
     for (int i = threadIdx.x; i < count * kFours; i += kTeamThreads) {
-      const float* tile = scores_ + int64_t{window_ + s_.tiles[first + i / kFours]} * kTileRows;
-      copy_async(s_words[i], tile + i % kFours * 4, true);
+      const float* tile = scores_ + int64_t{window_ + memory().tiles[first + i / kFours]} * kTileRows;
+      copy_async(reinterpret_cast<uint4&>(scores(i)), tile + i % kFours * 4, true);
     }
-    end_copies();
-  }
-
-  static __device__ void end_copies() {
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
   }
 
-  Memory& s_;
-  Levels levels_;
   const float *maxima_, *scores_;
   int begin_, end_;  // the tiles that this block looks at
   bool one_window_;
@@ -282,104 +303,40 @@ class ListScores {
   int near_ = 0;              // near tiles of the window
   int batch_ = -1;            // first of the near tiles whose scores are in shared memory
   int first_ = 0, last_ = 0;  // the near tiles of the window that this block takes
+  bool is_shared_ = false;    // by the blocks of a team, each of which has listed all
+  int first_word_ = 0;        // where batches begin, relative to Memory::scores
 };
 
-/// The global memory of a head for its near tokens.
-struct NearArrays {
-  float* scores;    // [list]
-  int32_t* places;  // [list]
-};
-
-/// Finds the near tokens of a head: those above the floor of the tiles' best scores, and if they are many, above the
-/// floor of the tokens. All threads of the team call. If the near tokens are few, they come into `few` of the team's
-/// first block, and only that block may use them.
-__device__ inline NearTokens near_of_list(Team& team, const Entmax<float>& entmax, ListScores& list,
-                                          const NearArrays& arrays) {
-  enum Pass { kTry, kCount, kWrite };
-  constexpr int kAtOnce = 2;
-  const Levels levels(entmax, 1);
-  __syncthreads();
-  Levels::Floor floor = list.floor;
-  // One block writes the near tokens while it counts them, as they may be few.
+/// Finds the near tokens of a head. If they are few, they come into the memory of the team's first block. If they are
+/// many, nothing else of the result is right. All threads of the team call.
+__device__ inline NearTokens find_near(Team& team, const Entmax<float>& entmax, ListScores& list) {
+  const float floor = list.floor;
+  const auto is_near = [=](float score) { return score > floor; };
+  // One block counts the near tokens while it writes them.
   const bool alone = team.size == 1 && list.one_window();
-  NearTokens near{};
-  int before = 0;
-  const auto to_few = [&](int rank) {
-    near.scores = list.few(team, rank).scores;
-    near.places = list.few(team, rank).places;
-  };
-  if (alone) to_few(0);
-  const auto read = [&](int i) { return list.scores(i); };
-  const auto is_near = [&](float score) { return levels.reaches(floor.level, list.best, score); };
-#pragma unroll 1  // one copy of the code that goes through the batches
-  for (int pass = kTry;; pass = pass == kTry && near.few() ? kWrite : pass + 1) {
-    const int limit = pass == kTry ? (alone ? kFewTokens : 0) : near.count;  // tokens that are written
+  Team::Part part{0, 0};
+  if (list.has_many()) {
+    part.total = kFewTokens + 1;
+  } else if (!alone) {
     int own = 0;
-    list.for_each_batch([&](const WarpRun& run) {
-      if (pass == kCount) {
-        run.visit<kAtOnce>(read, [&](int, const float4& four, bool there) {
-          const float scores[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-          for (const float score : scores) {
-            if (there && is_near(score)) levels.count(list.best, score);
-          }
-        });
-        return;
+    list.for_each([&](float score) { own += is_near(score); });
+    part = team.part(own);
+  }
+  FewTokens& few = ListScores::memory().few;
+  if (part.total <= kFewTokens) {
+    FewTokens& of_first = team.of(0, few);
+    const int end = list.compact(part.before, is_near, [&](const ListScores::Turn& turn, int begin, int turn_end) {
+#pragma unroll 1
+      for (int i = begin + static_cast<int>(threadIdx.x); i < min(turn_end, kFewTokens); i += kTeamThreads) {
+        of_first.scores[i] = turn.scores[i - begin];
+        of_first.places[i] = turn.places[i - begin];
       }
-      const Kept kept = Kept::of<kAtOnce>(run, read, [&](const float4& four) {
-        return is_near(four.x) + is_near(four.y) + is_near(four.z) + is_near(four.w);
-      });
-      int first = before + own + kept.before;
-      own += kept.all;
-      if (limit == 0) return;
-      run.visit<kAtOnce>(read, [&](int i, const float4& four, bool there) {
-        const float scores[4] = {four.x, four.y, four.z, four.w};
-        uint32_t nears[4];  // lanes whose kth token is near
-#pragma unroll
-        for (int k = 0; k < 4; ++k) nears[k] = __ballot_sync(kAllLanes, there && is_near(scores[k]));
-        if (!(nears[0] | nears[1] | nears[2] | nears[3])) return;
-        const uint32_t own_lane = 1u << threadIdx.x % 32;
-        int to = first;
-#pragma unroll
-        for (const uint32_t lanes : nears) {
-          to += __popc(lanes & (own_lane - 1));
-          first += __popc(lanes);
-        }
-        const int place = list.place(i);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (!(nears[k] & own_lane)) continue;
-          if (to < limit) {
-            near.scores[to] = scores[k];
-            near.places[to] = place + k;
-          }
-          ++to;
-        }
-      });
     });
-    if (pass == kWrite) break;
-    if (pass == kCount) {
-      floor = levels.floor(team, list.best);
-      floor.level = min(floor.level, list.floor.level);  // tokens beyond that level were not counted
-      own = floor.own;
-    }
-    const Team::Part part = team.part(own);
-    near.count = part.total;
-    if (pass == kTry && alone && near.few()) break;
-    before = part.before;
-    if (near.few() && list.one_window()) {
-      to_few(0);
-    } else {
-      near.scores = arrays.scores;
-      near.places = arrays.places;
-    }
+    if (alone) part.total = end;
   }
-  near.set_origin(entmax, list.best, floor.score);
   team.sync();
-  if (near.few() && list.one_window()) {  // a block's own shared memory has a faster address
-    near.scores = list.few().scores;
-    near.places = list.few().places;
-  }
+  NearTokens near{{few.scores, part.total}, few.places};
+  near.set_origin(entmax, list.best, floor);
   return near;
 }
 

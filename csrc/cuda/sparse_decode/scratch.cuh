@@ -11,24 +11,25 @@ struct Scratch {
 
   int capacity;    // tokens of the longest list, in whole tiles
   int chunks;      // most chunks of a head's tokens with weight (values.cuh)
+  int dims;        // head_dim rounded up to whole float4
   bool is_long;    // the keys are a long stream (read_once)
   bool q_vectors;  // queries can be read 16 bytes at a time
   // Written by `scan`:
   float* maxima;  // [batch, q_heads, capacity / 32] best score of each tile
-  float* scores;  // [batch, q_heads, capacity] by place in the list; `solve` puts weights here
+  float* scores;  // [batch, q_heads, capacity] by place in the list
   // Written by `solve`:
-  uint32_t* pool_rows;   // [batch, q_heads, capacity] rows of the tokens with weight
-  float* near_scores;    // [batch, q_heads, capacity] near tokens, where they are many
-  int32_t* near_places;  // [batch, q_heads, capacity]
-  int32_t* supports;     // [batch, q_heads] number of listed tokens; 0 if the output has been written
-  uint32_t* arrived;     // [batch, q_heads] chunks whose values are summed; starts at 0
+  float* listed_weights;  // [batch, q_heads, capacity] of the tokens with weight
+  uint32_t* listed_rows;  // [batch, q_heads, capacity] their rows in the pool
+  int32_t* supports;      // [batch, q_heads] number of listed tokens; 0 if the output has been written
+  uint32_t* arrived;      // [batch, q_heads] chunks whose values are summed; starts at 0
   // Written by `add_values`:
-  float* sums;  // [batch, q_heads, chunks, head_dim]
+  float* sums;  // [batch, q_heads, chunks, dims]
 
   explicit Scratch(const SparseDecode& op)
       : entmax(op.alpha.value),
         capacity(capacity_of(op)),
         chunks(std::min(ceil_div(capacity, kLeastValues), kMostValueChunks)),
+        dims(ceil_div(op.head_dim, 4) * 4),
         is_long(key_bytes(op) >= kLongStream),
         q_vectors(in_vectors(op.q, op.dtype, op.head_dim)) {}
 
@@ -40,8 +41,8 @@ struct Scratch {
 
   /// A head's tokens with weight, in the order of the list: weights [supports], and their rows in the pool [supports],
   /// as TokenList::pool_row.
-  __device__ float* weights(int64_t head) const { return scores + head * capacity; }
-  __device__ uint32_t* rows(int64_t head) const { return pool_rows + head * capacity; }
+  __device__ float* weights(int64_t head) const { return listed_weights + head * capacity; }
+  __device__ uint32_t* rows(int64_t head) const { return listed_rows + head * capacity; }
 
   /// Places the arrays one after the other from `memory` on. Returns how many bytes they take.
   int64_t place(const SparseDecode& op, void* memory) {
@@ -53,12 +54,11 @@ struct Scratch {
     };
     take(maxima, tiles());
     take(scores, capacity);
-    take(pool_rows, capacity);
-    take(near_scores, capacity);
-    take(near_places, capacity);
+    take(listed_weights, capacity);
+    take(listed_rows, capacity);
     take(supports, 1);
     take(arrived, 1);
-    take(sums, int64_t{chunks} * op.head_dim);
+    take(sums, int64_t{chunks} * dims);
     return bytes;
   }
 };

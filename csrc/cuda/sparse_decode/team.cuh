@@ -8,56 +8,40 @@ namespace entmaxkv::cuda {
 
 constexpr int kTeamThreads = 256;  // threads of each block of a team
 
-/// The near tokens of a head are divided into so many parts of equal counts, one for each warp of the largest team.
-/// Their sums are added in a fixed order, so that the number of blocks changes no bit.
-constexpr int kParts = cluster::kMostBlocks * kTeamThreads / 32;
-
-/// Returns where a part of `count` tokens begins.
-__device__ inline int first_of_part(int count, int part) { return static_cast<int>(int64_t{count} * part / kParts); }
-
 /// All threads of all blocks of the team call every method, in the same order, unless a method says otherwise. A team
 /// of several blocks calls sync before a block ends.
 class Team {
  public:
+  static constexpr int kThreads = kTeamThreads;  // of each block
   int rank, size;
 
   /// The team of this block alone.
   static __device__ Team block() { return {0, 1}; }
 
-  /// The team of all blocks of the cluster.
-  static __device__ Team cluster() { return {cluster::rank(), cluster::size()}; }
+  /// The team of all blocks of the cluster. meet() must follow, if it is to do anything together.
+  static __device__ Team cluster() {
+    const Team team{cluster::rank(), cluster::size()};
+    if (team.size > 1) {
+      if (threadIdx.x == 0) mailbox().open();
+      cluster::arrive();
+    }
+    return team;
+  }
+
+  /// Waits until all blocks of the cluster run.
+  __device__ void meet() const {
+    if (size > 1) cluster::wait();
+  }
+
+  /// Returns the sum of all threads' values, added up in a fixed order.
+  template <typename Value>
+  __device__ Value sum(const Value& value) {
+    return reduce(value, [](const Value& a, const Value& b) { return a + b; });
+  }
 
   /// Returns the largest of all threads' values, NaN if any is NaN.
   __device__ float largest(float value) {
-    value = cuda::largest<kTeamThreads>(value);
-    if (size == 1) return value;
-    const auto& each = gather(value);
-    for (int other = 0; other < size; ++other) value = larger(value, each.of[other]);
-    return value;
-  }
-
-  /// Returns how many parts each block of the team has.
-  __device__ int own_parts() const { return kParts / size; }
-
-  /// Returns the sum of part(nth) over all parts. part(nth) is a lane's value for a part; the lanes of one warp call it
-  /// together.
-  template <typename Value, typename Part>
-  __device__ Value sum_of_parts(Part part) {
-    static_assert(kParts == 64);
-    __shared__ Value s_own[2][kParts], s_total;
-    turn_ ^= 1;  // another block may still read the sums of the last call
-    for (int nth = threadIdx.x / 32; nth < own_parts(); nth += kTeamThreads / 32) {
-      const Value own = cuda::sum<32>(part(rank * own_parts() + nth));
-      if (threadIdx.x % 32 == 0) s_own[turn_][nth] = own;
-    }
-    sync();
-    if (threadIdx.x < 32) {
-      const auto of_part = [&](int nth) { return of(nth / own_parts(), s_own[turn_][nth % own_parts()]); };
-      const Value total = cuda::sum<32>(of_part(threadIdx.x) + of_part(threadIdx.x + 32));
-      if (threadIdx.x == 0) s_total = total;
-    }
-    __syncthreads();
-    return s_total;
+    return reduce(value, [](float a, float b) { return larger(a, b); });
   }
 
   /// A barrier for all threads of the team.
@@ -75,124 +59,126 @@ class Team {
     return size == 1 ? shared : cluster::of(other, shared);
   }
 
-  /// Returns the sum of the blocks' copies of a shared number. Any thread may call once sync has ordered the copies; it
-  /// reads each of them.
-  __device__ int sum_of(const int& s_number) const {
-    if (size == 1) return s_number;
-    int sum = 0;
-#pragma unroll
-    for (int other = 0; other < cluster::kMostBlocks; ++other) {
-      if (other < size) sum += of(other, s_number);
-    }
-    return sum;
-  }
-
   struct Part {
     int before, total;  // items of the blocks of lower rank, and of all blocks
   };
 
-  /// Computes the Part of this block. All threads of a block pass the block's number of items.
+  /// Computes the Part of this block. All threads pass their numbers of items.
   __device__ Part part(int own) {
+    own = of_block(own, [](int a, int b) { return a + b; });
     if (size == 1) return {0, own};
-    const auto& each = gather(own);
+    const float4* each = gather(own);
     Part part{0, 0};
     for (int other = 0; other < size; ++other) {
-      if (other < rank) part.before += each.of[other];
-      part.total += each.of[other];
+      const int items = unpacked<int>(each[other]);
+      if (other < rank) part.before += items;
+      part.total += items;
     }
     return part;
   }
 
  private:
-  template <typename Value>
-  struct Each {
-    Value of[cluster::kMostBlocks];
-  };
+  static constexpr int kWarps = kTeamThreads / 32;
 
   __device__ Team(int rank, int size) : rank(rank), size(size) {}
 
-  /// Returns the values of all blocks, in shared memory of this block. All threads of a block pass the same value.
-  /// Calls alternate between two variables: one is not overwritten before the next call's barrier, and all have read it
-  /// by then.
+  static __device__ cluster::Mailbox& mailbox() {
+    __shared__ cluster::Mailbox s_box;
+    return s_box;
+  }
+
   template <typename Value>
-  __device__ const Each<Value>& gather(const Value& own) {
-    __shared__ Value s_own[2];
-    __shared__ Each<Value> s_each;
+  static __device__ Value unpacked(const float4& packed) {
+    static_assert(sizeof(Value) <= sizeof(packed));
+    Value value;
+    memcpy(&value, &packed, sizeof(value));
+    return value;
+  }
+
+  template <typename Value, typename Combine>
+  __device__ Value reduce(Value value, Combine combine) {
+    value = of_block(value, combine);
+    if (size == 1) return value;
+    const float4* each = gather(value);
+    value = unpacked<Value>(each[0]);
+    for (int other = 1; other < size; ++other) value = combine(value, unpacked<Value>(each[other]));
+    return value;
+  }
+
+  /// Combines the values of the block's threads in a fixed order. Calls alternate between two variables: before one is
+  /// overwritten all have passed the barrier of the next call, and so have read it.
+  template <typename Value, typename Combine>
+  __device__ Value of_block(Value value, Combine combine) {
+    alignas(16) __shared__ Value s_own[2][kWarps];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
     turn_ ^= 1;
-    if (threadIdx.x == 0) s_own[turn_] = own;
-    cluster::sync();
-    if (static_cast<int>(threadIdx.x) < size) s_each.of[threadIdx.x] = cluster::of(threadIdx.x, s_own[turn_]);
+    if (threadIdx.x % 32 == 0) s_own[turn_][threadIdx.x / 32] = value;
     __syncthreads();
-    return s_each;
+    value = s_own[turn_][0];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) value = combine(value, s_own[turn_][warp]);
+    return value;
   }
 
-  int turn_ = 0;
-};
-
-/// A warp's run of some items: first ... last - 1.
-struct WarpRun {
-  int first, last;
-
-  /// The run of this warp, if the warps of a block divide the items begin ... end - 1 into runs of equal lengths, in
-  /// multiples of 32.
-  static __device__ WarpRun of_block(int begin, int end) {
-    const int each = ceil_div(end - begin, kTeamThreads) * 32;
-    const int first = min(begin + static_cast<int>(threadIdx.x) / 32 * each, end);
-    return {first, min(first + each, end)};
-  }
-
-  /// Calls use(i, read(i), there) for the items, 32 at a time, with there = false behind the end; kAtOnce times 32
-  /// items are read together. The loop is short code where kAtOnce is 1: code that runs once waits for instructions
-  /// (bench/NOTES.md). All lanes call.
-  template <int kAtOnce, typename Read, typename Use>
-  __device__ void visit(Read read, Use use) const {
-#pragma unroll 1
-    for (int from = first + static_cast<int>(threadIdx.x % 32); from - static_cast<int>(threadIdx.x % 32) < last;
-         from += 32 * kAtOnce) {
-      decltype(read(0)) values[kAtOnce];
-#pragma unroll
-      for (int nth = 0; nth < kAtOnce; ++nth) values[nth] = read(min(from + 32 * nth, last - 1));
-#pragma unroll
-      for (int nth = 0; nth < kAtOnce; ++nth) use(from + 32 * nth, values[nth], from + 32 * nth < last);
+  /// Returns the values of all blocks, in shared memory of this block. All threads of a block pass the same value,
+  /// after a barrier of the block that follows the last use of the values of an earlier call.
+  template <typename Value>
+  __device__ const float4* gather(const Value& own) {
+    __shared__ float4 s_each[2][cluster::kMostBlocks];
+    const int other = threadIdx.x;
+    auto& of_round = s_each[round_ % 2];
+    if (other < size) {
+      float4 packed{};
+      memcpy(&packed, &own, sizeof(own));
+      mailbox().announce(other, sizeof(packed));
+      mailbox().send(other, of_round[rank], packed);
     }
+    mailbox().wait(round_++);
+    return of_round;
   }
+
+  int turn_ = 0, round_ = 0;
 };
 
-/// How many items the warps of a block keep: in stream compaction, those before this one, and all.
-struct Kept {
-  int before, all;
+/// Stream compaction by a block. In each turn every thread has an item of which it keeps up to 2^kBits - 1 parts. They
+/// get places one after the other: those of earlier turns first, and in a turn those of the first threads.
+template <int kBits>
+class Compaction {
+ public:
+  /// The first place is `first`. All threads of the block call.
+  __device__ explicit Compaction(int first) : end_(first) { __syncthreads(); }
 
-  /// Adds up keep(value), 0 or 1 for a single item, over the values read(i) of the run. All threads of the block call.
-  template <int kAtOnce, typename Read, typename Keep>
-  static __device__ Kept of(const WarpRun& run, Read read, Keep keep) {
+  /// Takes this thread's item of the next turn, of which `count` parts are kept. Returns the place of the first of
+  /// them. All threads of the block call.
+  __device__ int take(int count) {
     constexpr int kWarps = kTeamThreads / 32;
-    __shared__ int s_kept[kWarps];
-    int own = 0;
-    run.visit<kAtOnce>(read, [&](int, auto value, bool there) { own += there ? int{keep(value)} : 0; });
-    own = sum<32>(own);
-    __syncthreads();  // the counts of an earlier call have been read
-    if (threadIdx.x % 32 == 0) s_kept[threadIdx.x / 32] = own;
-    __syncthreads();
-    Kept kept{0, 0};
+    __shared__ int s_kept[2][kWarps];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int place = end_, of_warp = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      if (warp < static_cast<int>(threadIdx.x) / 32) kept.before += s_kept[warp];
-      kept.all += s_kept[warp];
+    for (int bit = 0; bit < kBits; ++bit) {
+      const uint32_t lanes = __ballot_sync(kAllLanes, count >> bit & 1);
+      place += __popc(lanes & ((1u << lane) - 1)) << bit;
+      of_warp += __popc(lanes) << bit;
     }
-    return kept;
+    turn_ ^= 1;  // some threads may still read the counts of the last turn
+    if (lane == 0) s_kept[turn_][warp] = of_warp;
+    __syncthreads();
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const int kept = s_kept[turn_][other];
+      if (other < warp) place += kept;
+      end_ += kept;
+    }
+    return place;
   }
-};
 
-/// Stream compaction: calls write(to, i, value) for the items of a warp's run for whose value read(i) keep(value) is
-/// true, with to = first, first + 1, ... in the order of the items. All lanes call.
-template <int kAtOnce, typename Read, typename Keep, typename Write>
-__device__ void compact(const WarpRun& run, int first, Read read, Keep keep, Write write) {
-  run.visit<kAtOnce>(read, [&](int i, auto value, bool there) {
-    const bool stays = there && keep(value);
-    const uint32_t mask = __ballot_sync(kAllLanes, stays);
-    if (stays) write(first + __popc(mask & ((1u << threadIdx.x % 32) - 1)), i, value);
-    first += __popc(mask);
-  });
-}
+  /// Returns the place behind the last.
+  __device__ int end() const { return end_; }
+
+ private:
+  int end_, turn_ = 0;
+};
 
 }  // namespace entmaxkv::cuda

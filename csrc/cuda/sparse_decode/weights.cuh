@@ -1,14 +1,13 @@
-// The threshold of one head from the scores of its near tokens, and the weight of a score, by a team.
+// The threshold of one head from the scores of its near tokens, and the weight of a score.
 #pragma once
 
 #include "../../entmax.h"
+#include "../common/fast_math.cuh"
 #include "team.cuh"
 
 namespace entmaxkv::cuda {
 
-constexpr int kRun = 16;          // scores that a lane reads at once, where near tokens are many
 constexpr int kFewTokens = 4096;  // near tokens for which there is room in a block's shared memory
-constexpr int kOfWarp = 256;      // near tokens that one warp solves where powers take long
 
 /// The scores of a head's near tokens.
 struct NearScores {
@@ -26,113 +25,156 @@ struct NearScores {
     origin = close ? floor : best;
     start = close ? 0 : -1;
   }
+};
 
-  /// Returns whether one block solves.
-  __device__ bool few() const { return count <= kFewTokens; }
+/// The threads of one warp, as a Team.
+struct Warp {
+  static constexpr int kThreads = 32;
 
-  /// Calls body(run) for this lane's scores of a part, kRun at once, filled up with kNothing. All lanes call.
-  template <typename Body>
-  __device__ void visit(int part, Body body) const {
-    const int end = first_of_part(count, part + 1);
-    for (int first = first_of_part(count, part) + static_cast<int>(threadIdx.x % 32); first < end; first += 32 * kRun) {
-      float run[kRun];
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) run[i] = first + i * 32 < end ? scores[first + i * 32] : kNothing;
-      body(run);
-    }
+  template <typename Value>
+  static __device__ Value sum(const Value& value) {
+    return cuda::sum<kThreads>(value);
   }
 };
 
-/// Adds a token with x = (alpha-1)(score - origin) to the excess, if it is above the threshold. kSquare: beta is 2.
-template <bool kSquare, typename Real>
-__device__ void add_if_above(Excess<Real>& excess, Real x, Real threshold, Real beta) {
-  const Real y = x - threshold;
-  if constexpr (kSquare) {
-    excess.add(max(y, Real(0)), Real(2));  // max avoids a branch
-  } else if (y > 0) {
-    excess.add(y, beta);
-  }
-}
+/// Few scores in shared memory, for `solvers`: a Team of one block, or a Warp.
+template <typename Solvers>
+struct FewScores {
+  Solvers& solvers;
+  const float* scores;
+  int count;
 
-/// Improves a threshold until it is right in double precision. excess_at(t) returns the sums at a trial threshold. The
-/// sums of fp32 depend on the near tokens without weight, which change their order, and on the origin. In double
-/// precision these change nothing that is left after rounding to fp32.
-template <typename ExcessAt>
-__device__ double polished(const Entmax<double>& entmax, double threshold, ExcessAt excess_at) {
+  /// Returns the sum of what add(own, score) adds up for all scores, and for some that are kNothing. All threads of the
+  /// solvers call and all get the result.
+  template <typename Value, typename Add>
+  __device__ Value sum(Add add) const {
+    constexpr int kAtOnce = 4;
+    Value own{};
 #pragma unroll 1
-  for (int step = 0; step < 4; ++step) {
-    const double move = entmax.step(excess_at(threshold));
+    for (int begin = 0; begin < count; begin += kAtOnce * Solvers::kThreads) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = begin + n * Solvers::kThreads + static_cast<int>(threadIdx.x);
+        some[n] = i < count ? scores[i] : kNothing;
+      }
+#pragma unroll
+      for (const float score : some) add(own, score);
+    }
+    return solvers.sum(own);
+  }
+};
+
+/// What tokens above a trial threshold add up to, and how many they are.
+struct CountedExcess : Excess<float> {
+  float count = 0;
+
+  __device__ friend CountedExcess operator+(const CountedExcess& a, const CountedExcess& b) {
+    return {{a.mass + b.mass, a.slope + b.slope}, a.count + b.count};
+  }
+};
+
+/// Entmax with approximate powers: their relative error is about 2^-21 beta.
+template <bool kSquare>  // beta is 2
+struct RoughEntmax : Entmax<float> {
+  static constexpr float kMostBeta = 64;  // beyond, the error is too large
+
+  __device__ explicit RoughEntmax(const Entmax<float>& entmax) : Entmax<float>(entmax) {}
+
+  /// Adds a token of excess y, if y > 0.
+  __device__ void add(Excess<float>& all, float y) const {
+    const float excess = fmaxf(y, 0);
+    float derivative = excess;
+    if constexpr (!kSquare) derivative = y > 0 ? rough_power(y, beta - 1) : 0;
+    all.slope += derivative;
+    all.mass = fmaf(derivative, excess, all.mass);
+  }
+
+  __device__ void add(CountedExcess& all, float y) const {
+    add(static_cast<Excess<float>&>(all), y);
+    all.count += y > 0 ? 1 : 0;
+  }
+
+  /// Does what Entmax::step does, up to an absolute error of about 2^-20.
+  __device__ float step(const Excess<float>& all) const {
+    const float root = kSquare ? square_root(all.mass) : rough_power(all.mass, 1 - gap);
+    return (all.mass - root) * reciprocal(all.slope);
+  }
+
+ private:
+  static __device__ float rough_power(float x, float exponent) {
+    return power_of_two(exponent * rough_log2(fmaxf(x, 1e-30f)));
+  }
+};
+
+/// Finds a threshold up to about 2^-18, from a `start` below it on, from scores; they are relative to `origin`. Ends
+/// when a step moves it by no more than `least_move`, or is_enough(sums) where sums, a Sums, are those of the tokens
+/// above. `scores` is as FewScores. All its threads call and all get the result.
+template <bool kSquare, typename Sums, typename Scores, typename IsEnough>
+__device__ float rough_threshold(const Entmax<float>& entmax, float origin, float start, float least_move,
+                                 const Scores& scores, IsEnough is_enough) {
+  constexpr int kMostSteps = 16;
+  const RoughEntmax<kSquare> rough(entmax);
+  float threshold = start;
+#pragma unroll 1
+  for (int step = 0; step < kMostSteps; ++step) {
+    const auto all = scores.template sum<Sums>(
+        [&](Sums& own, float score) { rough.add(own, fmaf(rough.gap, score - origin, -threshold)); });
+    if (is_enough(all)) break;
+    const float move = rough.step(all);
+    if (!(move > 0)) break;  // NaN ends the search, too
     threshold += move;
-    if (!(fabs(move) > 0x1p-40)) break;
+    if (move <= least_move) break;
   }
   return threshold;
 }
 
-/// Finds the threshold, relative to (alpha-1) origin, from few near tokens with kSolvers threads, a block or a warp.
-/// All these threads call and all get the result.
-template <bool kSquare, int kSolvers>
-__device__ double solve_by(const Entmax<double>& entmax, const NearScores& near) {
-  constexpr float kLeastMove = 0x1p-21f;  // the rest is done in double precision
-  const Entmax<float> in_float(entmax);
-  const Solution<float> solution = find_threshold(in_float, near.start, kLeastMove, [&](float threshold) {
-    Excess<float> own;
-#pragma unroll(kSquare ? 4 : 1)
-    for (int i = threadIdx.x; i < near.count; i += kSolvers) {
-      add_if_above<kSquare>(own, in_float.gap * (near.scores[i] - near.origin), threshold, in_float.beta);
-    }
-    return sum<kSolvers>(own);
-  });
-  return polished(entmax, solution.threshold, [&](double threshold) {
-    Excess<double> own;
-#pragma unroll(kSquare ? 2 : 1)
-    for (int i = threadIdx.x; i < near.count; i += kSolvers) {
-      add_if_above<kSquare>(own, entmax.gap * (double{near.scores[i]} - near.origin), threshold, entmax.beta);
-    }
-    return sum<kSolvers>(own);
-  });
-}
-
-/// Solves for few near tokens by one warp. All threads of the block call and all get the result.
-template <bool kSquare>
-__device__ double solve_by_warp(const Entmax<double>& entmax, const NearScores& near) {
-  __shared__ double s_threshold;
-  __syncthreads();  // all warps have read the last one
-  if (threadIdx.x < 32) {
-    const double threshold = solve_by<kSquare, 32>(entmax, near);
-    if (threadIdx.x == 0) s_threshold = threshold;
-  }
-  __syncthreads();
-  return s_threshold;
-}
-
-/// The sums of any number of near tokens at a trial threshold. All threads of the team call and all get the result.
-template <bool kSquare, typename Real>
-__device__ ENTMAXKV_NOINLINE Excess<double> excess_of_many(Team& team, const Entmax<Real>& entmax,
-                                                           const NearScores& near, Real threshold) {
-  return team.sum_of_parts<Excess<double>>([&](int part) {
-    Excess<double> own;
-    near.visit(part, [&](const float (&run)[kRun]) {
-      Excess<Real> few;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        add_if_above<kSquare>(few, entmax.gap * (static_cast<Real>(run[i]) - near.origin), threshold, entmax.beta);
+/// Improves a threshold until it is right in double precision. Sums in fp32 would depend on the near tokens without
+/// weight, which change their order, and on the origin. In double precision these change nothing that is left after
+/// rounding to fp32. `start` is below the threshold. `scores` and the threads that call are as for rough_threshold.
+template <bool kSquare, typename Scores>
+__device__ double polished(const Entmax<double>& entmax, float origin, double start, double threshold,
+                           const Scores& scores) {
+  constexpr double kLeastMove = 0x1p-30;  // convergence is quadratic
+  constexpr int kMostSteps = 64;          // a guard
+#pragma unroll 1
+  for (int step = 0; step < kMostSteps; ++step) {
+    const auto all = scores.template sum<Excess<double>>([&](Excess<double>& own, float score) {
+      const double y = entmax.gap * (double{score} - origin) - threshold;
+      if constexpr (kSquare) {
+        own.add(max(y, 0.0), 2.0);  // max avoids a branch
+      } else if (y > 0) {
+        own.add(y, entmax.beta);
       }
-      own = own + Excess<double>{few.mass, few.slope};
     });
-    return own;
-  });
+    if (all.mass == 0 && threshold > start) {  // the rough threshold is too high: all tokens are equal and very many
+      threshold = start;
+      continue;
+    }
+    double move;
+    if constexpr (kSquare) {  // Entmax::step, with a divisor in fp32
+      const float root = square_root(static_cast<float>(all.mass));
+      move = (all.mass - 1) * (root * reciprocal((root + 1) * static_cast<float>(all.slope)));
+    } else {
+      move = entmax.step(all);
+    }
+    threshold += move;
+    if (!(fabs(move) > kLeastMove)) break;
+  }
+  return threshold;
 }
 
-/// Finds the threshold from any number of near tokens, relative to (alpha-1) origin: first in Real. All threads of the
-/// team call and all get the result.
-template <bool kSquare, typename Real>
-__device__ double solve_many(Team& team, const Entmax<double>& entmax, const NearScores& near) {
-  const Entmax<Real> real(entmax);
-  const Solution<Real> solution = find_threshold(real, static_cast<Real>(near.start), Real(0), [&](Real threshold) {
-    return excess_of_many<kSquare, Real>(team, real, near, threshold);
-  });
-  return polished(entmax, solution.threshold,
-                  [&](double threshold) { return excess_of_many<kSquare, double>(team, entmax, near, threshold); });
+/// Finds the threshold of near tokens, relative to (alpha-1) origin. `scores` and the threads that call are as for
+/// rough_threshold.
+template <bool kSquare, typename Scores>
+__device__ double threshold_of(const Entmax<double>& entmax, float origin, float start, const Scores& scores) {
+  constexpr float kLeastMove = 0x1p-15f;  // the next step in fp32 would be less than its rounding
+  float threshold = start;
+  if (entmax.beta <= RoughEntmax<kSquare>::kMostBeta) {
+    threshold = rough_threshold<kSquare, Excess<float>>(Entmax<float>(entmax), origin, start, kLeastMove, scores,
+                                                        [](const Excess<float>&) { return false; });
+  }
+  return polished<kSquare>(entmax, origin, start, threshold, scores);
 }
 
 /// The weights of a head as a function of the score.
@@ -141,7 +183,7 @@ class Weights {
   float tau;
 
   /// The weights above a threshold, which is relative to (alpha-1) origin. The score at the threshold is rounded to
-  /// multiples of 2^-34, unless scores are huge: so what is left of other orders of sums changes no weight.
+  /// multiples of 2^-34, unless scores are huge. So what is left of other orders of sums changes no weight.
   __device__ Weights(const Entmax<double>& entmax, float origin, double threshold)
       : Weights(entmax, origin, threshold, static_cast<float>(threshold + entmax.gap * origin)) {
     constexpr double kRound = 1.5 * 0x1p18;
@@ -156,19 +198,33 @@ class Weights {
     return {entmax, best, mass, best + logf(static_cast<float>(mass))};
   }
 
-  /// Returns whether fp32 is precise enough. Powers above 15 magnify its rounding too much.
-  template <typename Real>
-  __device__ static bool are_in_float(const Entmax<Real>& entmax) {
-    return entmax.beta <= 15;
-  }
-
   /// Returns the score at the threshold, tau / (alpha - 1).
   __device__ double least_score() const { return origin_ + threshold_ * entmax_.beta; }
 
+  /// Returns the least score with weight, p > 0, infinity if there is none up to `best`. One up to `floor` must have
+  /// none. All lanes of a warp call.
+  __device__ float least_with_weight(float floor, float best) const {
+    if (!(of(best) > 0)) return -kNothing;
+    // Mostly all scores above the one at the threshold have weight, as no square underflows.
+    if (square_ && threshold_ == 0 && origin_ != 0) return nextafterf(__double2float_rd(origin_), -kNothing);
+    uint32_t none = ordered(floor), some = ordered(best);
+#pragma unroll 1
+    while (some - none > 1) {
+      // Lane i tries the end of part i of 33 equal parts.
+      const uint32_t step = max((some - none) / 33, 1u), tried = none + step * (threadIdx.x % 32 + 1);
+      const uint32_t has = __ballot_sync(kAllLanes, tried >= some || of(from_ordered(tried)) > 0);
+      const uint32_t lanes = has ? __ffs(has) - 1 : 32;  // those before the first with weight
+      if (has) some = min(some, none + step * (lanes + 1));
+      none += step * lanes;
+    }
+    return from_ordered(some);
+  }
+
   /// Returns the weight p of a score.
   __device__ float of(float score) const {
-    if (!square_) return any_of(score);
-    const float y = fmaxf(static_cast<float>(excess(score)), 0);  // NaN becomes 0
+    if (!square_) return any_of(entmax_, origin_, threshold_, score);
+    const double excess = entmax_.gap * (score - origin_) - threshold_;
+    const float y = fmaxf(static_cast<float>(excess), 0);  // NaN becomes 0
     return y * y;
   }
 
@@ -176,14 +232,15 @@ class Weights {
   __device__ Weights(const Entmax<double>& entmax, double origin, double threshold_or_mass, float tau)
       : tau(tau), square_(entmax.beta == 2), origin_(origin), entmax_(entmax), threshold_(threshold_or_mass) {}
 
-  __device__ double excess(float score) const { return entmax_.gap * (double{score} - origin_) - threshold_; }
-
-  __device__ ENTMAXKV_NOINLINE float any_of(float score) const {
-    if (entmax_.is_softmax()) return expf(score - static_cast<float>(origin_)) / static_cast<float>(threshold_);
-    const double y = excess(score);
+  /// Its arguments are values, so that no Weights lies in memory.
+  static __device__ ENTMAXKV_NOINLINE float any_of(Entmax<double> entmax, double origin, double threshold_or_mass,
+                                                   float score) {
+    if (entmax.is_softmax()) return expf(score - static_cast<float>(origin)) / static_cast<float>(threshold_or_mass);
+    const double y = entmax.gap * (score - origin) - threshold_or_mass;
     if (!(y > 0)) return 0;
-    return are_in_float(entmax_) ? power(static_cast<float>(y), static_cast<float>(entmax_.beta))
-                                 : static_cast<float>(power(y, entmax_.beta));
+    const bool in_float = entmax.beta <= 15;  // powers above 15 magnify the rounding of fp32 too much
+    return in_float ? power(static_cast<float>(y), static_cast<float>(entmax.beta))
+                    : static_cast<float>(power(y, entmax.beta));
   }
 
   bool square_;    // beta is 2
@@ -192,35 +249,39 @@ class Weights {
   double threshold_;  // of softmax, the mass
 };
 
-/// Finds the weights of a head from its near tokens: any alpha, any number. If near.few(), the team must be
-/// this block. All threads of the team call and all get the result.
-__device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Team& team, const Entmax<double>& entmax,
-                                                             const NearScores& near) {
-  const float origin = near.origin;
+/// Finds the weights of near tokens, any alpha. `scores` and the threads that call are as for rough_threshold.
+template <typename Scores>
+__device__ Weights any_weights(const Entmax<double>& entmax, float origin, float start, const Scores& scores) {
   if (entmax.is_softmax()) {
-    const auto mass = team.sum_of_parts<double>([&](int part) {
-      double own = 0;
-      near.visit(part, [&](const float (&run)[kRun]) {
-        for (const float score : run) own += expf(score - origin);
-      });
-      return own;
-    });
+    const auto mass = scores.template sum<double>([&](double& own, float score) { own += expf(score - origin); });
     return Weights::of_softmax(entmax, origin, mass);
   }
-  const auto threshold = [&] {
-    if (!Weights::are_in_float(entmax)) return solve_many<false, double>(team, entmax, near);
-    if (entmax.beta == 2) return solve_many<true, float>(team, entmax, near);  // they are not few
-    if (!near.few()) return solve_many<false, float>(team, entmax, near);
-    return near.count > kOfWarp ? solve_by<false, kTeamThreads>(entmax, near) : solve_by_warp<false>(entmax, near);
-  };
-  return {entmax, origin, threshold()};
+  return {entmax, origin,
+          entmax.beta == 2 ? threshold_of<true>(entmax, origin, start, scores)
+                           : threshold_of<false>(entmax, origin, start, scores)};
 }
 
-/// Does what find_any_weights does. The usual case has code of its own, as short as possible: code that runs once waits
-/// for instructions (bench/NOTES.md).
-__device__ inline Weights find_weights(Team& team, const Entmax<double>& entmax, const NearScores& near) {
-  if (entmax.beta != 2 || !near.few()) return find_any_weights(team, entmax, near);
-  return {entmax, near.origin, solve_by_warp<true>(entmax, near)};
+/// Finds the weights of a head from few near tokens, where find_weights does not.
+__device__ ENTMAXKV_NOINLINE inline Weights find_any_weights(Entmax<double> entmax, NearScores near) {
+  Team block = Team::block();
+  return any_weights(entmax, near.origin, near.start, FewScores<Team>{block, near.scores, near.count});
+}
+
+/// Finds the weights of a head from few near tokens. The usual case, few of them and beta = 2, has one warp and code of
+/// its own, as short as possible: code that runs once waits for instructions (bench/NOTES.md). All threads of the block
+/// call and all get the result. Before another call there must be a barrier.
+__device__ inline Weights find_weights(const Entmax<double>& entmax, const NearScores& near) {
+  constexpr int kOfWarp = 512;
+  if (entmax.beta != 2 || near.count > kOfWarp) return find_any_weights(entmax, near);
+  __shared__ double s_threshold;
+  if (threadIdx.x < 32) {
+    Warp warp;
+    const double threshold =
+        threshold_of<true>(entmax, near.origin, near.start, FewScores<Warp>{warp, near.scores, near.count});
+    if (threadIdx.x == 0) s_threshold = threshold;
+  }
+  __syncthreads();
+  return {entmax, near.origin, s_threshold};
 }
 
 }  // namespace entmaxkv::cuda
