@@ -95,6 +95,36 @@ def test_all_tokens_in_the_support(device, alpha, tokens):
     assert (got.support == tokens).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [4, 8, 16, 32])
+@pytest.mark.parametrize("tokens", [200, 300, 1100, 5000])
+def test_many_small_values(device, dtype, head_dim, tokens):
+    """A block of the CUDA kernel copies the values of near tokens at once, if they have room."""
+    k = [torch.zeros(tokens, 2, head_dim)]
+    for max_pages in (tokens // 16 + 2, 400):
+        cache = make_cache([tokens], head_dim=head_dim, k=k, dtype=dtype, device=device, max_pages=max_pages)
+        q = make_query(1, 4, head_dim, dtype, device)
+        got = cache.dense(q, 1.5)
+        assert (got.support == tokens).all()
+        check_decode(cache, q, got, alpha=1.5)
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.25, 1.5, 2.0])
+def test_tiles_just_below_the_reach_of_weights(device, alpha):
+    """The CUDA kernel writes no scores of a tile that is further below the best score than weights reach."""
+    tokens = 200_000 if device == "cuda" else 10_000  # so many that each warp has several tiles
+    k = torch.full((tokens, 2, 64), -1.001 / (alpha - 1))
+    k[:: tokens // 100] = 0
+    cache = make_cache([tokens], k=[k], device=device)
+    q = torch.zeros(1, 4, 64, device=device)
+    q[..., 0] = 1
+    for left_behind in (1e3, -1e3):  # in memory that the op may get for its scratch
+        torch.full((4 * tokens * 32,), left_behind, device=device)
+        got = cache.dense(q, alpha, 1.0)
+        assert (got.support == 100).all()
+        check_decode(cache, q, got, alpha=alpha, scale=1.0)
+
+
 @pytest.mark.parametrize("best", [2.0**24, 1e15, 1e30])
 @pytest.mark.parametrize("alpha", [1 + 1e-8, 1.001, 1.05, 1.5, 2.0])
 @pytest.mark.parametrize("tokens", [100, 4500])

@@ -80,10 +80,10 @@ struct List {
     return sum;
   }
 
-  /// Fills the lists of all blocks with the pages with selects(merit, page). All threads of the cluster call; `round`
-  /// is the mailbox's.
+  /// Fills the lists of all blocks with the pages with selects(merit, page). All threads of the cluster call. Each
+  /// call takes a mailbox of its own.
   template <typename Selects>
-  __device__ void fill(const Slice& slice, cluster::Mailbox& s_box, int round, Selects selects) const {
+  __device__ void fill(const Slice& slice, cluster::Mailbox& s_box, Selects selects) const {
     const int rank = cluster::rank();
     Order* own = orders + rank * room;
     const int count = slice.collect(selects, [&](int place, int page) {
@@ -102,14 +102,14 @@ struct List {
           if (to != rank) s_box.send(to, counts[rank], count);
           s_box.announce(to, to != rank ? static_cast<int>(sizeof(int) + sizeof(Order) * sent) : 0);
         });
-    s_box.wait(round);
+    s_box.wait(0);
   }
 };
 
 /// A block's shared memory.
 struct Shared {
   Histogram histogram;
-  cluster::Mailbox extremes_box, sums_box, list_box;
+  cluster::Mailbox extremes_box, sums_box, list_boxes[2];
   int listed[kMostBlocks];
   int selected;
 };
@@ -320,13 +320,13 @@ __device__ Threshold find_worst_selected(const Slice& slice, Order* s_orders, Sh
   if (rating.best > kNothing) s.histogram.add(steps.of(rating.best));
   const float least = steps.least(s.histogram.find(1, target_rank).index);
   const List list{s_orders, s.listed, kListed >> (__ffs(size) - 1)};
-  list.fill(slice, s.list_box, 0, [=](float merit, int) { return merit >= least; });
+  list.fill(slice, s.list_boxes[0], [=](float merit, int) { return merit >= least; });
   int count = list.count(), listed_rank = target_rank;
   const bool all_listed = count >= 0;
   if (!all_listed) {
     Narrowing narrowing{steps};
     listed_rank = narrowing.narrow(slice, s.histogram, size, kListed, target_rank, kFewListed);
-    list.fill(slice, s.list_box, 1, [&](float merit, int page) { return narrowing.has(merit, page); });
+    list.fill(slice, s.list_boxes[1], [&](float merit, int page) { return narrowing.has(merit, page); });
     count = list.count();
   }
   const Order threshold = pick(list, s.histogram, steps, count, listed_rank);
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   if (thread == 0) {
     s.extremes_box.open();
     s.sums_box.open();
-    s.list_box.open();
+    for (cluster::Mailbox& box : s.list_boxes) box.open();
   }
 #pragma unroll 1
   for (int i = thread; i < 4 * op.group; i += kRankThreads) {

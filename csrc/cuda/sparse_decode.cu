@@ -33,7 +33,7 @@ class ScoreWriter {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int head = group_.first_head + min(Products::head(j), group_.heads - 1);
-      reach_[j] = static_cast<float>(scratch_.entmax_of(op.alpha, head).beta) * (1 + 0x1p-22f);
+      reach_[j] = reach_of(scratch_.entmax_of(op.alpha, head));
     }
   }
 
@@ -137,8 +137,9 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
   });
 }
 
-constexpr int kSolveBlocks = 2;         // blocks of solve that share a multiprocessor
-constexpr int kTokensAlone = 64 << 10;  // tokens of a list that one block solves, at most: a cluster starts later
+constexpr int kSolveBlocks = 2;  // blocks of solve that share a multiprocessor
+constexpr int kTokensAlone =
+    64 << 10;  // where lists have room for more tokens, clusters solve; they take longer to start
 
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {

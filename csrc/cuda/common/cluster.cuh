@@ -49,7 +49,8 @@ __device__ T& of(int, T& shared) {
 /// An mbarrier that counts the bytes which the blocks of a cluster send to this block. In each round every block,
 /// including this one, sends values and announces how many bytes they are; wait() returns when all have arrived. This
 /// is faster than sync(), which waits for every write of the blocks. Only for clusters of several blocks. The object
-/// lies in shared memory.
+/// lies in shared memory. A block must not begin a round before every block has ended the one before, which that
+/// block's own wait() does not tell: take turns between two mailboxes.
 class Mailbox {
  public:
   /// Initialises the barrier. One thread calls. sync(), or arrive() and wait(), must follow before the first round.

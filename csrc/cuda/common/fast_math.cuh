@@ -18,7 +18,7 @@ __device__ inline float reciprocal(float x) {
 #endif
 }
 
-/// Returns log2 x with an absolute error of at most 2^-21.
+/// Returns log2 x with an absolute error of at most 2^-21 near x = 1, and elsewhere a relative error of about 2^-22.
 __device__ inline float rough_log2(float x) {
 #ifdef EMULATE_CUDA
   return std::log2(x);

@@ -1,6 +1,8 @@
 // The near tokens of a head: those whose scores are above a floor, a score that is proved to be below the threshold.
 #pragma once
 
+#include <cstddef>
+
 #include "../common/ring.cuh"
 #include "weights.cuh"
 
@@ -19,12 +21,14 @@ __device__ float floor_of(const Entmax<float>& entmax, float best, const Scores&
   return __fsub_rd(best, entmax.beta * (kRoom - threshold));
 }
 
-/// Does the same for any alpha. The usual one has code of its own.
+/// Does the same for any alpha. The usual one has code of its own. The floor is no lower than where weights end: the
+/// scores of tiles that are lower may not have been written.
 template <typename Scores>
 __device__ float find_floor(const Entmax<float>& entmax, float best, const Scores& scores) {
-  if (entmax.beta == 2) return floor_of<true>(entmax, best, scores);
-  if (entmax.beta <= RoughEntmax<false>::kMostBeta) return floor_of<false>(entmax, best, scores);
-  return __fsub_rd(best, (1 + 0x1p-20f) * entmax.beta);
+  const float end = __fsub_rd(best, reach_of(entmax));
+  if (entmax.beta == 2) return fmaxf(end, floor_of<true>(entmax, best, scores));
+  if (entmax.beta <= RoughEntmax<false>::kMostBeta) return fmaxf(end, floor_of<false>(entmax, best, scores));
+  return end;
 }
 
 /// Returns where the share of a block begins, if the blocks of a team divide `count` items; of block `size`, the end.
@@ -69,6 +73,9 @@ class ListScores {
     float4 scores[kBatch * kFours];
   };
 
+  static constexpr int kFewWords = sizeof(FewTokens) / sizeof(float4);
+  static_assert(offsetof(Memory, scores) == offsetof(Memory, few) + sizeof(FewTokens));
+
   /// Returns the block's Memory, which begins its dynamic shared memory.
   static __device__ Memory& memory() { return *reinterpret_cast<Memory*>(dynamic_shared()); }
 
@@ -94,8 +101,10 @@ class ListScores {
     last_ = near_;
   }
 
-  /// Returns whether the tiles of each block are one window, and then the number of this block's near tiles.
+  /// Returns whether the tiles of each block are one window.
   __device__ bool one_window() const { return one_window_; }
+
+  /// Returns the number of near tiles of this block, before share(); 0 if its tiles are more than one window.
   __device__ int near_tiles() const { return near_; }
 
   /// Leaves to this block its share of the near tiles of one window, which all blocks of the team have listed.
@@ -110,7 +119,7 @@ class ListScores {
 
   /// Lets batches take the memory of few near tokens, too, for good, and forgets what has been copied.
   __device__ void widen_batches() {
-    first_word_ = -static_cast<int>(sizeof(FewTokens) / sizeof(float4));
+    first_word_ = 0;
     batch_ = -1;
   }
 
@@ -195,7 +204,7 @@ class ListScores {
   /// threads of the block call.
   template <typename Body>
   __device__ void for_each_batch(Body body) {
-    const int most = kBatch - first_word_ / kFours;
+    const int most = kBatch + (kFewWords - first_word_) / kFours;
 #pragma unroll 1
     for (int window = begin_; window == begin_ || window < end_; window += kWindow) {
       if (!one_window_) {
@@ -212,7 +221,7 @@ class ListScores {
     }
   }
 
-  __device__ float4& scores(int i) const { return memory().scores[first_word_ + i]; }
+  __device__ float4& scores(int i) const { return reinterpret_cast<float4*>(&memory().few)[first_word_ + i]; }
 
   /// Returns the place of the first token of a four.
   __device__ int place(int i) const {
@@ -299,12 +308,12 @@ class ListScores {
   const float *maxima_, *scores_;
   int begin_, end_;  // the tiles that this block looks at
   bool one_window_;
-  int window_ = -1;           // first tile of the window in shared memory
-  int near_ = 0;              // near tiles of the window
-  int batch_ = -1;            // first of the near tiles whose scores are in shared memory
-  int first_ = 0, last_ = 0;  // the near tiles of the window that this block takes
-  bool is_shared_ = false;    // by the blocks of a team, each of which has listed all
-  int first_word_ = 0;        // where batches begin, relative to Memory::scores
+  int window_ = -1;             // first tile of the window in shared memory
+  int near_ = 0;                // near tiles of the window
+  int batch_ = -1;              // first of the near tiles whose scores are in shared memory
+  int first_ = 0, last_ = 0;    // the near tiles of the window that this block takes
+  bool is_shared_ = false;      // by the blocks of a team, each of which has listed all
+  int first_word_ = kFewWords;  // where batches begin, counted from Memory::few
 };
 
 /// Finds the near tokens of a head. If they are few, they come into the memory of the team's first block. If they are

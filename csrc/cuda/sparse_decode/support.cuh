@@ -54,7 +54,9 @@ struct Head {
                             bool vectors) const {
     const int thread = threadIdx.x;
     const int words = op.head_dim * static_cast<int>(sizeof(T)) / 16;  // of a value
-    const bool is_early = near.count <= kEarlyRows, is_shared = vectors && near.count * words <= s_memory.kWords;
+    const bool is_early = near.count <= kEarlyRows;
+    const bool is_shared = vectors && near.count <= kLeastValues && near.count * words <= s_memory.kWords;
+    static_assert(kLeastValues <= kEarlyRows);
     auto* rows = reinterpret_cast<uint32_t*>(near.places);
     if (is_early) look_up_early(near, words, is_shared ? s_memory.values : nullptr);
     const Weights weights = find_weights(entmax, near);

@@ -9,7 +9,7 @@ namespace entmaxkv::cuda {
 constexpr int kTeamThreads = 256;  // threads of each block of a team
 
 /// All threads of all blocks of the team call every method, in the same order, unless a method says otherwise. A team
-/// of several blocks calls sync before a block ends.
+/// of several blocks calls sync before a block ends. A block may use another Team after a barrier.
 class Team {
  public:
   static constexpr int kThreads = kTeamThreads;  // of each block
@@ -22,7 +22,7 @@ class Team {
   static __device__ Team cluster() {
     const Team team{cluster::rank(), cluster::size()};
     if (team.size > 1) {
-      if (threadIdx.x == 0) mailbox().open();
+      if (threadIdx.x < 2) mailbox(threadIdx.x).open();
       cluster::arrive();
     }
     return team;
@@ -82,9 +82,10 @@ class Team {
 
   __device__ Team(int rank, int size) : rank(rank), size(size) {}
 
-  static __device__ cluster::Mailbox& mailbox() {
-    __shared__ cluster::Mailbox s_box;
-    return s_box;
+  /// Rounds alternate between two mailboxes: one is used again when all blocks have ended the round in the other.
+  static __device__ cluster::Mailbox& mailbox(int round) {
+    __shared__ cluster::Mailbox s_boxes[2];
+    return s_boxes[round % 2];
   }
 
   template <typename Value>
@@ -131,10 +132,11 @@ class Team {
     if (other < size) {
       float4 packed{};
       memcpy(&packed, &own, sizeof(own));
-      mailbox().announce(other, sizeof(packed));
-      mailbox().send(other, of_round[rank], packed);
+      mailbox(round_).announce(other, sizeof(packed));
+      mailbox(round_).send(other, of_round[rank], packed);
     }
-    mailbox().wait(round_++);
+    mailbox(round_).wait(round_ / 2);
+    ++round_;
     return of_round;
   }
 

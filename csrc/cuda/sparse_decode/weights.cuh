@@ -9,6 +9,12 @@ namespace entmaxkv::cuda {
 
 constexpr int kFewTokens = 4096;  // near tokens for which there is room in a block's shared memory
 
+/// Returns how far below the best score of a head a score with weight is at most, with room for rounding.
+template <typename Real>
+__device__ float reach_of(const Entmax<Real>& entmax) {
+  return static_cast<float>(entmax.beta) * (1 + 0x1p-22f);
+}
+
 /// The scores of a head's near tokens.
 struct NearScores {
   float* scores;
@@ -183,7 +189,7 @@ class Weights {
   float tau;
 
   /// The weights above a threshold, which is relative to (alpha-1) origin. The score at the threshold is rounded to
-  /// multiples of 2^-34, unless scores are huge. So what is left of other orders of sums changes no weight.
+  /// multiples of 2^-34, unless it is 2^16 or more. So what is left of other orders of sums changes no weight.
   __device__ Weights(const Entmax<double>& entmax, float origin, double threshold)
       : Weights(entmax, origin, threshold, static_cast<float>(threshold + entmax.gap * origin)) {
     constexpr double kRound = 1.5 * 0x1p18;
