@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(32 * Slots::kWarps, kScanOccupancy<typename Sl
 }
 
 constexpr int kSolveBlocks = 2;  // blocks of solve that share a multiprocessor
-constexpr int kTokensAlone =
-    64 << 10;  // where lists have room for more tokens, clusters solve; they take longer to start
+/// Where lists have room for more tokens than this, clusters solve. A cluster takes longer to start than a block.
+constexpr int kTokensAlone = 64 << 10;
 
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode op, Scratch scratch, bool vectors) {

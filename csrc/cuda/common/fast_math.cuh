@@ -18,17 +18,6 @@ __device__ inline float reciprocal(float x) {
 #endif
 }
 
-/// Returns log2 x with an absolute error of at most 2^-21 near x = 1, and elsewhere a relative error of about 2^-22.
-__device__ inline float rough_log2(float x) {
-#ifdef EMULATE_CUDA
-  return std::log2(x);
-#else
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 /// Returns the square root of x with a relative error of at most 2^-23.
 __device__ inline float square_root(float x) {
 #ifdef EMULATE_CUDA

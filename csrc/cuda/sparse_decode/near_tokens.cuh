@@ -94,7 +94,7 @@ class ListScores {
     float own = kNothing;
     for_each_maximum([&](float score) { own = larger(own, score); });
     best = lookers.largest(own);
-    floor = find_floor(entmax, best, Maxima{*this, lookers});
+    floor = find_floor(entmax, best, TeamScores{lookers, [this](auto use) { for_each_maximum(use); }});
     if (!one_window_) return;
     copy_window(begin_);
     list();
@@ -187,19 +187,6 @@ class ListScores {
   }
 
  private:
-  /// The tiles' best scores; as FewScores.
-  struct Maxima {
-    ListScores& list;
-    Team& lookers;
-
-    template <typename Value, typename Add>
-    __device__ Value sum(Add add) const {
-      Value own{};
-      list.for_each_maximum([&](float score) { add(own, score); });
-      return lookers.sum(own);
-    }
-  };
-
   /// Calls body(fours) for each batch, with the number of its fours of tokens; scores(i) are those of a four. All
   /// threads of the block call.
   template <typename Body>

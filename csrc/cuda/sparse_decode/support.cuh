@@ -7,19 +7,6 @@
 
 namespace entmaxkv::cuda {
 
-/// All tokens of a head's near tiles, which the blocks of a team divide; as FewScores.
-struct ManyScores {
-  Team& team;
-  ListScores& list;
-
-  template <typename Value, typename Add>
-  __device__ Value sum(Add add) const {
-    Value own{};
-    list.for_each([&](float score) { add(own, score); });
-    return team.sum(own);
-  }
-};
-
 /// Global memory of a head.
 struct HeadArrays {
   float* weights;  // [list]
@@ -120,7 +107,8 @@ struct Head {
   __device__ int list_many(Team& team, const Entmax<double>& entmax, ListScores& scores, const NearScores& near,
                            const HeadArrays& to) const {
     scores.widen_batches();
-    const Weights weights = any_weights(entmax, near.origin, near.start, ManyScores{team, scores});
+    const auto of_near_tiles = [&](auto use) { scores.for_each(use); };
+    const Weights weights = any_weights(entmax, near.origin, near.start, TeamScores{team, of_near_tiles});
     const float least = weights.least_with_weight(scores.floor, scores.best);
     const auto has_weight = [=](float score) { return score >= least; };
     int own = 0;

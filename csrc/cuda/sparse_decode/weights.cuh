@@ -71,6 +71,22 @@ struct FewScores {
   }
 };
 
+/// Scores that the blocks of a team divide; each(use) calls use(score) for those of this block. As FewScores.
+template <typename Each>
+struct TeamScores {
+  Team& team;
+  Each each;
+
+  template <typename Value, typename Add>
+  __device__ Value sum(Add add) const {
+    Value own{};
+    each([&](float score) { add(own, score); });
+    return team.sum(own);
+  }
+};
+template <typename Each>
+TeamScores(Team&, Each) -> TeamScores<Each>;
+
 /// What tokens above a trial threshold add up to, and how many they are.
 struct CountedExcess : Excess<float> {
   float count = 0;
@@ -109,7 +125,7 @@ struct RoughEntmax : Entmax<float> {
 
  private:
   static __device__ float rough_power(float x, float exponent) {
-    return power_of_two(exponent * rough_log2(fmaxf(x, 1e-30f)));
+    return power_of_two(1.4426950408889634f * exponent * logarithm(fmaxf(x, 1e-30f)));
   }
 };
 
