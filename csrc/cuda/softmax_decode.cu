@@ -332,12 +332,13 @@ void softmax_decode(const SparseDecode& op, void* workspace, cudaStream_t stream
     using T = decltype(element);
     dispatch_layout(op.head_dim, vectors, [&](auto layout) {
       using Memory = WarpMemory<T, decltype(layout)>;
-      const int most = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)};
+      const int most =
+          std::min(device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int{sizeof(Memory)}, kMostWarps<Memory>);
       const int blocks = static_cast<int>(std::min<int64_t>(chunks, multiprocessors()));
-      const int warps =
-          static_cast<int>(std::min<int64_t>(std::min(most, kMostWarps<Memory>), (chunks - 1) / blocks + 1));
-      const bool by_counter =
-          chunks >= 2 * int64_t{blocks} * warps;  // fewer chunks: even parts cost less than the memset
+      // Where each warp takes few chunks, even parts cost less than the memset.
+      const int64_t rounds = (chunks - 1) / (int64_t{blocks} * most) + 1;
+      const bool by_counter = rounds > 2;
+      const int warps = by_counter ? most : static_cast<int>((chunks - 1) / (blocks * rounds) + 1);
       if (by_counter) check(name, cudaMemsetAsync(scratch.taken, 0, sizeof(*scratch.taken), stream));
       launch(name, attend<Memory>, {dim3(blocks), 32 * warps, 1, warps * int{sizeof(Memory)}}, stream, op, scratch,
              by_counter);

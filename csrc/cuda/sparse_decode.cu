@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   team.meet();
   Team lookers = divided ? team : Team::block();
   ListScores scores(lookers, in_float, scratch.maxima + at * scratch.tiles(), scratch.scores + at * scratch.capacity,
-                    list.tiles());
+                    list.tiles(), scratch.batch);
   if (divided) {
     team = lookers;
   } else if (scores.near_tiles() <= ListScores::kAlone) {
@@ -363,10 +363,15 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
       scan_with(ScanRing<T, Layout>{});
     });
-    int blocks = scratch.capacity > kTokensAlone ? cluster::most_blocks() : 1;
-    while (blocks > 1 && blocks * heads > kSolveBlocks * multiprocessors()) blocks /= 2;
-    launch(name, solve<T>, {dim3(blocks, op.q_heads, op.batch), kTeamThreads, blocks, sizeof(ListScores::Memory)},
-           stream, op, scratch, value_vectors);
+    Grid solvers{dim3(1, op.q_heads, op.batch), kTeamThreads, 1, ListScores::memory_bytes(scratch.batch)};
+    if (scratch.capacity > kTokensAlone) {
+      // The blocks of one wide head are faster if each has a multiprocessor. If all heads are wide and their lists very
+      // long, what counts is that all clusters run.
+      solvers.packed = scratch.tiles() > ListScores::kWindow;
+      solvers.cluster = cluster::blocks_at_once(name, solve<T>, solvers, heads);
+      solvers.blocks.x = solvers.cluster;
+    }
+    launch(name, solve<T>, solvers, stream, op, scratch, value_vectors);
     const auto value_blocks = std::clamp<int64_t>(heads * scratch.chunks, 1, kValueBlocks * multiprocessors());
     launch(name, add_values<T>, {dim3(static_cast<unsigned>(value_blocks)), kTeamThreads}, stream, op, scratch,
            value_vectors);

@@ -83,6 +83,7 @@ int rank();
 int size();
 void arrive();
 void wait();
+inline void arrive_with_mailboxes() { arrive(); }
 
 /// Returns the address of the copy of a shared variable that block `rank` has.
 void* copy_of(int rank, const void* shared);
@@ -138,13 +139,19 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeClusterSchedulingPolicyPreference
+};
+enum cudaClusterSchedulingPolicy { cudaClusterSchedulingPolicyDefault, cudaClusterSchedulingPolicyLoadBalancing };
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
     dim3 clusterDim;
+    cudaClusterSchedulingPolicy clusterSchedulingPolicyPreference;
   } val;
 };
 
@@ -169,6 +176,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+/// Clusters of sizes that are no power of two occur, too.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  constexpr int kBlocks = 15;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension)
+      *clusters = kBlocks / static_cast<int>(attribute.val.clusterDim.x);
+  }
   return cudaSuccess;
 }
 
@@ -305,6 +324,8 @@ inline float __double2float_rd(double x) {
   const auto rounded = static_cast<float>(x);
   return rounded > x ? std::nextafter(rounded, -HUGE_VALF) : rounded;
 }
+
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 inline float __fsub_rd(float a, float b) {
   const double x = a, y = b, difference = x - y, taken = x - difference;

@@ -17,6 +17,35 @@ constexpr int kMostBlocks = 8;  // the largest cluster that every GPU with clust
 /// Returns the largest number of blocks that a cluster may have on the current device.
 inline int most_blocks() { return is_hopper_or_later() ? kMostBlocks : 1; }
 
+/// Returns the most blocks, up to kMostBlocks, that the clusters of a kernel may have if `clusters` of them are to run
+/// at the same time on the current device; 1 if there is no such number. `grid` is that of the launch, whose cluster
+/// does not matter. Clusters use fewer multiprocessors than there are, because each lies within one part of the GPU.
+template <typename... Params>
+int blocks_at_once(const char* op, void (*kernel)(Params...), Grid grid, int64_t clusters) {
+  struct Question {
+    int device;
+    const void* kernel;
+    int64_t clusters;
+    bool packed;
+    bool operator==(const Question&) const = default;
+  };
+  const Question question{current_device(), reinterpret_cast<const void*>(kernel), clusters, grid.packed};
+  thread_local Question last{-1, nullptr, 0, false};  // the next step mostly asks the same
+  thread_local int answer = 0;
+  if (question == last) return answer;
+  int blocks = most_blocks();
+  for (; blocks > 1; --blocks) {
+    grid.cluster = blocks;
+    grid.blocks.x = blocks;
+    int at_once = 0;
+    const Launch tried(op, kernel, grid, nullptr);
+    check(op, cudaOccupancyMaxActiveClusters(&at_once, kernel, &tried.config));
+    if (at_once >= clusters) break;
+  }
+  last = question;
+  return answer = blocks;
+}
+
 #ifdef EMULATE_CUDA
 using namespace emulation::cluster;  // tests/emulation
 #else
@@ -29,6 +58,9 @@ __device__ inline int size() { return static_cast<int>(cooperative_groups::this_
 __device__ inline void arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 __device__ inline void wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
+/// Does what arrive() does, but tells the others only of mailboxes that this thread has opened.
+__device__ inline void arrive_with_mailboxes() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
 /// Returns the copy of a shared variable that block `rank` has. A read is slow: let one thread read for all.
 template <typename T>
 __device__ T& of(int rank, T& shared) {
@@ -38,6 +70,7 @@ __device__ T& of(int rank, T& shared) {
 __device__ inline int rank() { return 0; }
 __device__ inline int size() { return 1; }
 __device__ inline void arrive() {}
+__device__ inline void arrive_with_mailboxes() {}
 __device__ inline void wait() { __syncthreads(); }
 
 template <typename T>

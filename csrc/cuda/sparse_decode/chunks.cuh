@@ -10,9 +10,9 @@ namespace entmaxkv::cuda {
 
 // Chunks are small enough that all warps get some and end at nearly the same time, and large enough that the results of
 // chunks are little memory traffic.
-constexpr int kLeastChunk = 128;    // tokens of a chunk, at least
-constexpr int kMostChunk = 1024;    // tokens of a chunk, at most
-constexpr int kTargetChunks = 128;  // chunks grow only where a list would have more of them
+constexpr int kLeastChunk = 128;   // tokens of a chunk, at least
+constexpr int kMostChunk = 1024;   // tokens of a chunk, at most
+constexpr int kTargetChunks = 64;  // chunks grow only where a list would have more of them
 
 /// Returns the number of tokens of a chunk of a list with `tokens` tokens.
 __host__ __device__ constexpr int chunk_size(int tokens) {

@@ -32,9 +32,8 @@ __device__ float find_floor(const Entmax<float>& entmax, float best, const Score
 }
 
 /// Returns where the share of a block begins, if the blocks of a team divide `count` items; of block `size`, the end.
-/// `size` is a power of two.
 __device__ inline int share_begin(int count, int rank, int size) {
-  return count * rank >> log2_of(size);  // the product is below 2^30
+  return static_cast<int>(static_cast<unsigned>(count) * rank / size);  // the product is below 2^30
 }
 
 /// Near tokens of a head that has few of them.
@@ -58,20 +57,36 @@ struct NearTokens : NearScores {
 /// window and one batch are all, each score is copied once.
 class ListScores {
  public:
-  static constexpr int kWindow = 4096, kBatch = 256;
+  // A team of seven blocks has a list of a million tokens in one window each, and all scores of 128K tokens in one
+  // batch each, with the memory of few near tokens, if a block has memory for the largest batches.
+  static constexpr int kWindow = 5120, kLeastBatch = 256, kMostBatch = 352;  // tiles
   static constexpr int kAlone = 128;       // so many near tiles, or fewer, are left to one block
   static constexpr int kManyTiles = 1024;  // where they are more, near tokens are not counted
-  static constexpr int kFours = kTileRows / 4;
+  static constexpr int kFours = kTileRows / 4, kWarps = kTeamThreads / 32;
+  static constexpr int kTileBytes = kTileRows * sizeof(float);
+  static constexpr int kTurn = 320;  // tiles of a turn of `compact`
 
   struct Memory {
     union {
       float4 maxima[kWindow / 4];
-      int32_t places[kWindow];  // of a turn of `compact`
+      uint16_t kept[kWarps][kTurn / kWarps * kTileRows];  // tokens that each warp keeps in a turn
     };
-    uint16_t tiles[kWindow];  // near tiles, counted from the beginning of the window
-    FewTokens few;            // the near tokens, if they are few
-    float4 scores[kBatch * kFours];
+    uint16_t tiles[kWindow];              // near tiles, counted from the beginning of the window
+    FewTokens few;                        // the near tokens, if they are few
+    float4 scores[kLeastBatch * kFours];  // and more, if batches are larger
   };
+
+  /// Returns the tiles of a batch on the current device.
+  static int batch_tiles() {
+    constexpr int kOther = 3 << 10;  // bytes of shared memory that `solve` has beside Memory, at most
+    const int room = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther - memory_bytes(0);
+    return std::clamp(room / kTileBytes, kLeastBatch, kMostBatch);
+  }
+
+  /// Returns the bytes of a block's Memory with batches of so many tiles.
+  static constexpr int memory_bytes(int batch_tiles) {
+    return static_cast<int>(offsetof(Memory, scores)) + batch_tiles * kTileBytes;
+  }
 
   static constexpr int kFewWords = sizeof(FewTokens) / sizeof(float4);
   static_assert(offsetof(Memory, scores) == offsetof(Memory, few) + sizeof(FewTokens));
@@ -84,8 +99,9 @@ class ListScores {
 
   /// maxima [tiles]: best score of each tile. scores [tiles, kTileRows]: all scores of the near tiles. The blocks of
   /// `lookers` divide the tiles. All their threads call.
-  __device__ ListScores(Team& lookers, const Entmax<float>& entmax, const float* maxima, const float* scores, int tiles)
-      : maxima_(maxima), scores_(scores) {
+  __device__ ListScores(Team& lookers, const Entmax<float>& entmax, const float* maxima, const float* scores, int tiles,
+                        int batch_tiles)
+      : maxima_(maxima), scores_(scores), batch_tiles_(batch_tiles) {
     // Whole words of 16 bytes are copied.
     const int words = ceil_div(tiles, 4);
     begin_ = share_begin(words, lookers.rank, lookers.size) * 4;
@@ -114,8 +130,11 @@ class ListScores {
     last_ = share_begin(near_, team.rank + 1, team.size);
   }
 
-  /// Returns whether near tiles, which have a near token each, are so many that near tokens are taken for many.
-  __device__ bool has_many() const { return is_shared_ && near_ > kManyTiles; }
+  /// Returns whether this block has listed so many near tiles that near tokens are taken for many. Each has one.
+  __device__ bool has_many() const { return one_window_ && near_ > kManyTiles; }
+
+  /// Returns whether all blocks of the team have listed the same near tiles.
+  __device__ bool is_shared() const { return is_shared_; }
 
   /// Lets batches take the memory of few near tokens, too, for good, and forgets what has been copied.
   __device__ void widen_batches() {
@@ -135,55 +154,73 @@ class ListScores {
     });
   }
 
-  /// Tokens in shared memory.
-  struct Turn {
-    float* scores;
-    int32_t* places;
+  /// Tokens that a warp has kept in a turn of `compact`, in shared memory.
+  struct Kept {
+    const ListScores& list;
+    const float* scores;
+    const uint16_t* tokens;  // counted from the beginning of the turn
+    int first_tile;          // of the turn, in the batch
+    int count;
+    int begin;  // index of the first among all that are kept
+
+    __device__ int place(int nth) const {
+      const int token = tokens[nth];
+      return list.place(first_tile + token / kTileRows) + token % kTileRows;
+    }
   };
 
   /// Stream compaction of this block's near tiles: keeps the tokens for whose score keep(score) is true, as the tokens
-  /// first, first + 1, ... in the order of the list. After each turn, calls use(turn, begin, end) for the tokens begin
-  /// ... end - 1 that it kept, which are at the front of `turn`. Returns the end of all. Overwrites what is in shared
-  /// memory, so another look must widen_batches() before. All threads of the block call.
+  /// first, first + 1, ... in the order of the list. Each warp takes a stretch of the tiles of a turn, and then calls
+  /// use(kept). Returns the end of all. Overwrites what is in shared memory, so another look must widen_batches()
+  /// before. All threads of the block call.
   template <typename Keep, typename Use>
   __device__ int compact(int first, Keep keep, Use use) {
-    constexpr int kOwn = kWindow / 4 / kTeamThreads;  // fours of a thread, one after the other
-    Compaction<5> kept(first);
+    constexpr int kAtOnce = 4;
+    __shared__ int s_counts[2][kWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int end = first, turn = 0;
     for_each_batch([&](int fours) {
 #pragma unroll 1
-      for (int begin = 0; begin < fours; begin += kOwn * kTeamThreads) {
-        const int each = min(kOwn, ceil_div(fours - begin, kTeamThreads));
-        const int first_four = begin + static_cast<int>(threadIdx.x) * each, before = kept.end();
-        float own[kOwn][4];
+      for (int begin = 0; begin < fours / kFours; begin += kTurn) {
+        const int tiles = min(kTurn, fours / kFours - begin), each = ceil_div(tiles, kWarps);
+        const int own_begin = min(warp * each, tiles), own_end = min(own_begin + each, tiles);
+        // The kept scores come to the front of the scores that this warp has read.
+        float* own = reinterpret_cast<float*>(&scores((begin + own_begin) * kFours));
+        uint16_t* tokens = memory().kept[warp];
         int count = 0;
+#pragma unroll 1
+        for (int tile = own_begin; tile < own_end; tile += kAtOnce) {
+          float some[kAtOnce];
 #pragma unroll
-        for (int n = 0; n < kOwn; ++n) {
-          const bool is_there = n < each && first_four + n < fours;
-          const float4 four = is_there ? scores(first_four + n) : float4{kNothing, kNothing, kNothing, kNothing};
-          own[n][0] = four.x, own[n][1] = four.y, own[n][2] = four.z, own[n][3] = four.w;
+          for (int n = 0; n < kAtOnce; ++n) {
+            some[n] = tile + n < own_end ? own[(tile + n - own_begin) * kTileRows + lane] : kNothing;
+          }
 #pragma unroll
-          for (const float score : own[n]) count += keep(score);
-        }
-        int to = kept.take(count) - before;  // all threads have read their scores
-        // They come to where the scores of this turn were, and the best scores.
-        const Turn turn{reinterpret_cast<float*>(&scores(begin)), memory().places};
-        if (count > 0) {
-#pragma unroll
-          for (int n = 0; n < kOwn; ++n) {
-            const int its_place = place(min(first_four + n, fours - 1));
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              if (!keep(own[n][k])) continue;
-              turn.scores[to] = own[n][k];
-              turn.places[to++] = its_place + k;
+          for (int n = 0; n < kAtOnce; ++n) {
+            const bool keeps = keep(some[n]);
+            const uint32_t lanes = __ballot_sync(kAllLanes, keeps);  // all of them have read
+            if (keeps) {
+              const int to = count + __popc(lanes & ((1u << lane) - 1));
+              own[to] = some[n];
+              tokens[to] = static_cast<uint16_t>((tile + n) * kTileRows + lane);
             }
+            count += __popc(lanes);
           }
         }
+        turn ^= 1;  // some threads may still read the counts of the last turn
+        if (lane == 0) s_counts[turn][warp] = count;
         __syncthreads();
-        use(turn, before, kept.end());
+        int before = end;
+#pragma unroll
+        for (int other = 0; other < kWarps; ++other) {
+          const int kept = s_counts[turn][other];
+          if (other < warp) before += kept;
+          end += kept;
+        }
+        use(Kept{*this, own, tokens, begin, count, before});
       }
     });
-    return kept.end();
+    return end;
   }
 
  private:
@@ -191,7 +228,7 @@ class ListScores {
   /// threads of the block call.
   template <typename Body>
   __device__ void for_each_batch(Body body) {
-    const int most = kBatch + (kFewWords - first_word_) / kFours;
+    const int most = batch_tiles_ + (kFewWords - first_word_) / kFours;
 #pragma unroll 1
     for (int window = begin_; window == begin_ || window < end_; window += kWindow) {
       if (!one_window_) {
@@ -210,10 +247,8 @@ class ListScores {
 
   __device__ float4& scores(int i) const { return reinterpret_cast<float4*>(&memory().few)[first_word_ + i]; }
 
-  /// Returns the place of the first token of a four.
-  __device__ int place(int i) const {
-    return (window_ + memory().tiles[batch_ + i / kFours]) * kTileRows + i % kFours * 4;
-  }
+  /// Returns the place of the first token of a tile of the batch.
+  __device__ int place(int tile) const { return (window_ + memory().tiles[batch_ + tile]) * kTileRows; }
 
   /// Calls use(score) for the best score of each tile, and at the end for some that are kNothing.
   template <typename Use>
@@ -282,10 +317,11 @@ class ListScores {
     if (batch_ == first) return;
     __syncthreads();  // the last batch has been read
     batch_ = first;
+    const auto* from = reinterpret_cast<const uint4*>(scores_);
 #pragma unroll 4
     for (int i = threadIdx.x; i < count * kFours; i += kTeamThreads) {
-      const float* tile = scores_ + int64_t{window_ + memory().tiles[first + i / kFours]} * kTileRows;
-      copy_async(reinterpret_cast<uint4&>(scores(i)), tile + i % kFours * 4, true);
+      const auto tile = static_cast<uint32_t>(window_ + memory().tiles[first + i / kFours]);
+      copy_async(reinterpret_cast<uint4&>(scores(i)), from + tile * kFours + i % kFours, true);
     }
     commit_copies();
     wait_for_copies<0>();
@@ -293,6 +329,7 @@ class ListScores {
   }
 
   const float *maxima_, *scores_;
+  int batch_tiles_;
   int begin_, end_;  // the tiles that this block looks at
   bool one_window_;
   int window_ = -1;             // first tile of the window in shared memory
@@ -310,22 +347,20 @@ __device__ inline NearTokens find_near(Team& team, const Entmax<float>& entmax, 
   const auto is_near = [=](float score) { return score > floor; };
   // One block counts the near tokens while it writes them.
   const bool alone = team.size == 1 && list.one_window();
-  Team::Part part{0, 0};
-  if (list.has_many()) {
-    part.total = kFewTokens + 1;
-  } else if (!alone) {
-    int own = 0;
-    list.for_each([&](float score) { own += is_near(score); });
-    part = team.part(own);
+  const bool has_many = list.has_many();
+  Team::Part part{0, has_many ? kFewTokens + 1 : 0};
+  if (!alone && !(has_many && list.is_shared())) {
+    if (!has_many) list.for_each([&](float score) { part.total += is_near(score); });
+    part = team.part(part.total);
   }
   FewTokens& few = ListScores::memory().few;
   if (part.total <= kFewTokens) {
     FewTokens& of_first = team.of(0, few);
-    const int end = list.compact(part.before, is_near, [&](const ListScores::Turn& turn, int begin, int turn_end) {
+    const int end = list.compact(part.before, is_near, [&](const ListScores::Kept& kept) {
 #pragma unroll 1
-      for (int i = begin + static_cast<int>(threadIdx.x); i < min(turn_end, kFewTokens); i += kTeamThreads) {
-        of_first.scores[i] = turn.scores[i - begin];
-        of_first.places[i] = turn.places[i - begin];
+      for (int i = threadIdx.x % 32; i < min(kept.count, kFewTokens - kept.begin); i += 32) {
+        of_first.scores[kept.begin + i] = kept.scores[i];
+        of_first.places[kept.begin + i] = kept.place(i);
       }
     });
     if (alone) part.total = end;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../entmax.h"
+#include "near_tokens.cuh"
 #include "values.cuh"
 
 namespace entmaxkv::cuda {
@@ -14,6 +15,7 @@ struct Scratch {
   int dims;        // head_dim rounded up to whole float4
   bool is_long;    // the keys are a long stream (read_once)
   bool q_vectors;  // queries can be read 16 bytes at a time
+  int batch;       // tiles of a batch of `solve` (near_tokens.cuh)
   // Written by `scan`:
   float* maxima;  // [batch, q_heads, capacity / 32] best score of each tile
   float* scores;  // [batch, q_heads, capacity] by place in the list
@@ -31,7 +33,8 @@ struct Scratch {
         chunks(std::min(ceil_div(capacity, kLeastValues), kMostValueChunks)),
         dims(ceil_div(op.head_dim, 4) * 4),
         is_long(key_bytes(op) >= kLongStream),
-        q_vectors(in_vectors(op.q, op.dtype, op.head_dim)) {}
+        q_vectors(in_vectors(op.q, op.dtype, op.head_dim)),
+        batch(ListScores::batch_tiles()) {}
 
   __device__ Entmax<double> entmax_of(const Alpha& alpha, int head) const {
     return alpha.per_head ? Entmax<double>(alpha.of(head)) : entmax;

@@ -114,21 +114,21 @@ struct Head {
     int own = 0;
     scores.for_each([&](float score) { own += has_weight(score); });
     const Team::Part part = team.part(own);
-    scores.compact(part.before, has_weight, [&](const ListScores::Turn& turn, int begin, int end) {
+    scores.compact(part.before, has_weight, [&](const ListScores::Kept& kept) {
       constexpr int kAtOnce = 4;
 #pragma unroll 1
-      for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kAtOnce * kTeamThreads) {
+      for (int first = threadIdx.x % 32; first < kept.count; first += kAtOnce * 32) {
+        int32_t places[kAtOnce];
         uint32_t rows[kAtOnce];
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-          rows[n] = list.pool_row(turn.places[min(first + n * kTeamThreads, end - 1) - begin]);
-        }
+        for (int n = 0; n < kAtOnce; ++n) places[n] = kept.place(min(first + n * 32, kept.count - 1));
+        list.pool_rows(places, rows);
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n) {
-          const int i = first + n * kTeamThreads;
-          if (i >= end) break;
-          to.weights[i] = weights.of(turn.scores[i - begin]);
-          to.rows[i] = rows[n];
+          const int i = first + n * 32;
+          if (i >= kept.count) break;
+          to.weights[kept.begin + i] = weights.of(kept.scores[i]);
+          to.rows[kept.begin + i] = rows[n];
         }
       }
     });
@@ -168,12 +168,14 @@ struct Head {
     constexpr int kAtOnce = 4;
 #pragma unroll 1
     for (int i = first; i < end; i += kAtOnce * kTeamThreads) {
+      int32_t some[kAtOnce];
       uint32_t rows[kAtOnce];
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int own = i + n * kTeamThreads;
-        rows[n] = list.pool_row(static_cast<int>(places[own < end ? own : i]));
+        some[n] = static_cast<int32_t>(places[own < end ? own : i]);
       }
+      list.pool_rows(some, rows);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         if (i + n * kTeamThreads < end) places[i + n * kTeamThreads] = rows[n];

@@ -23,7 +23,8 @@ class Team {
     const Team team{cluster::rank(), cluster::size()};
     if (team.size > 1) {
       if (threadIdx.x < 2) mailbox(threadIdx.x).open();
-      cluster::arrive();
+      __syncwarp();
+      cluster::arrive_with_mailboxes();
     }
     return team;
   }

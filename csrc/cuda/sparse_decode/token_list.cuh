@@ -80,10 +80,38 @@ struct TokenList {
     return row<T>(rows, kv_head, page(place), slot(place));
   }
 
-  /// Returns page * page_size + slot of the token at a place of the list, in the pool.
+  /// Finds page * page_size + slot of the tokens at some places of the list, in the pool. There are no branches between
+  /// the loads, so that all are on their way together.
+  template <int kCount>
+  __device__ void pool_rows(const int32_t (&places)[kCount], uint32_t (&rows)[kCount]) const {
+    int entries[kCount], physical[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) entries[n] = places[n] >> entry_bits;
+    if (selected) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) entries[n] = selected[entries[n]];
+    }
+    const int last = seq_len >> entry_bits, mask = (1 << entry_bits) - 1;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const uint32_t at = (static_cast<uint32_t>(entries[n]) << entry_bits) + (places[n] & mask);
+      const bool is_in_row =
+          static_cast<uint32_t>(entries[n]) <= static_cast<uint32_t>(last) && at < static_cast<uint32_t>(seq_len);
+      rows[n] = at & (page_size - 1);
+      physical[n] = is_in_row ? table[at >> page_bits] : -1;
+    }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      rows[n] += has_page(physical[n]) ? static_cast<uint32_t>(physical[n]) << page_bits : 0;
+    }
+  }
+
+  /// Does the same for one place.
   __device__ uint32_t pool_row(int place) const {
-    const int physical = page(place);
-    return (has_page(physical) ? static_cast<uint32_t>(physical) << page_bits : 0) + slot(place);
+    const int32_t places[] = {place};
+    uint32_t rows[1];
+    pool_rows(places, rows);
+    return rows[0];
   }
 
   /// Returns a TileStream of keys. The warp's nth tile is tile(n) of the list. A lane behind the end of the list takes
