@@ -339,6 +339,20 @@ def test_a_row_alone_equals_the_row_in_a_batch(device, seq_lens, alpha, dtype, s
         assert_same_bits(cache.row(row).dense(q[row : row + 1], alpha), [x[row : row + 1] for x in whole])
 
 
+@pytest.mark.parametrize("alpha", [1.25, 1.5])
+def test_wide_heads_have_the_same_bits_in_any_batch(device, alpha):
+    """The CUDA kernel gives a head of a long list up to eight blocks, and fewer if there are more heads."""
+    k = [draw(66_000, 1, 8, seed=row) for row in range(3)]
+    cache = make_cache([66_000] * 3, kv_heads=1, head_dim=8, k=k, device=device)
+    q = make_query(3, 1, 8, torch.float32, device) / 16
+    whole = cache.dense(q, alpha)
+    assert (whole.support > 5000).all()
+    check_decode(cache, q, whole, alpha=alpha)
+    for rows in [1, 2]:
+        few = make_cache([66_000] * rows, kv_heads=1, head_dim=8, k=k[:rows], device=device)
+        assert_same_bits(few.dense(q[:rows], alpha), [x[:rows] for x in whole])
+
+
 @given(st.integers(1, 2000), st.sampled_from(ALPHAS), st.sampled_from(DTYPES), st.integers(0, 999))
 def test_physical_order_and_repeats_change_no_bit(device, tokens, alpha, dtype, seed):
     cache = make_cache([tokens], dtype=dtype, device=device, seed=seed)

@@ -127,8 +127,8 @@ def test_tokens_without_weight_change_no_bit(device, alpha, spread, only_weights
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_few_heads_with_many_tokens(device, alpha, group):
-    """The CUDA kernel then solves a head by the blocks of a cluster: eight, or four in the emulation with group 4."""
-    cache = make_cache([9000], page_size=16, kv_heads=1, dtype=torch.bfloat16, device=device)
+    """The CUDA kernel then solves a head by the blocks of a cluster, as there is room for more than 64K tokens."""
+    cache = make_cache([9000], page_size=16, kv_heads=1, dtype=torch.bfloat16, device=device, max_pages=4200)
     q = make_query(1, group, 64, torch.bfloat16, device) * 0.0003
     got = cache.dense(q, alpha)
     assert got.support.max() > 2048

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kTeamThreads, kSolveBlocks) solve(SparseDecode
   team.meet();
   Team lookers = divided ? team : Team::block();
   ListScores scores(lookers, in_float, scratch.maxima + at * scratch.tiles(), scratch.scores + at * scratch.capacity,
-                    list.tiles(), scratch.batch);
+                    list.tiles(), scratch.batch_tiles);
   if (divided) {
     team = lookers;
   } else if (scores.near_tiles() <= ListScores::kAlone) {
@@ -363,12 +363,12 @@ void sparse_decode(const SparseDecode& op, void* workspace, cudaStream_t stream)
       }
       scan_with(ScanRing<T, Layout>{});
     });
-    Grid solvers{dim3(1, op.q_heads, op.batch), kTeamThreads, 1, ListScores::memory_bytes(scratch.batch)};
+    Grid solvers{dim3(1, op.q_heads, op.batch), kTeamThreads, 1, ListScores::memory_bytes(scratch.batch_tiles)};
     if (scratch.capacity > kTokensAlone) {
       // The blocks of one wide head are faster if each has a multiprocessor. If all heads are wide and their lists very
       // long, what counts is that all clusters run.
       solvers.packed = scratch.tiles() > ListScores::kWindow;
-      solvers.cluster = cluster::blocks_at_once(name, solve<T>, solvers, heads);
+      solvers.cluster = cluster::largest_at_once(name, solve<T>, solvers, heads);
       solvers.blocks.x = solvers.cluster;
     }
     launch(name, solve<T>, solvers, stream, op, scratch, value_vectors);

@@ -17,11 +17,11 @@ constexpr int kMostBlocks = 8;  // the largest cluster that every GPU with clust
 /// Returns the largest number of blocks that a cluster may have on the current device.
 inline int most_blocks() { return is_hopper_or_later() ? kMostBlocks : 1; }
 
-/// Returns the most blocks, up to kMostBlocks, that the clusters of a kernel may have if `clusters` of them are to run
-/// at the same time on the current device; 1 if there is no such number. `grid` is that of the launch, whose cluster
-/// does not matter. Clusters use fewer multiprocessors than there are, because each lies within one part of the GPU.
+/// Returns how large the clusters of a kernel may be, at most kMostBlocks, if `clusters` of them are to run at the same
+/// time on the current device; 1 if no size allows that. `grid` is that of the launch, whose cluster does not matter.
+/// Clusters use fewer multiprocessors than there are, because each lies within one part of the GPU.
 template <typename... Params>
-int blocks_at_once(const char* op, void (*kernel)(Params...), Grid grid, int64_t clusters) {
+int largest_at_once(const char* op, void (*kernel)(Params...), Grid grid, int64_t clusters) {
   struct Question {
     int device;
     const void* kernel;
@@ -39,8 +39,9 @@ int blocks_at_once(const char* op, void (*kernel)(Params...), Grid grid, int64_t
     grid.blocks.x = blocks;
     int at_once = 0;
     const Launch tried(op, kernel, grid, nullptr);
-    check(op, cudaOccupancyMaxActiveClusters(&at_once, kernel, &tried.config));
-    if (at_once >= clusters) break;
+    const bool is_possible = cudaOccupancyMaxActiveClusters(&at_once, kernel, &tried.config) == cudaSuccess;
+    if (is_possible && at_once >= clusters) break;
+    if (!is_possible) cudaGetLastError();  // forget the error
   }
   last = question;
   return answer = blocks;

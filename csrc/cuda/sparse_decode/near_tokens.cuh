@@ -57,9 +57,9 @@ struct NearTokens : NearScores {
 /// window and one batch are all, each score is copied once.
 class ListScores {
  public:
-  // A team of seven blocks has a list of a million tokens in one window each, and all scores of 128K tokens in one
-  // batch each, with the memory of few near tokens, if a block has memory for the largest batches.
-  static constexpr int kWindow = 5120, kLeastBatch = 256, kMostBatch = 352;  // tiles
+  // Tiles. On an H200 with 32 heads a team has seven blocks. Their windows have room for lists of 1.1 million tokens,
+  // and their largest batches, together with the memory of few near tokens, for lists of 136 thousand.
+  static constexpr int kWindow = 5120, kLeastBatch = 256, kMostBatch = 352;
   static constexpr int kAlone = 128;       // so many near tiles, or fewer, are left to one block
   static constexpr int kManyTiles = 1024;  // where they are more, near tokens are not counted
   static constexpr int kFours = kTileRows / 4, kWarps = kTeamThreads / 32;
@@ -76,20 +76,23 @@ class ListScores {
     float4 scores[kLeastBatch * kFours];  // and more, if batches are larger
   };
 
-  /// Returns the tiles of a batch on the current device.
-  static int batch_tiles() {
-    constexpr int kOther = 3 << 10;  // bytes of shared memory that `solve` has beside Memory, at most
-    const int room = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther - memory_bytes(0);
-    return std::clamp(room / kTileBytes, kLeastBatch, kMostBatch);
-  }
-
   /// Returns the bytes of a block's Memory with batches of so many tiles.
   static constexpr int memory_bytes(int batch_tiles) {
     return static_cast<int>(offsetof(Memory, scores)) + batch_tiles * kTileBytes;
   }
 
+  /// Returns the tiles of a batch on the current device.
+  static int batch_tiles() {
+    constexpr int kOther = 3 << 10;     // bytes of shared memory that `solve` has beside Memory, at most
+    constexpr int kReserved = 1 << 10;  // bytes of a block that CUDA takes
+    static_assert(2 * (memory_bytes(kMostBatch) + kOther + kReserved) <= 228 << 10);  // two blocks fit an H200
+    const int room = device_property(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther - memory_bytes(0);
+    return std::clamp(room / kTileBytes, kLeastBatch, kMostBatch);
+  }
+
   static constexpr int kFewWords = sizeof(FewTokens) / sizeof(float4);
   static_assert(offsetof(Memory, scores) == offsetof(Memory, few) + sizeof(FewTokens));
+  static_assert(kTurn % kWarps == 0);
 
   /// Returns the block's Memory, which begins its dynamic shared memory.
   static __device__ Memory& memory() { return *reinterpret_cast<Memory*>(dynamic_shared()); }
@@ -125,16 +128,17 @@ class ListScores {
 
   /// Leaves to this block its share of the near tiles of one window, which all blocks of the team have listed.
   __device__ void share(const Team& team) {
-    is_shared_ = true;
+    is_listed_by_all_ = true;
     first_ = share_begin(near_, team.rank, team.size);
     last_ = share_begin(near_, team.rank + 1, team.size);
   }
 
-  /// Returns whether this block has listed so many near tiles that near tokens are taken for many. Each has one.
+  /// Returns whether this block has listed so many near tiles that near tokens are taken for many. Each near tile has a
+  /// near token.
   __device__ bool has_many() const { return one_window_ && near_ > kManyTiles; }
 
   /// Returns whether all blocks of the team have listed the same near tiles.
-  __device__ bool is_shared() const { return is_shared_; }
+  __device__ bool is_listed_by_all() const { return is_listed_by_all_; }
 
   /// Lets batches take the memory of few near tokens, too, for good, and forgets what has been copied.
   __device__ void widen_batches() {
@@ -218,6 +222,7 @@ class ListScores {
           end += kept;
         }
         use(Kept{*this, own, tokens, begin, count, before});
+        __syncwarp();  // all lanes have read the tokens
       }
     });
     return end;
@@ -332,12 +337,12 @@ class ListScores {
   int batch_tiles_;
   int begin_, end_;  // the tiles that this block looks at
   bool one_window_;
-  int window_ = -1;             // first tile of the window in shared memory
-  int near_ = 0;                // near tiles of the window
-  int batch_ = -1;              // first of the near tiles whose scores are in shared memory
-  int first_ = 0, last_ = 0;    // the near tiles of the window that this block takes
-  bool is_shared_ = false;      // by the blocks of a team, each of which has listed all
-  int first_word_ = kFewWords;  // where batches begin, counted from Memory::few
+  int window_ = -1;                // first tile of the window in shared memory
+  int near_ = 0;                   // near tiles of the window
+  int batch_ = -1;                 // first of the near tiles whose scores are in shared memory
+  int first_ = 0, last_ = 0;       // the near tiles of the window that this block takes
+  bool is_listed_by_all_ = false;  // by the blocks of a team, each of which has listed all
+  int first_word_ = kFewWords;     // where batches begin, counted from Memory::few
 };
 
 /// Finds the near tokens of a head. If they are few, they come into the memory of the team's first block. If they are
@@ -348,10 +353,12 @@ __device__ inline NearTokens find_near(Team& team, const Entmax<float>& entmax, 
   // One block counts the near tokens while it writes them.
   const bool alone = team.size == 1 && list.one_window();
   const bool has_many = list.has_many();
-  Team::Part part{0, has_many ? kFewTokens + 1 : 0};
-  if (!alone && !(has_many && list.is_shared())) {
-    if (!has_many) list.for_each([&](float score) { part.total += is_near(score); });
-    part = team.part(part.total);
+  constexpr int kMany = kFewTokens + 1;  // or more: how many does not matter
+  Team::Part part{0, has_many ? kMany : 0};
+  if (!alone && !(has_many && list.is_listed_by_all())) {
+    int own = has_many ? kMany : 0;  // of this thread
+    if (!has_many) list.for_each([&](float score) { own += is_near(score); });
+    part = team.part(own);
   }
   FewTokens& few = ListScores::memory().few;
   if (part.total <= kFewTokens) {

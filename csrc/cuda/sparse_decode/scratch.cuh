@@ -10,12 +10,12 @@ namespace entmaxkv::cuda {
 struct Scratch {
   Entmax<double> entmax;  // of an alpha that all heads share: found on the host, since it takes divisions in double
 
-  int capacity;    // tokens of the longest list, in whole tiles
-  int chunks;      // most chunks of a head's tokens with weight (values.cuh)
-  int dims;        // head_dim rounded up to whole float4
-  bool is_long;    // the keys are a long stream (read_once)
-  bool q_vectors;  // queries can be read 16 bytes at a time
-  int batch;       // tiles of a batch of `solve` (near_tokens.cuh)
+  int capacity;     // tokens of the longest list, in whole tiles
+  int chunks;       // most chunks of a head's tokens with weight (values.cuh)
+  int dims;         // head_dim rounded up to whole float4
+  bool is_long;     // the keys are a long stream (read_once)
+  bool q_vectors;   // queries can be read 16 bytes at a time
+  int batch_tiles;  // tiles of a batch of `solve` (ListScores)
   // Written by `scan`:
   float* maxima;  // [batch, q_heads, capacity / 32] best score of each tile
   float* scores;  // [batch, q_heads, capacity] by place in the list
@@ -34,7 +34,7 @@ struct Scratch {
         dims(ceil_div(op.head_dim, 4) * 4),
         is_long(key_bytes(op) >= kLongStream),
         q_vectors(in_vectors(op.q, op.dtype, op.head_dim)),
-        batch(ListScores::batch_tiles()) {}
+        batch_tiles(ListScores::batch_tiles()) {}
 
   __device__ Entmax<double> entmax_of(const Alpha& alpha, int head) const {
     return alpha.per_head ? Entmax<double>(alpha.of(head)) : entmax;
