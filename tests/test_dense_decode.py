@@ -150,9 +150,9 @@ def test_the_capacity_changes_no_bit(device, alpha, tokens):
     assert_same_bits(large, small)
 
 
-@pytest.mark.parametrize("tile", [0, 255, 256, 400])
+@pytest.mark.parametrize("tile", [0, 255, 256, 319, 320, 351, 352, 400])
 def test_many_tiles_with_one_that_has_weight(device, tile):
-    """The best scores alone rule no tile out, so a block of the CUDA kernel looks at 401, 256 at a time."""
+    """The best scores rule no tile out, so a block of the CUDA kernel looks at 401, at most 352 at a time."""
     rows = 14 if device == "cuda" else 1  # so many that a block does not share a head with others
     k = torch.zeros(401 * 32, 2, 64)
     k[tile * 32 : tile * 32 + 32, :, 0] = 1

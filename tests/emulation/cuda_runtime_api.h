@@ -327,8 +327,6 @@ inline float __double2float_rd(double x) {
   return rounded > x ? std::nextafter(rounded, -HUGE_VALF) : rounded;
 }
 
-inline float __fmul_rn(float a, float b) { return a * b; }
-
 inline float __fsub_rd(float a, float b) {
   const double x = a, y = b, difference = x - y, taken = x - difference;
   const double error = (x - (difference + taken)) + (taken - y);  // of the difference, which may need more bits

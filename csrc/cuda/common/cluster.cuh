@@ -87,7 +87,8 @@ __device__ T& of(int, T& shared) {
 /// block's own wait() does not tell: take turns between two mailboxes.
 class Mailbox {
  public:
-  /// Initialises the barrier. One thread calls. sync(), or arrive() and wait(), must follow before the first round.
+  /// Initialises the barrier. One thread calls. sync(), or wait() after arrive() or arrive_with_mailboxes(), must
+  /// follow before the first round.
   __device__ void open() {
 #ifdef ENTMAXKV_CLUSTERS
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier_)), "r"(size()));
